@@ -1,0 +1,77 @@
+"""hfcustom: subclass a Hugging Face vision-language model, change what it computes or optimises, and keep it right.
+
+    import hfcustom
+    from hfcustom.families.internvl import CustomInternVLForConditionalGeneration
+
+Names below load their module when first used, so that importing the package, or asking a recipe for --help, is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Collator": "hfcustom.data.collate",
+    "CustomConfig": "hfcustom.configuration",
+    "CustomVLM": "hfcustom.base",
+    "Examples": "hfcustom.data.sources",
+    "LossContext": "hfcustom.losses",
+    "RowError": "hfcustom.data.messages",
+    "TrainConfig": "hfcustom.train_config",
+    "character_accuracy": "hfcustom.evaluate",
+    "check_quantization": "hfcustom.adapt",
+    "connector": "hfcustom.connectors",
+    "exact_match": "hfcustom.evaluate",
+    "family_names": "hfcustom.families",
+    "find_parts": "hfcustom.parts",
+    "fit": "hfcustom.train",
+    "freeze": "hfcustom.adapt",
+    "generate_answers": "hfcustom.evaluate",
+    "linear_table": "hfcustom.adapt",
+    "load_family": "hfcustom.families",
+    "load_rows": "hfcustom.data.sources",
+    "lora": "hfcustom.adapt",
+    "merge_adapter": "hfcustom.adapt",
+    "part_table": "hfcustom.parts",
+    "quantization_config": "hfcustom.adapt",
+    "register": "hfcustom.registry",
+    "show_parts": "hfcustom.console",
+    "term": "hfcustom.losses",
+    "token_loss": "hfcustom.losses",
+}
+
+if TYPE_CHECKING:
+    from hfcustom.adapt import check_quantization, freeze, linear_table, lora, merge_adapter, quantization_config
+    from hfcustom.base import CustomVLM
+    from hfcustom.configuration import CustomConfig
+    from hfcustom.connectors import connector
+    from hfcustom.console import show_parts
+    from hfcustom.data.collate import Collator
+    from hfcustom.data.messages import RowError
+    from hfcustom.data.sources import Examples, load_rows
+    from hfcustom.evaluate import character_accuracy, exact_match, generate_answers
+    from hfcustom.families import family_names, load_family
+    from hfcustom.losses import LossContext, term, token_loss
+    from hfcustom.parts import find_parts, part_table
+    from hfcustom.registry import register
+    from hfcustom.train import fit
+    from hfcustom.train_config import TrainConfig
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        from hfcustom.naming import unknown
+
+        raise AttributeError(unknown("name", f"hfcustom.{name}", _HOME))
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
