@@ -1,0 +1,345 @@
+"""CustomVLM: the mixin that turns a stock vision-language model into one with five seams.
+
+    class CustomInternVLForConditionalGeneration(CustomVLM, InternVLForConditionalGeneration): ...
+
+Override a transform_* method, name a connector, name a loss. With nothing overridden, logits are bit-equal to the stock
+class. The stock parent computes; the seams intervene at the borders of its parts (hfcustom/seams.py); the loss is
+evaluated from hidden states, so that training never builds the (B, T, V) logits (hfcustom/losses.py). Loading is
+strict and saving is faithful (hfcustom/loading.py).
+Letters: B rows, T text tokens, N image tokens, P crops, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.utils.doc import copy_func
+from transformers.utils.generic import can_return_tuple
+
+from hfcustom import loading, losses, parts, seams
+from hfcustom.connectors import build_connector
+
+SEAM_METHODS = ("transform_vision_features", "transform_embeddings", "transform_hidden_states")
+
+
+class CustomVLM(PreTrainedModel):
+    """Mixin before a stock `...ForConditionalGeneration` class; see the module docstring."""
+
+    processor_class: ClassVar[type[ProcessorMixin]]
+    placeholder_field: ClassVar[str]  # the processor's attribute that holds the placeholders of one image crop
+    default_connector: ClassVar[str | dict[str, Any] | None] = None
+    default_loss: ClassVar[str | dict[str, Any]] = "cross_entropy"
+    _input_names: ClassVar[tuple[str, ...]]
+    accepts_loss_kwargs = True  # transformers.Trainer then passes num_items_in_batch and does not divide again
+
+    # ---- the five seams: what a user overrides ----------------------------------------------------------------------
+
+    def transform_vision_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Change the vision tower's output before the connector: (P, patches, D_vision) -> the same shape."""
+        return features
+
+    def transform_embeddings(self, embeddings: torch.Tensor, image_mask: torch.Tensor) -> torch.Tensor:
+        """Change the merged embeddings before the language model: (B, T, D), image_mask (B, T) -> (B, T, D).
+
+        Cached generation shows this only the new tokens, so a change that mixes positions would differ there.
+        """
+        return embeddings
+
+    def transform_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Change the language model's output before the head: (B, T, D) -> (B, T, D); must not mix positions either."""
+        return hidden_states
+
+    # The connector seam is `default_connector` or `config.connector` (hfcustom/connectors.py), the loss seam is
+    # `default_loss` or `config.loss` (hfcustom/losses.py). The config wins; both are written into it.
+
+    # ---- construction -----------------------------------------------------------------------------------------------
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock = cls.stock_class()
+        cls._input_names = tuple(inspect.signature(stock.forward).parameters)[1:]
+        if "forward" not in cls.__dict__ and cls.forward is CustomVLM.forward:
+            setattr(cls, "forward", copy_func(CustomVLM.forward))  # noqa: B010  (mypy forbids assigning to a method)
+        if "forward" in cls.__dict__:
+            _show_inputs(cls.forward, stock.forward)
+
+    @classmethod
+    def stock_class(cls) -> type[PreTrainedModel]:
+        """Return the class of transformers that this one customises.
+
+        Raises TypeError when there is none among the bases.
+        """
+        for base in cls.__mro__:
+            if base.__module__.startswith("transformers.models."):
+                return base
+        raise TypeError(f"{cls.__name__} must inherit a model class of transformers after CustomVLM.")
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._stock_tensors = frozenset(name for name, _ in _named_tensors(self))
+        self._stock_parts = parts.find_parts(self)
+        stock = self.stock_class().__name__  # transformers reads the kind of loss out of the class name
+        self.loss_type = next((kind for kind in LOSS_MAPPING if kind in stock), "ForCausalLM")
+        self.loss_values: dict[str, losses.LossValue] = {}  # what the last forward with labels computed, by name
+        self._parsed_losses: tuple[Any, list[losses.WeightedLoss]] | None = None
+        self._pass: seams.ForwardPass | None = None
+        config.connector = self.default_connector if config.connector is None else config.connector
+        config.loss = self.default_loss if config.loss is None else config.loss
+        self.custom_connector: nn.Module | None = None
+        if config.connector is not None:
+            self.custom_connector = build_connector(config.connector, config.get_text_config().hidden_size)
+        self.post_init()
+
+    def post_init(self) -> None:
+        """Initialise new weights and put the seams on the parts; call it at the end of your own __init__."""
+        super().post_init()
+        if hasattr(self, "_stock_parts"):  # the stock __init__ calls this before there is anything to hook
+            seams.install(self)
+
+    def stock_tensor_names(self) -> frozenset[str]:
+        """Return the names of the parameters and persistent buffers that the stock class builds."""
+        return self._stock_tensors
+
+    def new_tensor_names(self) -> list[str]:
+        """Return the names of the parameters and persistent buffers that this class adds to its stock parent."""
+        return [name for name, _ in _named_tensors(self) if name not in self._stock_tensors]
+
+    def overridden_seams(self) -> list[str]:
+        """Return the seams that differ from the stock class, in words, for the start-up facts."""
+        found = [name for name in SEAM_METHODS if getattr(type(self), name) is not getattr(CustomVLM, name)]
+        if self.custom_connector is not None:
+            found.append(f"connector {self.config.connector!r}")
+        if self.config.loss != "cross_entropy":
+            found.append(f"loss {self.config.loss!r}")
+        return found
+
+    # ---- forward ----------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        *args: Any,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        loss_divisors: Mapping[str, torch.Tensor | float] | None = None,
+        return_logits: bool | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """Run the stock forward with the seams in effect; with labels, evaluate the configured loss.
+
+        `loss_divisors` (one count a loss, as `loss_counts` finds them) or `num_items_in_batch` (supervised tokens, as
+        transformers.Trainer passes it) are counted over the whole optimiser step; without either, this batch is the
+        step. Logits are returned outside training, with `logits_to_keep`, or with `return_logits=True`.
+        """
+        inputs.update(zip(self._input_names, args, strict=False))
+        labels = inputs.pop("labels", labels)
+        if labels is None:
+            return super().forward(**inputs)
+        if self.config.loss == "stock":
+            return self._forward_stock(inputs, labels, num_items_in_batch, loss_divisors)
+        if return_logits is None:
+            return_logits = not self.training or "logits_to_keep" in inputs
+        call = dict(inputs)
+        if self.training:
+            call.setdefault("use_cache", False)
+        if not return_logits:
+            call["logits_to_keep"] = labels.new_empty(0)  # the head runs on no position: (B, 0, V)
+        self._pass = passed = seams.ForwardPass(records=True)
+        try:
+            outputs = super().forward(**call, return_dict=True)
+        finally:
+            self._pass = None
+        batch = {**inputs, "labels": labels}
+        context = losses.LossContext(model=self, batch=batch, labels=labels, outputs=outputs, **passed.tensors())
+        if loss_divisors is None and num_items_in_batch is not None:
+            loss_divisors = self._divisors_from_tokens(batch, num_items_in_batch)
+        loss, self.loss_values = losses.evaluate(context, self.losses(), loss_divisors)
+        fields = {**outputs, "loss": loss, "logits": outputs.logits if return_logits else None}
+        return type(outputs)(**fields)
+
+    def _forward_stock(self, inputs: dict[str, Any], labels: torch.Tensor, num_items: Any, divisors: Any) -> Any:
+        """Run the parent's own path, logits and loss included; seams before the head stay in effect."""
+        num_items = num_items if divisors is None else divisors["stock"]
+        extra = {} if num_items is None else {"num_items_in_batch": num_items}
+        outputs = super().forward(**inputs, labels=labels, **extra, return_dict=True)
+        count = losses.count_tokens({"labels": labels})
+        total = outputs.loss.detach() * (count if num_items is None else num_items)
+        self.loss_values = {"stock": losses.LossValue(total, count, 1.0)}
+        return outputs
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Apply the head: (..., D) -> (..., V); families that scale or cap their logits override this."""
+        return self.get_output_embeddings()(hidden_states)
+
+    def losses(self) -> list[losses.WeightedLoss]:
+        """Return the configured losses; ValueError when a name or an option in `config.loss` is unknown."""
+        if self._parsed_losses is None or self._parsed_losses[0] != self.config.loss:
+            stock = self.config.loss == "stock"
+            parsed = [losses.WeightedLoss(losses.STOCK, 1.0)] if stock else losses.parse_losses(self.config.loss)
+            self._parsed_losses = (copy.deepcopy(self.config.loss), parsed)
+        return self._parsed_losses[1]
+
+    def loss_counts(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+        """Return each loss's count over several batches: what forward() wants as `loss_divisors`."""
+        token = self.config.image_token_id
+        registered = [item.loss for item in self.losses()]
+        return {loss.name: sum(loss.count_in(batch, token) for batch in batches) for loss in registered}
+
+    def _divisors_from_tokens(self, batch: Mapping[str, Any], num_items: torch.Tensor | int) -> dict[str, Any]:
+        """Spread a step's supervised-token count, all that transformers.Trainer knows, over every loss.
+
+        Exact for token losses. A term's own count over the step is unknown there, so each batch's mean is weighted by
+        the batch's share of the supervised tokens.
+        """
+        tokens = max(losses.count_tokens(batch), 1)
+        counts = self.loss_counts([batch])
+        terms = {item.loss.name for item in self.losses() if item.loss.is_term}
+        return {name: num_items * count / tokens if name in terms else num_items for name, count in counts.items()}
+
+    # ---- what the hooks call (hfcustom/seams.py) ----------------------------------------------------------------------
+
+    def stock_parts(self) -> parts.PartMap:
+        """Return the part map of the stock graph."""
+        return self._stock_parts
+
+    def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
+        """Return (module path, hook registrar, method, options) for each seam."""
+        connector, language = (self._stock_parts.paths[part][0] for part in ("connector", "language"))
+        return [
+            (self.base_model_prefix, "register_forward_pre_hook", "_begin_pass", {"with_kwargs": True}),
+            (self.base_model_prefix, "register_forward_hook", "_end_pass", {"always_call": True}),
+            (connector, "register_forward_pre_hook", "_at_connector_input", {}),
+            (connector, "register_forward_hook", "_at_connector_output", {}),
+            (language, "register_forward_pre_hook", "_at_language_input", {"with_kwargs": True}),
+            (language, "register_forward_hook", "_at_language_output", {}),
+        ]
+
+    def _begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._pass is None:  # the inner model is called directly
+            self._pass = seams.ForwardPass(ends_with_inner=True)
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        self._pass.image_mask = seams.find_placeholders(self, input_ids, kwargs.get("inputs_embeds"))
+
+    def _end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._pass is not None and self._pass.ends_with_inner:
+            self._pass = None
+
+    def _at_connector_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._vision_features(args[0]), *args[1:])
+
+    def _vision_features(self, features: torch.Tensor) -> torch.Tensor:
+        features = self.transform_vision_features(features)  # (P, patches, D_vision)
+        if self._pass is not None and self._pass.records:
+            self._pass.vision_features = features
+        return features
+
+    def _at_connector_output(self, module: nn.Module, args: tuple[Any, ...], features: torch.Tensor) -> torch.Tensor:
+        if self.custom_connector is not None:
+            features = self.custom_connector(features)  # (P, N, D) -> (P, M, D)
+            self._check_placeholders(features)
+        if self._pass is not None and self._pass.records:
+            self._pass.image_features = features
+        return features
+
+    def _check_placeholders(self, features: torch.Tensor) -> None:
+        """Say what to do when the processor still writes the placeholders of the stock connector."""
+        if self._pass is None or torch.compiler.is_compiling():
+            return
+        assert self._pass.image_mask is not None
+        placeholders, tokens = int(self._pass.image_mask.sum()), features.shape[0] * features.shape[1]
+        if placeholders != tokens:
+            raise ValueError(
+                f"The text has {placeholders} image placeholders, the connector {self.config.connector!r} made {tokens} "
+                f"tokens ({features.shape[0]} crops of {features.shape[1]}). Call model.match_processor(processor) "
+                "before processing, and save that processor with the model."
+            )
+
+    def _at_language_input(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        assert self._pass is not None and self._pass.image_mask is not None, "the language model ran outside the model"
+        embeddings = self.transform_embeddings(kwargs["inputs_embeds"], self._pass.image_mask)  # (B, T, D)
+        return args, {**kwargs, "inputs_embeds": embeddings}
+
+    def _at_language_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        hidden_states = self.transform_hidden_states(output[0])  # (B, T, D)
+        if self._pass is not None and self._pass.records:
+            self._pass.hidden_states = hidden_states
+        if isinstance(output, tuple):
+            return (hidden_states, *output[1:])
+        output.last_hidden_state = hidden_states
+        return output
+
+    # ---- image tokens -------------------------------------------------------------------------------------------------
+
+    def stock_tokens_per_crop(self) -> int:
+        """Return the tokens that the family's own connector makes of one image crop."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how many tokens its connector makes.")
+
+    def tokens_per_crop(self, num_tokens: int | None = None) -> int:
+        """Return the tokens that reach the language model for one image crop."""
+        num_tokens = self.stock_tokens_per_crop() if num_tokens is None else num_tokens
+        connector: Any = self.custom_connector
+        return num_tokens if connector is None else connector.num_tokens_out(num_tokens)
+
+    def match_processor(self, processor: Any) -> Any:
+        """Make the processor write as many placeholders as this model makes tokens; save it with the model."""
+        setattr(processor, self.placeholder_field, self.tokens_per_crop())
+        return processor
+
+    # ---- loading and saving -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, new_modules: Iterable[str] = (), **kwargs: Any) -> Any:
+        """Load strictly: a tensor missing from the checkpoint is a ValueError that names it.
+
+        Modules that this class adds to its stock parent may be missing from a checkpoint of the stock class, and from
+        one of this class when `new_modules` names them; they are initialised, and that is printed. Otherwise as
+        `PreTrainedModel.from_pretrained`.
+        """
+        return loading.load_strictly(cls, super().from_pretrained, *args, new_modules=new_modules, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save weights under the names they have in memory, which this class and the stock class both load whole.
+
+        As `PreTrainedModel.save_pretrained` with save_original_format=False: by default transformers reverts names to the
+        hub's old layout, which the stock class cannot convert back under a custom model_type (conversion_mapping.py,
+        5.23.0).
+        """
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield parameters and persistent buffers under their own names, leaving out what an adapter added."""
+    adapters = tuple(name + "." for name, module in model.named_modules() if _is_adapter(module))
+    kept = set(model.state_dict(keep_vars=True))
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        if name in kept and not name.startswith(adapters):
+            yield parts.without_wrappers(name), tensor
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    return any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)  # peft may not be installed
+
+
+def _show_inputs(forward: Callable[..., Any], stock_forward: Callable[..., Any]) -> None:
+    """Give a forward(*args, **kwargs) the stock signature, which generate and Trainer read to know the inputs."""
+    own = inspect.signature(forward).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
+        return
+    stock = inspect.signature(stock_forward).parameters
+    *shown, last = stock.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    extra = [p.replace(kind=p.KEYWORD_ONLY) for p in own.values() if p.name not in stock and p.kind not in variadic]
+    forward.__signature__ = inspect.Signature([*shown, *extra, last])  # type: ignore[attr-defined]

@@ -1,0 +1,62 @@
+"""The two fields that every custom config adds to its stock parent: the connector and the loss.
+
+    @dataclass ... CustomInternVLConfig(CustomConfig, InternVLConfig): model_type = "custom_internvl"
+
+`connector` names a token-reduction module (hfcustom/connectors.py), `loss` the weighted terms (hfcustom/losses.py);
+both are plain JSON, so that a saved folder says what the model computes and what it was trained on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+
+@dataclass(kw_only=True)
+class CustomConfig(PretrainedConfig):
+    """Mixin for a stock config: adds `connector` and `loss`, and loads a stock checkpoint's config without complaint."""
+
+    connector: str | dict[str, Any] | None = None
+    loss: str | dict[str, Any] | None = None
+
+    def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
+        super().__init_subclass__(*args, **kwargs)
+        _inherit_key_conversion(cls)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if isinstance(self.connector, dict) and not isinstance(self.connector.get("name"), str):
+            raise ValueError(f"connector={self.connector!r} has no name; write {{'name': 'average_pool', ...}}.")
+        if not isinstance(self.loss, str | dict | None):
+            raise ValueError(f"loss={self.loss!r} is no name and no mapping; write {{'cross_entropy': 1.0, ...}}.")
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read config.json; a stock parent's is welcome, one of a stranger is a ValueError that names both."""
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        found = config_dict.get("model_type", cls.model_type)
+        known = [base.model_type for base in cls.__mro__ if issubclass(base, PretrainedConfig) and base.model_type]
+        if found not in known:
+            raise ValueError(
+                f"This checkpoint has model_type {found!r}, but {cls.__name__} loads {', '.join(dict.fromkeys(known))}. "
+                "Use the class of the checkpoint's own family."
+            )
+        return {**config_dict, "model_type": cls.model_type}, kwargs
+
+
+def _inherit_key_conversion(config_class: type[PretrainedConfig]) -> None:
+    """Give a new model_type its parent's checkpoint key conversion, both ways.
+
+    transformers skips the conversion for any class outside its own package unless the model_type is registered
+    (conversion_mapping.get_model_conversion_mapping, 5.23.0); without it a subclass loads random weights.
+    """
+    model_type = config_class.model_type
+    for base in config_class.__mro__[1:]:
+        parent = base.__dict__.get("model_type")
+        conversion = get_checkpoint_conversion_mapping(parent) if parent else None
+        if conversion is not None:
+            register_checkpoint_conversion_mapping(model_type, conversion, overwrite=True)
+            return

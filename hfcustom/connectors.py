@@ -1,0 +1,151 @@
+"""Token reduction between connector and language model: modules with `forward` and `num_tokens_out`.
+
+(P, N, D) -> (P, M, D), M = num_tokens_out(N). A connector named in a config sits behind the family's own projector (whose
+pretrained weights stay in use), sees one image crop a row, and is saved and trained with the model; the processor then
+writes M placeholders where it wrote N (`model.match_processor`).
+Letters: P crops, N tokens in, M tokens out, D hidden.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from hfcustom.naming import snake_case, unknown
+
+ConnectorClass = TypeVar("ConnectorClass", bound=type[nn.Module])
+
+
+def connector(module_class: ConnectorClass) -> ConnectorClass:
+    """Register a module class under its snake_case name (PairPool -> "pair_pool").
+
+    Its __init__ takes (hidden_size, **options), its forward (P, N, D) -> (P, M, D), its num_tokens_out(N) returns M.
+    Raises TypeError for a missing method, ValueError when the name belongs to another class.
+    """
+    for method in ("forward", "num_tokens_out"):
+        if not callable(getattr(module_class, method, None)):
+            raise TypeError(f"{module_class.__name__} needs a method {method}() to be a connector.")
+    name = snake_case(module_class.__name__)
+    taken = CONNECTORS.get(name)
+    if taken is not None and _origin(taken) != _origin(module_class):
+        raise ValueError(f"The connector name {name!r} belongs to {_origin(taken)}; rename {_origin(module_class)}.")
+    CONNECTORS[name] = module_class
+    return module_class
+
+
+def _origin(module_class: Callable[..., nn.Module]) -> str:
+    return f"{module_class.__module__}.{module_class.__qualname__}"
+
+
+def build_connector(spec: str | Mapping[str, Any], hidden_size: int) -> nn.Module:
+    """Build the module that a config names: "average_pool" or {"name": "average_pool", "size": 2}.
+
+    Raises ValueError naming an unknown connector or option and the nearest known one.
+    """
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = options.pop("name")
+    if name not in CONNECTORS:
+        cure = "Import the file that registers your own with @hfcustom.connector before loading."
+        raise ValueError(unknown("connector", name, CONNECTORS, cure))
+    known = list(inspect.signature(CONNECTORS[name]).parameters)[1:]
+    for option in options:
+        if option not in known:
+            raise ValueError(unknown(f"option of connector {name!r}:", option, known))
+    return CONNECTORS[name](hidden_size, **options)
+
+
+class AveragePool(nn.Module):
+    """Average `size` x `size` neighbours of a square token grid, as Gemma 3's projector does before its product.
+
+    No parameters; size=1 is the identity. Source: Gemma 3 report, https://arxiv.org/abs/2503.19786, section 2.
+    """
+
+    def __init__(self, hidden_size: int, size: int = 2) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"average_pool size={size}; it must be at least 1.")
+        self.size = size
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.size == 1:
+            return features
+        side = self._side(features.shape[1])
+        grid = features.transpose(1, 2).unflatten(2, (side, side))  # (P, D, side, side)
+        return nn.functional.avg_pool2d(grid, self.size).flatten(2).transpose(1, 2)  # (P, M, D)
+
+    def num_tokens_out(self, num_tokens: int) -> int:
+        return num_tokens if self.size == 1 else (self._side(num_tokens) // self.size) ** 2
+
+    def _side(self, num_tokens: int) -> int:
+        side = math.isqrt(num_tokens)
+        if side**2 != num_tokens or side % self.size:
+            raise ValueError(
+                f"average_pool size={self.size} needs a square grid whose side it divides; got {num_tokens} tokens a crop."
+            )
+        return side
+
+
+class PerceiverResampler(nn.Module):
+    """Read any number of tokens into `num_queries` learned ones by cross-attention, in residual blocks.
+
+    Source: Flamingo, https://arxiv.org/abs/2204.14198, section 3.1 (keys and values are tokens and queries together).
+    """
+
+    def __init__(self, hidden_size: int, num_queries: int = 64, num_layers: int = 2, num_heads: int = 8) -> None:
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(
+                f"perceiver_resampler num_heads={num_heads} does not divide the hidden size {hidden_size}."
+            )
+        self.queries = nn.Embedding(num_queries, hidden_size)
+        self.blocks = nn.ModuleList(_PerceiverBlock(hidden_size, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        queries = self.queries.weight.expand(len(features), -1, -1)  # (P, M, D)
+        for block in self.blocks:
+            queries = block(queries, features)
+        return self.norm(queries)
+
+    def num_tokens_out(self, num_tokens: int) -> int:
+        return self.queries.num_embeddings
+
+
+class _PerceiverBlock(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_queries = nn.LayerNorm(hidden_size)
+        self.norm_tokens = nn.LayerNorm(hidden_size)
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.kv_proj = nn.Linear(hidden_size, 2 * hidden_size)
+        self.o_proj = nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(hidden_size),
+            nn.Linear(hidden_size, 4 * hidden_size),
+            nn.GELU(),
+            nn.Linear(4 * hidden_size, hidden_size),
+        )
+
+    def forward(self, queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        normed = self.norm_queries(queries)  # (P, M, D)
+        memory = torch.cat([self.norm_tokens(tokens), normed], 1)  # (P, N+M, D)
+        q = self._heads(self.q_proj(normed))  # (P, heads, M, D/heads)
+        k, v = (self._heads(x) for x in self.kv_proj(memory).chunk(2, -1))  # (P, heads, N+M, D/heads)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (P, M, D)
+        queries = queries + self.o_proj(attended)
+        return queries + self.mlp(queries)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+CONNECTORS: dict[str, Callable[..., nn.Module]] = {
+    "average_pool": AveragePool,
+    "perceiver_resampler": PerceiverResampler,
+}

@@ -1,0 +1,127 @@
+"""Strict loading: every tensor from the checkpoint, or an error that names the one that is not there.
+
+transformers initialises a missing tensor at random and says so in a log line. Here only a module that the class adds to
+its stock parent may be missing, and only where that can be meant: the checkpoint comes from the stock class, or the
+caller names the module. Non-persistent buffers of added modules, which no checkpoint holds and which meta-device loading
+leaves uninitialised (transformers issue 48892), are built again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from logging import Filter, LogRecord
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers.utils import logging
+
+from hfcustom import parts
+
+if TYPE_CHECKING:
+    from hfcustom.base import CustomVLM
+
+logger = logging.get_logger("hfcustom")
+
+
+def load_strictly(
+    cls: type[CustomVLM], load: Callable[..., Any], *args: Any, new_modules: Iterable[str], **kwargs: Any
+) -> Any:
+    """Call the stock `from_pretrained` and check what it loaded; see CustomVLM.from_pretrained."""
+    wants_info = kwargs.pop("output_loading_info", False)
+    with _report_in_error():
+        model, info = load(*args, output_loading_info=True, **kwargs)
+    source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+    _check_missing(model, sorted(info["missing_keys"]), tuple(new_modules), source)
+    _say_unexpected(model, sorted(info["unexpected_keys"]), source)
+    _rebuild_buffers(model)
+    return (model, info) if wants_info else model
+
+
+def _check_missing(model: CustomVLM, missing: list[str], allowed: tuple[str, ...], source: Any) -> None:
+    added = parts.find_parts(model).paths["new"]
+    for name in allowed:
+        if name not in added:
+            raise ValueError(
+                f"new_modules names {name!r}, which {type(model).__name__} does not add to "
+                f"{model.stock_class().__name__}; added: {', '.join(added) or 'nothing'}."
+            )
+    from_own_class = type(model).__name__ in (model.config.architectures or [])[:1]
+    fresh: dict[str, None] = {}
+    for key in dict.fromkeys(
+        model.all_tied_weights_keys.get(key, key) for key in missing
+    ):  # a tied head has no tensor
+        module = next((path for path in added if key == path or key.startswith(path + ".")), None)
+        if module is None or (from_own_class and module not in allowed):
+            raise ValueError(_missing_message(model, key, module, source))
+        fresh[module] = None
+    _check_whole(missing, list(fresh), model, source)
+    if fresh:
+        logger.warning(f"{type(model).__name__}: {', '.join(fresh)} not in {source}; newly initialised.")
+
+
+def _check_whole(missing: list[str], fresh: list[str], model: CustomVLM, source: Any) -> None:
+    """A module half in the checkpoint is a damaged checkpoint, not a new module."""
+    for module in fresh:
+        own = {name for name in model.new_tensor_names() if name == module or name.startswith(module + ".")}
+        if lost := sorted(own.intersection(missing)):
+            if len(lost) < len(own):
+                raise ValueError(_missing_message(model, lost[0], module, source))
+
+
+def _missing_message(model: CustomVLM, key: str, module: str | None, source: Any) -> str:
+    if module is None:
+        part = parts.find_parts(model).part_of(key)
+        cure = "The checkpoint is incomplete or of another architecture; fetch it again, or check its config.json."
+    else:
+        part = f"new module {module}"
+        cure = f"If {module} is meant to start untrained, pass new_modules=[{module!r}]."
+    return f"{source} has no tensor for {key!r} ({part} of {type(model).__name__}). Nothing was loaded. {cure}"
+
+
+def _say_unexpected(model: CustomVLM, unexpected: list[str], source: Any) -> None:
+    if unexpected:
+        shown = ", ".join(unexpected[:5]) + (f" and {len(unexpected) - 5} more" if len(unexpected) > 5 else "")
+        logger.warning(f"{type(model).__name__} has no place for {len(unexpected)} tensors of {source}: {shown}")
+
+
+def _rebuild_buffers(model: CustomVLM) -> None:
+    """Restore non-persistent buffers of modules that are not transformers' own, from a second copy without weights."""
+    lost = {
+        name: buffer
+        for name, buffer in model.named_non_persistent_buffers()
+        if not type(model.get_submodule(name.rpartition(".")[0])).__module__.startswith("transformers.")
+    }
+    if not lost:
+        return
+    with init_empty_weights(include_buffers=False):
+        fresh = type(model)(model.config)
+    with torch.no_grad():
+        for name, buffer in lost.items():
+            buffer.copy_(fresh.get_buffer(name))
+
+
+@contextmanager
+def _report_in_error() -> Iterator[None]:
+    """Hold back transformers' table of missing and unexpected keys; an error that points at it carries it."""
+    stock_logger = logging.get_logger("transformers.modeling_utils")
+    reports: list[str] = []
+
+    class OtherRecords(Filter):
+        def filter(self, record: LogRecord) -> bool:
+            message = record.getMessage()
+            if "LOAD REPORT" in message:
+                reports.append(message)
+            return "LOAD REPORT" not in message
+
+    held_back = OtherRecords()
+    stock_logger.addFilter(held_back)
+    try:
+        yield
+    except RuntimeError as error:
+        if not reports:
+            raise
+        raise RuntimeError(f"{error}\n{reports[-1]}") from error
+    finally:
+        stock_logger.removeFilter(held_back)

@@ -1,0 +1,199 @@
+"""The part map: which parameters are vision, connector, language, head, or new.
+
+model -> PartMap {part: module paths}. Found from the module graph (who is the image encoder, who is the decoder, what
+is left between them), never from a table of model types, so that a renamed subclass keeps its parts. Freezing,
+learning rates, LoRA scope, the 8-bit plan and the memory table all read this one map.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+PARTS = ("vision", "connector", "language", "head", "new")
+
+
+def unwrap(model: Any) -> Any:
+    """Return the model below any PEFT, DDP or compile wrapper."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile
+            model = model._modules["_orig_mod"]
+        elif wrapped_by_peft(model):  # peft.PeftModel holds a tuner, which holds the model
+            model = model._modules["base_model"]._modules["model"]
+        else:
+            return model
+
+
+def wrapped_by_peft(model: nn.Module) -> bool:
+    """Whether a model is a peft.PeftModel, asked without importing peft, which may not be installed."""
+    return any(base.__name__ == "PeftModel" for base in type(model).__mro__)
+
+
+def check_parts(parts: Iterable[str], allowed: Iterable[str] = PARTS) -> tuple[str, ...]:
+    """Return `parts` as a tuple; ValueError names the first one that is not a part."""
+    allowed = tuple(allowed)
+    parts = (parts,) if isinstance(parts, str) else tuple(parts)
+    for part in parts:
+        if part not in allowed:
+            near = difflib.get_close_matches(part, allowed, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"Unknown part {part!r}; this model has {', '.join(allowed)}.{hint}")
+    return parts
+
+
+@dataclass(frozen=True)
+class PartMap:
+    """Module paths of each part, as `named_modules()` of the unwrapped model spells them."""
+
+    paths: dict[str, tuple[str, ...]]
+
+    def part_of(self, name: str) -> str:
+        """Return the part of a parameter or module name, PEFT's and DDP's prefixes allowed."""
+        name = without_wrappers(name)
+        best, part = -1, None
+        for candidate, paths in self.paths.items():
+            for path in paths:
+                if (name == path or name.startswith(path + ".")) and len(path) > best:
+                    best, part = len(path), candidate
+        if part is None:
+            raise KeyError(f"{name!r} belongs to no part; parts: {self.paths}")
+        return part
+
+    def present(self) -> tuple[str, ...]:
+        """Return the parts this model really has, in reading order."""
+        return tuple(part for part in PARTS if self.paths.get(part))
+
+
+def find_parts(model: nn.Module) -> PartMap:
+    """Find the parts of a vision-language model from its module graph.
+
+    Raises ValueError when there is no image encoder or no decoder to be found.
+    """
+    core = unwrap(model)
+    names = {id(module): name for name, module in core.named_modules()}
+    vision = names[id(_image_encoder(core))]
+    language = names[id(_decoder(core))]
+    head_module = core.get_output_embeddings()
+    new = tuple(_top_level_new(core))
+    paths: dict[str, tuple[str, ...]] = {
+        "vision": (vision,),
+        "language": (language,),
+        "head": (names[id(head_module)],) if head_module is not None else (),
+        "new": new,
+    }
+    known = PartMap(paths)
+    holder = vision.rpartition(".")[0]  # the module that holds the encoder holds the connector beside it
+    rest: dict[str, None] = {}
+    for name, _ in core.named_parameters(remove_duplicate=False):
+        name = without_wrappers(name)
+        try:
+            known.part_of(name)
+        except KeyError:
+            rest[_child_path(name, holder)] = None
+    return PartMap({**paths, "connector": tuple(rest)})
+
+
+def _image_encoder(core: Any) -> nn.Module:
+    encoder = core.get_encoder(modality="image")
+    if encoder is core or encoder is core.base_model:
+        children = ", ".join(name for name, _ in core.base_model.named_children())
+        raise ValueError(f"{type(core).__name__} has no image encoder among its modules ({children}).")
+    return encoder
+
+
+def _decoder(core: Any) -> nn.Module:
+    decoder = core.get_decoder()
+    if decoder is core or decoder is core.base_model:
+        children = ", ".join(name for name, _ in core.base_model.named_children())
+        raise ValueError(f"{type(core).__name__} has no language model among its modules ({children}).")
+    return decoder
+
+
+def _top_level_new(core: Any) -> list[str]:
+    """Shortest module (or bare parameter) paths that cover every tensor the subclass added to its stock parent."""
+    from hfcustom.base import CustomVLM
+
+    if not isinstance(core, CustomVLM):
+        return []
+    stock_prefixes = {
+        name[:end]
+        for name in core.stock_tensor_names()
+        for end in [*(m.start() for m in re.finditer(r"\.", name)), None]
+    }
+    tops: dict[str, None] = {}
+    for name in core.new_tensor_names():
+        pieces = name.split(".")
+        prefixes = (".".join(pieces[:depth]) for depth in range(1, len(pieces) + 1))
+        tops[next(prefix for prefix in prefixes if prefix not in stock_prefixes)] = None
+    return list(tops)
+
+
+def _child_path(name: str, holder: str) -> str:
+    """Path of the child of `holder` (or of the model itself) that owns the parameter `name`."""
+    depth = holder.count(".") + 2 if holder and name.startswith(holder + ".") else 1
+    return ".".join(name.split(".")[:depth])
+
+
+def without_wrappers(name: str) -> str:
+    """Strip what DDP, torch.compile and PEFT put into a parameter's name."""
+    pieces = name.split(".")
+    while pieces[:1] == ["module"] or pieces[:1] == ["_orig_mod"] or pieces[:2] == ["base_model", "model"]:
+        pieces = pieces[2:] if pieces[0] == "base_model" else pieces[1:]
+    for marker in ("modules_to_save", "original_module"):  # connector.modules_to_save.default.weight
+        if marker in pieces:
+            at = pieces.index(marker)
+            del pieces[at : at + (2 if marker == "modules_to_save" else 1)]
+    return ".".join(pieces)
+
+
+@dataclass(frozen=True)
+class PartRow:
+    """One line of the part table; bytes are of everything in memory, the frozen copies that peft keeps included."""
+
+    part: str
+    modules: str
+    parameters: int
+    trainable: int
+    bytes: int
+    dtypes: str
+
+
+def part_table(model: nn.Module) -> list[PartRow]:
+    """Count parameters, trainable parameters and bytes of each part of a model, wrapped or not."""
+    parts = find_parts(model)
+    rows = []
+    by_part: dict[str, list[nn.Parameter]] = {part: [] for part in parts.present()}
+    copies: dict[str, int] = dict.fromkeys(by_part, 0)
+    for name, parameter in model.named_parameters():
+        part = parts.part_of(name)
+        if ".original_module." in name:
+            copies[part] += parameter.numel() * parameter.element_size()
+        else:
+            by_part[part].append(parameter)
+    for part, parameters in by_part.items():
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+        rows.append(
+            PartRow(
+                part=part,
+                modules=", ".join(parts.paths[part]),
+                parameters=sum(count_parameters(p) for p in parameters),
+                trainable=sum(count_parameters(p) for p in parameters if p.requires_grad),
+                bytes=copies[part] + sum(p.numel() * p.element_size() for p in parameters),
+                dtypes=", ".join(dtypes) or "tied",
+            )
+        )
+    return rows
+
+
+def count_parameters(parameter: nn.Parameter) -> int:
+    """Return the number of weights in a parameter; a packed 4-bit one holds two a byte."""
+    if type(parameter).__name__ == "Params4bit":
+        return parameter.numel() * 2 * parameter.element_size()
+    return parameter.numel()

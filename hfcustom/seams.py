@@ -1,0 +1,82 @@
+"""Where the seams meet the stock graph: hooks at the borders of the parts, and what a running forward has produced.
+
+images -> vision tower -> [vision features] -> connector -> [connector] -> placeholders -> [merged embeddings]
+       -> language model -> [hidden states] -> head -> logits
+
+Hooks sit on whole parts (found by hfcustom/parts.py), outside anything that gradient checkpointing recomputes, so the
+stock forward runs unchanged between them. Letters: B rows, T text tokens, N image tokens, P crops, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from hfcustom.base import CustomVLM
+
+
+@dataclass
+class ForwardPass:
+    """Tensors that the running forward has produced so far; None where the batch has no image."""
+
+    records: bool = False  # keep the tensors below for the loss
+    ends_with_inner: bool = False  # the inner model was called directly and closes the pass itself
+    image_mask: torch.Tensor | None = None  # (B, T) True at image placeholders
+    vision_features: torch.Tensor | None = None  # (P, patches, D_vision)
+    image_features: torch.Tensor | None = None  # (P, N, D)
+    hidden_states: torch.Tensor | None = None  # (B, T, D)
+
+    def tensors(self) -> dict[str, Any]:
+        """Return what a LossContext takes."""
+        names = ("image_mask", "vision_features", "image_features", "hidden_states")
+        return {name: getattr(self, name) for name in names}
+
+
+class Seam:
+    """A hook that calls `owner.<method>`.
+
+    It is an object rather than a bound method so that copying a part of the model (peft copies `modules_to_save`)
+    does not copy the whole model along: only a copy that includes the owner moves the hook to the new owner.
+    """
+
+    def __init__(self, owner: CustomVLM, method: str) -> None:
+        self.owner = owner
+        self.method = method
+
+    def __call__(self, *args: Any) -> Any:
+        return getattr(self.owner, self.method)(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Seam:
+        return Seam(memo.get(id(self.owner), self.owner), self.method)
+
+
+def install(owner: CustomVLM) -> None:
+    """Put the owner's seams on its parts; a part that already carries its seam, or contains it, is left alone.
+
+    Safe to call again: a user who replaces a part (`self.model.connector = MyConnector(...)`) gets the seam on the
+    new one, and a part that peft has wrapped keeps the seam it has inside the wrapper.
+    """
+    for path, register, method, options in owner.seam_hooks():
+        module = owner.get_submodule(path)
+        if not any(_carries(inner, method) for inner in module.modules()):
+            getattr(module, register)(Seam(owner, method), **options)
+
+
+def _carries(module: nn.Module, method: str) -> bool:
+    hooks: list[Callable[..., Any]] = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return any(isinstance(hook, Seam) and hook.method == method for hook in hooks)
+
+
+def find_placeholders(model: Any, input_ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
+    """Return the (B, T) mask of image placeholders, from ids or, as the stock classes do, from embeddings."""
+    token = model.config.image_token_id
+    if input_ids is not None:
+        return input_ids == token  # (B, T)
+    assert embeds is not None, "the model got neither input_ids nor inputs_embeds"
+    placeholder = model.get_input_embeddings()(torch.tensor(token, device=embeds.device))  # (D,)
+    return (embeds == placeholder).all(-1)  # (B, T)
