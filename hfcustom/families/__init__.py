@@ -1,0 +1,56 @@
+"""The families: one file each, found by file name and imported when asked for.
+
+`load_family("internvl")` imports hfcustom/families/internvl.py, which registers its classes with the Auto classes. A
+transformers release that lacks one family does no harm to the others.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from hfcustom.naming import unknown
+
+if TYPE_CHECKING:
+    from hfcustom.base import CustomVLM
+
+
+def family_names() -> list[str]:
+    """Return the names of all families, without importing any."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "tiny")
+
+
+def load_family(name: str) -> ModuleType:
+    """Import a family by name; ValueError suggests the nearest, ImportError says what this transformers lacks."""
+    if name not in family_names():
+        raise ValueError(unknown("family", name, family_names()))
+    try:
+        return importlib.import_module(f"hfcustom.families.{name}")
+    except ImportError as error:
+        import transformers
+
+        raise ImportError(
+            f"The family {name!r} cannot be used with transformers {transformers.__version__}: {error}"
+        ) from error
+
+
+def class_of(checkpoint: str, **hub: Any) -> type[CustomVLM]:
+    """Return the custom class of a checkpoint's family, from its config.json; `hub` goes to the config's download.
+
+    Raises ValueError for a model_type that is no family's, naming the families.
+    """
+    from transformers import PretrainedConfig
+
+    from hfcustom.registry import REGISTERED
+
+    model_type = PretrainedConfig.get_config_dict(checkpoint, **hub)[0].get("model_type", "")
+    name = model_type.removeprefix("custom_")
+    if name in family_names():
+        load_family(name)
+        model_type = f"custom_{name}"
+    if model_type not in REGISTERED:
+        cure = "Is it a class of your own? Name its file: --custom my_file.py:MyModel."
+        raise ValueError(f"{checkpoint}: {unknown('model_type', model_type, family_names(), cure)}")
+    return REGISTERED[model_type]

@@ -1,0 +1,97 @@
+"""InternVL 2.5 and 3 (OpenGVLab/InternVL3-1B-hf and the other -hf checkpoints).
+
+InternViT -> drop CLS -> pixel shuffle x0.5 -> LayerNorm + two-layer MLP -> Qwen2 or Llama. 256 tokens a 448 px tile,
+up to 12 tiles and a thumbnail. Paper: https://arxiv.org/abs/2504.10479; stock code: transformers/models/internvl.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, InternVLConfig, InternVLForConditionalGeneration, InternVLProcessor
+
+from hfcustom.base import CustomVLM
+from hfcustom.configuration import CustomConfig
+from hfcustom.families import tiny
+from hfcustom.processors import OptionalVideo
+from hfcustom.registry import register
+
+
+class CustomInternVLConfig(CustomConfig, InternVLConfig):
+    """InternVLConfig with `connector` and `loss`."""
+
+    model_type = "custom_internvl"
+
+
+class CustomInternVLProcessor(OptionalVideo, InternVLProcessor):
+    """InternVLProcessor that works without torchvision."""
+
+    video_processor_type = "InternVLVideoProcessor"
+
+
+class CustomInternVLForConditionalGeneration(CustomVLM, InternVLForConditionalGeneration):
+    """InternVL with five seams; vision features are the tower's patches without CLS, before the pixel shuffle."""
+
+    config_class = CustomInternVLConfig
+    processor_class = CustomInternVLProcessor
+    placeholder_field = "image_seq_length"
+
+    def stock_tokens_per_crop(self) -> int:
+        vision: Any = self.config.vision_config
+        patches = (vision.image_size[0] // vision.patch_size[0]) * (vision.image_size[1] // vision.patch_size[1])
+        return int(patches * self.config.downsample_ratio**2)
+
+    def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
+        """Take vision features from the tower: what reaches the projector is already shuffled."""
+        vision = self.stock_parts().paths["vision"][0]
+        hooks = [hook for hook in super().seam_hooks() if hook[2] != "_at_connector_input"]
+        return [(vision, "register_forward_hook", "_at_vision_output", {}), *hooks]
+
+    def _at_vision_output(self, module: nn.Module, args: tuple[Any, ...], outputs: Any) -> Any:
+        layer: Any = self.config.vision_feature_layer
+        cls = int(self.config.vision_feature_select_strategy == "default")
+        features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]  # (P, CLS+patches, D)
+        patches = self._vision_features(features[:, cls:])  # (P, patches, D)
+        features = torch.cat([features[:, :cls], patches], 1)
+        if layer == -1:
+            outputs.last_hidden_state = features
+        else:
+            states = list(outputs.hidden_states)
+            states[layer] = features
+            outputs.hidden_states = tuple(states)
+        return outputs
+
+
+def tiny_processor() -> CustomInternVLProcessor:
+    """Return a processor for 28 px tiles of 4 tokens, with a tokenizer trained on the spot."""
+    named = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *named.values()]
+    return CustomInternVLProcessor(
+        image_processor=tiny.image_processor("GotOcr2ImageProcessor")(size={"height": 28, "width": 28}),
+        tokenizer=tiny.train_tokenizer(specials, eos="<|im_end|>", pad="<|endoftext|>", named=named),
+        video_processor=tiny.video_processor("InternVLVideoProcessor", size={"height": 28, "width": 28}),
+        image_seq_length=4,
+        chat_template=tiny.chat_template("<IMG_CONTEXT>\n", "<|im_start|>{role}\n", "<|im_end|>\n"),
+    )
+
+
+def tiny_config() -> CustomInternVLConfig:
+    """Return a config of the real architecture small enough for a test: 2 + 2 layers."""
+    processor = tiny_processor()
+    return CustomInternVLConfig(
+        vision_config={**tiny.VISION, "image_size": [28, 28], "patch_size": [7, 7]},
+        text_config=AutoConfig.for_model("qwen2", **tiny.text_config(processor.tokenizer)),
+        image_token_id=processor.image_token_id,
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+
+
+register(CustomInternVLForConditionalGeneration)
