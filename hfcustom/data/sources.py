@@ -1,0 +1,85 @@
+"""Rows from where people keep them: a JSONL file, a folder of `datasets`, or a name on the hub.
+
+Each is a sequence of Examples (hfcustom/data/messages.py), read one at a time; the name of the file and the line, or of
+the row, goes with each into every message about it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hfcustom.data.messages import Example, RowError, read_row
+
+
+class Examples(Sequence[Example]):
+    """Rows of any sequence (a list, a `datasets.Dataset`) as checked Examples."""
+
+    def __init__(self, rows: Sequence[Any], name: str = "row", root: Path | None = None) -> None:
+        self.rows = rows
+        self.name = name
+        self.root = root
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self.rows[index]
+        return row if isinstance(row, Example) else read_row(row, f"{self.name} {index}", self.root)
+
+
+class JsonlRows(Sequence[Mapping[str, Any]]):
+    """The lines of a JSONL file, parsed when asked for; blank lines are no rows. RowError names file and line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.starts: list[tuple[int, int]] = []  # (line number, byte offset)
+        with path.open("rb") as file:
+            offset = 0
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    self.starts.append((number, offset))
+                offset += len(line)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: Any) -> Any:
+        number, offset = self.starts[index]
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            line = file.readline()
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise RowError(f"{self.path.name}, line {number}: {error}") from error
+        if not isinstance(row, dict):
+            raise RowError(f"{self.path.name}, line {number}: {type(row).__name__}, not an object with 'messages'.")
+        return read_row(row, f"{self.path.name}, line {number}", self.path.parent)
+
+
+def load_rows(source: str, split: str = "train") -> Examples:
+    """Return the rows of a .jsonl file, a folder that `datasets` saved or can read, or a data set's name on the hub.
+
+    Image paths are read below the file's (or folder's) own folder only. Raises FileNotFoundError for a path that does
+    not exist and ValueError for a source without rows.
+    """
+    import datasets
+
+    path = Path(source)
+    if path.suffix in (".json", ".jsonl"):
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no file {source}.")
+        examples = Examples(JsonlRows(path))
+    elif (path / "dataset_info.json").is_file():
+        examples = Examples(datasets.load_from_disk(source), f"{path.name} row", path)
+    elif (path / "dataset_dict.json").is_file():
+        examples = Examples(datasets.load_from_disk(source)[split], f"{path.name} {split} row", path)
+    else:
+        root = path if path.is_dir() else None
+        examples = Examples(datasets.load_dataset(source, split=split), f"{source} {split} row", root)
+    if not len(examples):
+        raise ValueError(f"{source} has no rows.")
+    return examples
