@@ -1,0 +1,267 @@
+"""Adapt a model: freeze parts, LoRA on parts, 8-bit or 4-bit for parts, and merge back; each checked, none silent.
+
+Scopes are parts (hfcustom/parts.py), not name patterns: `lora(model)` touches the language model and nothing else, new
+modules are trained and saved with the adapter, and a quantised model is inspected after loading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from hfcustom.parts import PartMap, check_parts, find_parts, unwrap
+
+Bits = Literal["8bit", "4bit"]
+
+
+def freeze(model: nn.Module, parts: str | Iterable[str]) -> None:
+    """Stop training the named parts; ValueError for an unknown part, or when nothing would be left to train."""
+    part_map = find_parts(model)
+    frozen = check_parts(parts, part_map.present())
+    for name, parameter in model.named_parameters():
+        if part_map.part_of(name) in frozen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"Freezing {', '.join(frozen)} leaves nothing to train in {type(unwrap(model)).__name__}.")
+
+
+# ---- LoRA -----------------------------------------------------------------------------------------------------------
+
+
+def lora(
+    model: Any,
+    parts: str | Iterable[str] = "language",
+    *,
+    rank: int = 16,
+    alpha: int | None = None,
+    dropout: float = 0.0,
+    train: str | Iterable[str] = (),
+) -> Any:
+    """Wrap a model with LoRA on every Linear of the named parts; return the peft.PeftModel.
+
+    Modules that the class adds to its stock parent, and the parts named by `train`, are trained in full, saved and loaded
+    with the adapter. alpha is 2 * rank by default. Raises ValueError for an unknown part, a part without a Linear, and a
+    part both adapted and trained in full.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    part_map = find_parts(model)
+    parts = check_parts(parts, part_map.present())
+    full = check_parts(train, part_map.present())
+    if both := set(parts) & set(full):
+        raise ValueError(
+            f"{', '.join(sorted(both))} cannot have LoRA and be trained in full at once; name it in one place."
+        )
+    targets = _linear_names(model, part_map, parts)
+    saved = _modules_to_save(model, part_map, (*full, *(["new"] if "new" in part_map.present() else [])))
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=_pattern(targets),
+        modules_to_save=saved or None,
+    )
+    with _without_peft_warning():
+        wrapped = get_peft_model(model, config)
+    _check_lora(wrapped, targets, saved)
+    return wrapped
+
+
+def _linear_names(model: nn.Module, part_map: PartMap, parts: Iterable[str]) -> list[str]:
+    names = []
+    for part in parts:
+        found = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and _in(name, part_map.paths[part])
+        ]
+        if not found:
+            paths = ", ".join(part_map.paths[part])
+            raise ValueError(
+                f"The part {part!r} ({paths}) has no Linear module for LoRA to adapt; choose another part."
+            )
+        names += found
+    return names
+
+
+def _in(name: str, paths: Iterable[str]) -> bool:
+    return any(name == path or name.startswith(path + ".") for path in paths)
+
+
+def _pattern(names: list[str]) -> str:
+    """Return a regular expression for exactly these modules, layer numbers folded: `...layers\\.\\d+\\.mlp\\.up_proj`."""
+    folded = sorted({re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names})
+    return "|".join(folded)
+
+
+def _modules_to_save(model: nn.Module, part_map: PartMap, parts: Iterable[str]) -> list[str]:
+    modules = dict(model.named_modules())
+    paths = [path for part in parts for path in part_map.paths[part]]
+    for path in paths:
+        if path not in modules:
+            raise ValueError(
+                f"{path!r} is a bare Parameter, which peft cannot save with an adapter; wrap it in a small nn.Module."
+            )
+    return paths
+
+
+def _check_lora(wrapped: Any, targets: list[str], saved: list[str]) -> None:
+    """peft matches by suffix and by pattern; make sure that it took these modules and no other."""
+    core = unwrap(wrapped)
+    adapted = {name.removesuffix(".base_layer") for name, _ in core.named_modules() if name.endswith(".base_layer")}
+    copied = {
+        name.removesuffix(".modules_to_save") for name, _ in core.named_modules() if name.endswith(".modules_to_save")
+    }
+    for what, found, wanted in (("LoRA", adapted, set(targets)), ("full training", copied, set(saved))):
+        if found != wanted:
+            extra, lost = sorted(found - wanted), sorted(wanted - found)
+            raise RuntimeError(f"peft applied {what} to other modules than asked: too many {extra}, missing {lost}.")
+
+
+def merge_adapter(adapter: str | Path, base: str | Path | None = None, **options: Any) -> Any:
+    """Load a base in full precision, attach a saved adapter, merge it in, and return the plain model.
+
+    `base` is the folder or hub id of unquantised weights, by default the one the adapter was trained on; `options` go to
+    `from_pretrained`. Raises ValueError when the base's weights are stored quantised: merging into those would round the
+    adapter away.
+    """
+    from peft import PeftConfig, PeftModel
+
+    base = base or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    config = AutoConfig.from_pretrained(base)
+    if getattr(config, "quantization_config", None) is not None or "quantization_config" in options:
+        raise ValueError(
+            f"The base {base} is quantised; an adapter is merged into full-precision weights. Pass base=..."
+        )
+    model = AutoModelForImageTextToText.from_pretrained(base, config=config, **options)
+    with _without_peft_warning():
+        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+
+
+@contextlib.contextmanager
+def _without_peft_warning() -> Iterator[None]:
+    """peft 0.21 reads a property that transformers 5.23 has renamed, and warns about it to no one's use."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield
+
+
+# ---- 8-bit and 4-bit ------------------------------------------------------------------------------------------------
+
+QUANTIZED = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}
+
+
+def quantization_config(
+    source: str | Path, bits: Bits = "8bit", *, model_class: Any = None, parts: str | Iterable[str] = "language"
+) -> BitsAndBytesConfig:
+    """Return the bitsandbytes config that quantises the Linears of the named parts and keeps every other part out.
+
+    `source` is a folder or hub id, of which only the config is read; `model_class` is needed when its model_type belongs
+    to another class than the one that will load it. 4-bit is nf4 with double quantisation, computing in bfloat16.
+    """
+    _say_once("bitsandbytes.autograd._functions")  # it warns of the same cast for every matrix
+    if bits not in QUANTIZED:
+        raise ValueError(f"bits={bits!r}; choose {' or '.join(QUANTIZED)}.")
+    config = (model_class.config_class if model_class else AutoConfig).from_pretrained(source)
+    model_class = model_class or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    with torch.device("meta"):
+        skeleton = model_class(config)
+    part_map = find_parts(skeleton)
+    chosen = check_parts(parts, part_map.present())
+    linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+    kept = [path for part in part_map.present() if part not in chosen for path in part_map.paths[part]]
+    kept = [path for path in kept if any(_in(name, [path]) for name in linears)]
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=kept,
+    )
+
+
+def _say_once(logger_name: str) -> None:
+    """Let each message of a logger through one time."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in said
+        said.add(message)
+        return new
+
+    logger = logging.getLogger(logger_name)
+    if not logger.filters:
+        logger.addFilter(is_new)
+
+
+@dataclass(frozen=True)
+class LinearRow:
+    """Weight matrices of one kind, layer numbers folded: where, what they really are, how many."""
+
+    part: str
+    name: str
+    kind: str
+    count: int
+
+
+def linear_table(model: nn.Module) -> list[LinearRow]:
+    """List every Linear of a loaded model with its real class, and the 3-D expert weights that no quantiser converts."""
+    core = unwrap(model)
+    counts: dict[tuple[str, str, str], int] = {}
+    part_map = find_parts(core)
+    for name, module in core.named_modules():
+        kinds = {name: type(module).__name__} if isinstance(module, nn.Linear) else {}
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and parameter.shape[0] > 1 and not isinstance(module, nn.Conv1d):
+                dtype = str(parameter.dtype).removeprefix("torch.")
+                kinds[f"{name}.{own}"] = f"3-D Parameter, not a Linear: stays {dtype}"
+        for path, kind in kinds.items():
+            key = (part_map.part_of(path), re.sub(r"(?<=\.)\d+(?=\.)", "*", path.removesuffix(".base_layer")), kind)
+            counts[key] = counts.get(key, 0) + 1
+    return [LinearRow(*key, count) for key, count in counts.items()]
+
+
+def check_quantization(model: Any) -> list[LinearRow]:
+    """Compare what bitsandbytes did with what its config asked for; return the table of every Linear.
+
+    Raises RuntimeError for a skip entry that matched no Linear, a Linear converted against the skip list or left out
+    without being on it, and a model in which nothing was converted.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    core = unwrap(model)
+    config = getattr(core.config, "quantization_config", None)
+    if config is None:
+        raise RuntimeError(f"{type(core).__name__} was not loaded with a quantization_config.")
+    skip = list(config.llm_int8_skip_modules or [])
+    wanted = QUANTIZED["8bit" if config.load_in_8bit else "4bit"]
+    linears = {name: module for name, module in core.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name.removesuffix(".base_layer"): module for name, module in linears.items() if ".lora_" not in name}
+    for entry in skip:
+        if all(should_convert_module(name, [entry]) for name in linears):
+            raise RuntimeError(
+                f"The skip entry {entry!r} matched no Linear (matching starts at the full name, such as "
+                f"{next(iter(linears))!r}); use hfcustom.quantization_config, or the full path of the part."
+            )
+    for name, module in linears.items():
+        kind = type(module).__name__
+        if should_convert_module(name, skip) != (kind == wanted):
+            raise RuntimeError(f"{name} is a {kind}, against the skip list {skip}.")
+    if not any(type(module).__name__ == wanted for module in linears.values()):
+        raise RuntimeError(f"Nothing was converted to {wanted}: every Linear is on the skip list {skip}.")
+    return linear_table(core)

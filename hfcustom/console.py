@@ -1,0 +1,203 @@
+"""What a run prints: one screen of facts at the start, a progress bar or lines, metrics to file and trackers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hfcustom.losses import WeightedLoss
+from hfcustom.parts import part_table, unwrap
+from hfcustom.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from hfcustom.train import StepReport
+
+out = Console(highlight=False, soft_wrap=True)
+if not out.is_terminal:
+    out.width = 140  # a log file has no width of its own; rich would assume 80 and cut module paths
+
+
+class TrainLog:
+    """Collect step reports; every `log_steps` print them, append them to metrics.jsonl and send them to trackers."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        losses: Sequence[WeightedLoss],
+        start: int,
+        max_steps: int,
+        history: Iterable[Mapping[str, float]] = (),
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.weights = {item.loss.name: item.weight for item in losses}
+        self.start = start
+        self.max_steps = max_steps
+        self.history = [dict(entry) for entry in history]
+        self.window: list[StepReport] = []
+        self.window_began = time.perf_counter()
+        self.bar = _progress_bar(enabled=accelerator.is_main_process and out.is_terminal)
+
+    def __enter__(self) -> TrainLog:
+        if self.config.trackers:
+            self.accelerator.init_trackers("hfcustom", _trackable(self.config))
+        if self.accelerator.is_main_process:
+            path = Path(self.config.output_dir) / "metrics.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(entry) + "\n" for entry in self.history))
+            self.file = path.open("a")
+        self.bar.start()
+        self.task = self.bar.add_task("training", total=self.max_steps, completed=self.start, facts="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+        if self.accelerator.is_main_process:
+            self.file.close()
+        if self.config.trackers:
+            self.accelerator.end_training()
+
+    def step(self, step: int, report: StepReport, optimizer: torch.optim.Optimizer) -> None:
+        """Take one step's report."""
+        self.window.append(report)
+        self.bar.update(self.task, completed=step)
+        if step % self.config.log_steps == 0 or step == self.max_steps:
+            self.metrics(step, self._close_window(optimizer), progress=True)
+
+    def metrics(self, step: int, values: Mapping[str, float], progress: bool = False) -> None:
+        """Record named numbers of a step; `progress` keeps them in the bar where there is one."""
+        entry = {"step": step, **values}
+        self.history.append(entry)
+        self.accelerator.log(dict(values), step=step)
+        if not self.accelerator.is_main_process:
+            return
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+        facts = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
+        if progress and out.is_terminal:
+            self.bar.update(self.task, facts=facts)
+        else:
+            out.print(f"step {step}/{self.max_steps}  {facts}")
+
+    def _close_window(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        names = list(self.weights)
+        sums = [sum(float(report.losses[name]) for report in self.window) for name in names]
+        work = [sum(report.tokens for report in self.window), sum(report.images for report in self.window)]
+        local = torch.tensor([*sums, *work], dtype=torch.float64, device=self.accelerator.device)
+        *sums, tokens, images = self.accelerator.reduce(local, "sum").tolist()
+        seconds, steps = time.perf_counter() - self.window_began, len(self.window)
+        values = dict(zip(names, (total / steps for total in sums), strict=True))
+        total = sum(self.weights[name] * value for name, value in values.items())
+        entry = {"loss": total} | (values if len(values) > 1 else {})
+        rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
+        same = len(set(rates.values())) == 1
+        entry |= {"lr": next(iter(rates.values()))} if same else {f"lr_{part}": rate for part, rate in rates.items()}
+        entry |= {"grad_norm": float(self.window[-1].grad_norm)}
+        entry |= {"tokens_per_s": tokens / seconds, "images_per_s": images / seconds}
+        self.window, self.window_began = [], time.perf_counter()
+        return entry
+
+
+class Stages:
+    """Name and time the stages of a recipe: `with stages("train"): ...`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Print the stage's name now and keep its time."""
+        out.print(f"\n== {name}")
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - began
+
+    def rows(self) -> list[tuple[str, float]]:
+        """Return (stage, seconds) and the total."""
+        return [*self.seconds.items(), ("total", sum(self.seconds.values()))]
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a plain table; numbers are aligned right, floats shown with 4 digits."""
+    table = Table(box=None, pad_edge=False)
+    rows = [list(row) for row in rows]
+    for at, name in enumerate(columns):
+        table.add_column(
+            name, overflow="fold", justify="right" if all(isinstance(row[at], int | float) for row in rows) else "left"
+        )
+    for row in rows:
+        table.add_row(*(_short(value) if isinstance(value, float) else str(value) for value in row))
+    out.print(table)
+
+
+def _progress_bar(enabled: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[facts]}"),
+        console=out,
+        disable=not enabled,
+    )
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
+def _trackable(config: TrainConfig) -> dict[str, Any]:
+    return {key: value if isinstance(value, int | float | str) else str(value) for key, value in vars(config).items()}
+
+
+# ---- start-up facts -------------------------------------------------------------------------------------------------
+
+
+def show_parts(model: Any, title: str = "") -> None:
+    """Print the part table: modules, parameters, trainable, memory, dtype."""
+    table = Table(title=title or type(unwrap(model)).__name__, title_justify="left", box=None, pad_edge=False)
+    for name in ("part", "modules"):
+        table.add_column(name, overflow="fold")
+    for name in ("parameters", "trainable", "MiB"):
+        table.add_column(name, justify="right")
+    table.add_column("dtype")
+    rows = part_table(model)
+    for row in rows:
+        trainable = f"{row.trainable:,}" if row.trainable else "frozen"
+        table.add_row(row.part, row.modules, f"{row.parameters:,}", trainable, f"{row.bytes / 2**20:.2f}", row.dtypes)
+    totals = (f"{sum(row.parameters for row in rows):,}", f"{sum(row.trainable for row in rows):,}")
+    table.add_row("total", "", *totals, f"{sum(row.bytes for row in rows) / 2**20:.2f}", "")
+    out.print(table)
+
+
+def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> None:
+    """Print what a person wants to know before a run: parts, seams in effect, image tokens, where values came from."""
+    from hfcustom.data.collate import Collator
+
+    show_parts(model)
+    core = unwrap(model)
+    batch = Collator(processor)([row])
+    image_tokens = int((batch["input_ids"] == core.config.image_token_id).sum())
+    supervised = int((batch["labels"] != -100).sum())
+    out.print(f"seams in effect: {', '.join(core.overridden_seams()) or 'none (stock)'}")
+    out.print(
+        f"first row: {batch['input_ids'].shape[1]} tokens, {batch.images} images as {image_tokens} of them, "
+        f"{supervised} supervised"
+    )
+    for name, source in getattr(config, "sources", {}).items():
+        out.print(f"  {name} = {getattr(config, name)!r}  ({source})")

@@ -1,0 +1,74 @@
+"""Evaluation by generation: what the model says on held-out rows, and how much of it is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from hfcustom.console import out
+from hfcustom.data.collate import process
+from hfcustom.data.messages import Example, split_answer
+from hfcustom.data.sources import Examples
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One held-out row: what was asked, what the model said, what was right."""
+
+    example: Example
+    question: str
+    answer: str
+    truth: str
+
+
+def generate_answers(
+    model: Any, processor: Any, rows: Sequence[Any], *, batch_size: int = 32, max_new_tokens: int = 32, title: str = ""
+) -> list[Answer]:
+    """Let the model answer the last turn of each row, greedily; RowError for a row that ends with no assistant turn."""
+    examples = Examples(rows)
+    was_training = model.training
+    model.eval()
+    answers: list[Answer] = []
+    starts = range(0, len(examples), batch_size)
+    for start in track(starts, title or "answering", console=out, transient=True, disable=not out.is_terminal):
+        chunk = [examples[at] for at in range(start, min(start + batch_size, len(examples)))]
+        answers += _answer_batch(model, processor, chunk, max_new_tokens)
+    model.train(was_training)
+    return answers
+
+
+@torch.inference_mode()
+def _answer_batch(model: Any, processor: Any, examples: list[Example], max_new_tokens: int) -> list[Answer]:
+    prompts, truths = zip(*(split_answer(example) for example in examples), strict=True)
+    texts = [processor.apply_chat_template(prompt, add_generation_prompt=True) for prompt in prompts]
+    batch = process(processor, texts, examples, padding_side="left")
+    batch = {name: value.to(model.device) for name, value in batch.items()}
+    generated = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)  # (B, T + new)
+    said = processor.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    questions = [_words(prompt) for prompt in prompts]
+    rows = zip(examples, questions, said, truths, strict=True)
+    return [Answer(example, question, text.strip(), truth) for example, question, text, truth in rows]
+
+
+def _words(messages: list[dict[str, Any]]) -> str:
+    blocks = (block for message in messages for block in message["content"])
+    return "".join(block["text"] if block["type"] == "text" else "[image] " for block in blocks).strip()
+
+
+def exact_match(answers: Sequence[Answer]) -> float:
+    """Return the share of rows whose whole answer is right."""
+    return sum(item.answer == item.truth for item in answers) / max(len(answers), 1)
+
+
+def character_accuracy(answers: Sequence[Answer]) -> float:
+    """Return the share of the truth's characters, blanks aside, that the answer has at the same place."""
+    right = total = 0
+    for item in answers:
+        truth, said = item.truth.replace(" ", ""), item.answer.replace(" ", "")
+        total += len(truth)
+        right += sum(a == b for a, b in zip(truth, said, strict=False))
+    return right / max(total, 1)

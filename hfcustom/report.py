@@ -1,0 +1,131 @@
+"""One HTML page about a run: loss curves by term, answers beside pictures, the part table. No script, no network.
+
+Every string of a data set or a model is escaped; pictures are embedded, so that the page can be mailed as one file.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from hfcustom.evaluate import Answer
+from hfcustom.parts import PartRow
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c; }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse; margin: .6rem 0 } td, th { padding: .25rem .8rem; text-align: left; vertical-align: top }
+th { border-bottom: 1px solid #888 } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 12px }
+.card { border: 1px solid #ddd; border-radius: 6px; padding: 8px } .card img { image-rendering: pixelated; height: 96px; margin-right: 6px }
+.right { color: #11702b } .wrong { color: #b3261e } .quiet { color: #666 } code { background: #f4f4f4; padding: 0 .2em }
+"""
+
+
+class Report:
+    """Sections of a page, added in reading order and written at once."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.sections: list[str] = []
+
+    def text(self, text: str) -> None:
+        """Add a paragraph."""
+        self.sections.append(f"<p>{html.escape(text)}</p>")
+
+    def heading(self, text: str) -> None:
+        """Add a heading."""
+        self.sections.append(f"<h2>{html.escape(text)}</h2>")
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Add a table; numbers are aligned right."""
+        body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+        self.sections.append(f"<table><tr>{head}</tr>{body}</table>")
+
+    def parts(self, rows: Sequence[PartRow]) -> None:
+        """Add a part table."""
+        columns = ("part", "modules", "parameters", "trained", "frozen", "bytes", "dtype")
+        lines = [
+            (
+                row.part,
+                row.modules,
+                row.parameters,
+                row.trainable,
+                row.parameters - row.trainable,
+                row.bytes,
+                row.dtypes,
+            )
+            for row in rows
+        ]
+        self.table(columns, lines)
+
+    def curves(self, histories: Mapping[str, Sequence[Mapping[str, float]]], names: Sequence[str]) -> None:
+        """Add one plot a name, with a line for each history that holds it."""
+        self.sections.append(f'<img alt="curves of {html.escape(", ".join(names))}" src="{_plot(histories, names)}">')
+
+    def answers(self, answers: Sequence[Answer]) -> None:
+        """Add a card a row: its pictures, question, answer and truth."""
+        self.sections.append('<div class="cards">' + "".join(_card(answer) for answer in answers) + "</div>")
+
+    def write(self, path: Path) -> None:
+        """Write the page, whole or not at all."""
+        body = "\n".join(self.sections)
+        policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+        page = (
+            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}</style></head>'
+            f"<body><h1>{html.escape(self.title)}</h1>\n{body}\n</body></html>\n"
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, path)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, int | float):
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+        return f'<td class="number">{shown}</td>'
+    return f"<td>{html.escape(str(value))}</td>"
+
+
+def _card(answer: Answer) -> str:
+    pictures = "".join(f'<img alt="input image" src="{_png(image)}">' for image in answer.example.images)
+    verdict = "right" if answer.answer == answer.truth else "wrong"
+    return (
+        f'<div class="card">{pictures}<div class="quiet">{html.escape(answer.question)}</div>'
+        f'<div class="{verdict}">{html.escape(answer.answer) or "(nothing)"}</div>'
+        f'<div class="quiet">truth: {html.escape(answer.truth)}</div></div>'
+    )
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _plot(histories: Mapping[str, Sequence[Mapping[str, float]]], names: Sequence[str]) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(names), 3.0), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for label, history in histories.items():
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label)
+        axes.set_title(name)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

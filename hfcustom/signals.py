@@ -1,0 +1,43 @@
+"""Ask a run to stop at the end of its step: SIGTERM, Ctrl-C and SIGUSR1 set a flag instead of killing it."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+EXIT_PREEMPTED = 7  # saved and stopped by a signal: start again with --resume
+
+
+class StopRequest:
+    """While entered, the first signal is a request and a second one interrupts at once."""
+
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in self.signals:
+            self._old[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.name is not None:
+            raise KeyboardInterrupt(f"second {signal.Signals(number).name}")
+        self.name = signal.Signals(number).name
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Return whether any rank was asked to stop; every rank gets the same answer."""
+        asked = self.name is not None
+        if accelerator.num_processes == 1:
+            return asked
+        return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum") > 0)

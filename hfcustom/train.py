@@ -1,0 +1,245 @@
+"""fit(): the training loop, an Accelerate loop to read and to change.
+
+rows -> batches (hfcustom/data/) -> train_step -> log (hfcustom/console.py), checkpoints (hfcustom/checkpoint.py).
+One optimiser step sees `batch_size` rows, whatever the number of processes and micro-batches they are cut into, and each
+loss is divided by its count over all of them, so that the cut changes neither loss nor gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import send_to_device, set_seed
+from torch import nn
+
+from hfcustom import checkpoint
+from hfcustom.console import TrainLog
+from hfcustom.data.collate import Batch, Collator
+from hfcustom.data.order import step_loader
+from hfcustom.data.sources import Examples
+from hfcustom.parts import find_parts, unwrap
+from hfcustom.signals import StopRequest
+from hfcustom.train_config import TrainConfig
+
+Evaluate = Callable[[Any, int], Mapping[str, float]]
+
+
+@dataclass
+class TrainResult:
+    """What a run left behind; `history` has one mapping a log line."""
+
+    step: int
+    interrupted: bool
+    history: list[dict[str, float]]
+    model_dir: Path
+
+
+@dataclass
+class StepReport:
+    """This rank's share of one step: each loss's sum / (count over the whole step), tokens and images processed."""
+
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: int = 0
+    images: int = 0
+    grad_norm: torch.Tensor | float = 0.0
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient is NaN or infinite; the weights are those of the step before."""
+
+
+def fit(
+    model: nn.Module,
+    processor: Any,
+    rows: Sequence[Any],
+    config: TrainConfig,
+    *,
+    evaluate: Evaluate | None = None,
+) -> TrainResult:
+    """Train a custom model, bare or wrapped by peft, on rows of messages and images (hfcustom/data/messages.py).
+
+    `evaluate(model, step)` returns named numbers for the log every `eval_steps`. Raises ValueError for a batch size that
+    the processes cannot share and for a model of which nothing is trainable, RowError for a row that cannot be used.
+    """
+    accelerator = make_accelerator(config)
+    micro_batch_size, accumulation = split_batch(config, accelerator.num_processes)
+    max_steps = config.max_steps or math.ceil(config.epochs * len(rows) / config.batch_size)
+    weighted = unwrap(model).losses()  # an unknown loss is an error now, not after the first batch
+    set_seed(config.seed, device_specific=True)
+    set_precision(model, config)
+    if config.gradient_checkpointing:
+        checkpoint_activations(unwrap(model))
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
+    state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor)
+    start = state.resume() if config.resume else state.begin()
+    batches = iter(
+        step_loader(
+            Examples(rows),
+            Collator(processor, config.max_length),
+            steps=range(start, max_steps),
+            micro_batch_size=micro_batch_size,
+            accumulation=accumulation,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            seed=config.seed,
+            num_workers=config.num_workers,
+        )
+    )
+    state.restore_rng()  # after the iterator exists: making one draws random numbers
+    model.train()
+    step, stopped = start, False
+    with StopRequest() as stop, TrainLog(config, accelerator, weighted, start, max_steps, state.history) as log:
+        while step < max_steps and not stopped:
+            set_lr(optimizer, step, max_steps, config)
+            report = train_step(model, [next(batches) for _ in range(accumulation)], optimizer, accelerator, config)
+            step += 1
+            log.step(step, report, optimizer)
+            if evaluate is not None and _due(step, config.eval_steps):
+                log.metrics(step, run_evaluation(model, evaluate, step))
+            stopped = stop.agreed(accelerator)
+            if _due(step, config.save_steps) or stopped or step == max_steps:
+                state.save(step, log.history)
+    finished = step == max_steps
+    return TrainResult(step, not finished, log.history, state.publish() if finished else state.model_dir())
+
+
+def train_step(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    config: TrainConfig,
+) -> StepReport:
+    """Run one optimiser step over micro-batches: count, forward and backward each, clip, update."""
+    report = StepReport()
+    divisors = step_divisors(model, batches, accelerator)
+    for micro, batch in enumerate(batches):
+        report.tokens += int(batch["attention_mask"].sum())
+        report.images += batch.images if isinstance(batch, Batch) else 0
+        batch = send_to_device(dict(batch), accelerator.device)
+        last = micro == len(batches) - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            loss = model(**batch, loss_divisors=divisors).loss
+            accelerator.backward(
+                loss * accelerator.num_processes
+            )  # DDP averages gradients; the divisors count all ranks
+        for name, value in unwrap(model).loss_values.items():
+            report.losses[name] = report.losses.get(name, 0.0) + value.sum / divisors[name]
+    report.grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+    if not math.isfinite(report.grad_norm):
+        losses = {name: float(value) for name, value in report.losses.items()}
+        raise NonFiniteError(f"The gradient is {float(report.grad_norm)} (losses {losses}); the step was not applied.")
+    optimizer.step()
+    optimizer.zero_grad()
+    return report
+
+
+def step_divisors(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], accelerator: Accelerator
+) -> dict[str, torch.Tensor]:
+    """Return each loss's count over the micro-batches of all ranks, at least 1, so that nothing counted adds nothing."""
+    counts = unwrap(model).loss_counts(batches)
+    local = torch.tensor(list(counts.values()), dtype=torch.float64, device=accelerator.device)
+    total = accelerator.reduce(local, "sum").clamp(min=1).float()
+    return dict(zip(counts, total, strict=True))
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Return the Accelerator of a run: its precision, its trackers, and DDP that lets a batch of text skip the tower."""
+    return Accelerator(
+        mixed_precision="bf16" if config.precision == "bf16" else "no",
+        log_with=config.trackers or None,
+        project_dir=config.output_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def set_precision(model: nn.Module, config: TrainConfig) -> None:
+    """Keep trained weights in float32 under bf16 autocast, where a bfloat16 weight would lose small updates.
+
+    Raises ValueError when 16-bit weights are to be used without autocast.
+    """
+    low = [name for name, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    if low and config.precision == "fp32":
+        raise ValueError(
+            f"{len(low)} parameters are 16-bit ({low[0]} first) but precision is fp32: train with precision='bf16', or "
+            "load the model with dtype='float32'."
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name in set(low):
+            parameter.data = parameter.data.float()
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute layers in the backward pass; transformers 5.23 renamed the method."""
+    renamed = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def split_batch(config: TrainConfig, num_processes: int) -> tuple[int, int]:
+    """Return (rows of a micro-batch, micro-batches of a step); ValueError when batch_size cannot be cut so."""
+    per_rank, rest = divmod(config.batch_size, num_processes)
+    micro = config.micro_batch_size or per_rank
+    if rest or per_rank == 0 or per_rank % micro:
+        fitting = f"{micro * num_processes} times a whole number"
+        raise ValueError(
+            f"batch_size={config.batch_size} rows cannot be shared by {num_processes} processes in micro-batches of "
+            f"{micro}; choose {fitting}."
+        )
+    return micro, per_rank // micro
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW over the trainable parameters, grouped by part (learning rate) and kind (weight decay)."""
+    parts = find_parts(model)
+    rates = {"vision": config.vision_lr, "connector": config.connector_lr, "new": config.connector_lr}
+    groups: dict[tuple[str, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = parts.part_of(name)
+        decay = config.weight_decay if parameter.ndim >= 2 and "embed" not in name else 0.0
+        group = groups.setdefault((part, decay), {"params": [], "weight_decay": decay, "part": part})
+        group["peak_lr"] = group["lr"] = rates.get(part) or config.lr
+        group["params"].append(parameter)
+    if not groups:
+        raise ValueError("No parameter is trainable: unfreeze a part or attach LoRA.")
+    for rate, flag in ((config.vision_lr, "vision"), (config.connector_lr, "connector")):
+        if rate is not None and not any(part == flag or (flag, part) == ("connector", "new") for part, _ in groups):
+            raise ValueError(f"{flag}_lr={rate} has no effect: no parameter of the {flag} is trainable.")
+    return torch.optim.AdamW(list(groups.values()), betas=(0.9, config.beta2), fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, step: int, max_steps: int, config: TrainConfig) -> None:
+    """Set every group's learning rate for a step: linear warm-up, then the schedule down to min_lr_ratio."""
+    if step < config.warmup_steps:
+        factor = (step + 1) / config.warmup_steps
+    elif config.schedule == "constant":
+        factor = 1.0
+    else:
+        done = (step - config.warmup_steps) / max(max_steps - config.warmup_steps, 1)
+        shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+        factor = config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def run_evaluation(model: nn.Module, evaluate: Evaluate, step: int) -> dict[str, float]:
+    """Evaluate without gradients and without moving training's random state."""
+    model.eval()
+    with torch.no_grad(), torch.random.fork_rng():
+        metrics = dict(evaluate(unwrap(model), step))
+    model.train()
+    return metrics
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,68 @@
+"""TrainConfig: the options of hfcustom.train.fit, whose defaults are a recipe; a recipe's own config adds fields to it.
+
+Nothing heavy is imported here, so that `--help` and a mistyped flag answer at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Options of one training run; each comment is the flag's help."""
+
+    output_dir: Annotated[str, "folder for checkpoints, metrics and the final model"] = "outputs/run"
+    max_steps: Annotated[int | None, "optimiser steps; by default what `epochs` asks for"] = None
+    epochs: Annotated[float, "passes over the training rows when max_steps is not given"] = 1.0
+    batch_size: Annotated[int, "rows of one optimiser step, over all processes"] = 32
+    micro_batch_size: Annotated[int | None, "rows of one forward on one device; by default batch_size / processes"] = (
+        None
+    )
+    lr: Annotated[float, "peak learning rate"] = 2e-4
+    connector_lr: Annotated[float | None, "peak learning rate of the connector and of new modules"] = None
+    vision_lr: Annotated[float | None, "peak learning rate of the vision tower"] = None
+    weight_decay: Annotated[float, "AdamW weight decay of matrices; biases, norms and embeddings have none"] = 0.01
+    beta2: Annotated[float, "AdamW second-moment decay"] = 0.95
+    warmup_steps: Annotated[int, "steps of linear warm-up"] = 20
+    schedule: Annotated[Literal["cosine", "linear", "constant"], "learning rate after the warm-up"] = "cosine"
+    min_lr_ratio: Annotated[float, "final learning rate as a share of the peak (cosine and linear)"] = 0.1
+    max_grad_norm: Annotated[float, "clip the gradient's global norm; 0 turns clipping off"] = 1.0
+    precision: Annotated[Literal["fp32", "bf16"], "bf16 computes under autocast, weights stay as they are"] = "fp32"
+    gradient_checkpointing: Annotated[bool, "recompute layers in the backward pass to save memory"] = False
+    max_length: Annotated[int | None, "longest row in tokens; a longer one is an error that names it"] = None
+    seed: Annotated[int, "seed of initialisation, row order and dropout"] = 0
+    num_workers: Annotated[int, "data-loading processes"] = 0
+    log_steps: Annotated[int, "steps between log lines"] = 10
+    eval_steps: Annotated[
+        int | None, "steps between evaluations; none by default, the recipe evaluates at the end"
+    ] = None
+    save_steps: Annotated[int | None, "steps between checkpoints; by default only at the end"] = None
+    keep_checkpoints: Annotated[int, "newest checkpoints to keep"] = 2
+    resume: Annotated[bool, "continue from the newest checkpoint in output_dir"] = False
+    overwrite: Annotated[bool, "start afresh, deleting the checkpoints that output_dir already holds"] = False
+    trackers: Annotated[list[str], "tensorboard, wandb, trackio or any other tracker of Accelerate"] = field(
+        default_factory=list
+    )
+
+    def problems(self) -> list[str]:
+        """Return what is out of range, in words; empty when the config is usable."""
+        rules = [
+            (self.max_steps is None or self.max_steps > 0, f"max_steps={self.max_steps} must be positive"),
+            (self.epochs > 0, f"epochs={self.epochs} must be positive"),
+            (self.batch_size > 0, f"batch_size={self.batch_size} must be positive"),
+            (self.lr > 0, f"lr={self.lr} must be positive"),
+            (self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative"),
+            (0 <= self.beta2 < 1, f"beta2={self.beta2} must be in [0, 1)"),
+            (self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must not be negative"),
+            (0 <= self.min_lr_ratio <= 1, f"min_lr_ratio={self.min_lr_ratio} must be in [0, 1]"),
+            (self.max_grad_norm >= 0, f"max_grad_norm={self.max_grad_norm} must not be negative"),
+            (self.num_workers >= 0, f"num_workers={self.num_workers} must not be negative"),
+            (self.log_steps > 0, f"log_steps={self.log_steps} must be positive"),
+            (self.keep_checkpoints > 0, f"keep_checkpoints={self.keep_checkpoints} must be positive"),
+        ]
+        for name in ("micro_batch_size", "eval_steps", "save_steps", "max_length", "connector_lr", "vision_lr"):
+            value = getattr(self, name)
+            rules.append((value is None or value > 0, f"{name}={value} must be positive"))
+        return [message for holds, message in rules if not holds]
