@@ -1,0 +1,148 @@
+"""Fine-tune a checkpoint of any family on your own rows, in full or with LoRA, on 8 or 4 bits.
+
+    accelerate launch recipes/finetune.py --model OpenGVLab/InternVL3-1B-hf --data rows.jsonl --lora
+    accelerate launch recipes/finetune.py --config run.yaml --lr 1e-4 --load-in 8bit --lora
+    accelerate launch recipes/finetune.py --model ... --data ... --custom my_file.py:MyModel --freeze vision
+
+A row is {"messages": [...], "images": [...]} (JSONL, a folder of `datasets`, or a data set's name on the hub). Takes as
+long as the model is large: LoRA on 1 B parameters fits one 16 GiB GPU. Writes checkpoints, metrics.jsonl and the model
+to --output-dir, and with --merge a full-precision model without adapter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from hfcustom.options import parse
+from hfcustom.train_config import TrainConfig
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """TrainConfig, and what to train on what."""
+
+    model: Annotated[str, "folder or hub id of the checkpoint"] = ""
+    data: Annotated[str, "training rows: a .jsonl file, a folder of `datasets`, or a name on the hub"] = ""
+    split: Annotated[str, "split of the training rows"] = "train"
+    eval_data: Annotated[str | None, "held-out rows, answered by generation every eval_steps and at the end"] = None
+    eval_split: Annotated[str, "split of the held-out rows"] = "test"
+    eval_rows: Annotated[int, "held-out rows to answer"] = 200
+    max_new_tokens: Annotated[int, "longest answer in tokens"] = 64
+    custom: Annotated[str | None, "your own class, my_file.py:MyModel; by default the family's"] = None
+    connector: Annotated[str | dict[str, Any] | None, "token-reduction module, a name or a JSON mapping"] = None
+    loss: Annotated[str | dict[str, Any] | None, "a name, my_file.py:my_loss, or a JSON mapping of weights"] = None
+    freeze: Annotated[list[str], "parts to keep as they are: vision, connector, language, head"] = field(
+        default_factory=list
+    )
+    lora: Annotated[bool, "train LoRA matrices instead of the parts in lora_parts"] = False
+    lora_parts: Annotated[list[str], "parts that get LoRA"] = field(default_factory=lambda: ["language"])
+    lora_rank: Annotated[int, "rank of the LoRA matrices"] = 16
+    lora_dropout: Annotated[float, "dropout before the LoRA matrices"] = 0.0
+    train_full: Annotated[list[str], "parts trained in full beside LoRA, such as connector"] = field(
+        default_factory=list
+    )
+    load_in: Annotated[Literal["8bit", "4bit"] | None, "quantise the language model; needs lora"] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"] | None, "weights; by default float32, or as stored with lora"
+    ] = None
+    merge: Annotated[bool, "after LoRA, also write the adapter merged into full-precision weights"] = False
+
+    def problems(self) -> list[str]:
+        """Return what is missing, contradictory or out of range."""
+        rules = [
+            (bool(self.model), "model is missing: --model folder-or-hub-id"),
+            (bool(self.data), "data is missing: --data rows.jsonl"),
+            (
+                self.lora or not self.load_in,
+                f"load_in={self.load_in} needs --lora: quantised weights cannot be trained",
+            ),
+            (self.lora or not self.merge, "merge has no effect without --lora"),
+            (
+                self.lora or not self.train_full,
+                "train_full has no effect without --lora; everything not frozen is trained",
+            ),
+            (not (self.lora and self.freeze), "freeze has no effect with --lora, which freezes all it does not name"),
+            (self.eval_data is not None or self.eval_steps is None, "eval_steps has no effect without --eval-data"),
+            (self.lora_rank > 0, f"lora_rank={self.lora_rank} must be positive"),
+        ]
+        return super().problems() + [message for holds, message in rules if not holds]
+
+
+if __name__ == "__main__":
+    CONFIG = parse(FinetuneConfig, __doc__)  # answers --help and a mistyped flag before torch is imported
+
+from pathlib import Path
+
+from accelerate import PartialState
+
+import hfcustom
+from hfcustom import console
+from hfcustom.families import class_of
+from hfcustom.naming import load_object
+from hfcustom.signals import EXIT_PREEMPTED
+
+
+def load_model(config: FinetuneConfig) -> tuple[Any, Any]:
+    """Return the model, quantised where asked, and its processor."""
+    model_class = load_object(config.custom, "custom model") if config.custom else class_of(config.model)
+    options: dict[str, Any] = {"dtype": config.dtype or ("auto" if config.lora else "float32")}
+    options |= {name: value for name in ("connector", "loss") if (value := getattr(config, name)) is not None}
+    if config.load_in:
+        options["quantization_config"] = hfcustom.quantization_config(
+            config.model, config.load_in, model_class=model_class
+        )
+        device = PartialState().device
+        options |= {} if device.type == "cpu" else {"device_map": {"": device}}
+    model = model_class.from_pretrained(config.model, **options)
+    if config.load_in:
+        rows = [(row.part, row.name, row.kind, row.count) for row in hfcustom.check_quantization(model)]
+        console.show_table(("part", "weight matrix", "class after loading", "layers"), rows)
+    processor = model_class.processor_class.from_pretrained(config.model)
+    return model, model.match_processor(processor)
+
+
+def choose_what_trains(model: Any, config: FinetuneConfig) -> Any:
+    """Freeze parts, or wrap the model with LoRA."""
+    if config.lora:
+        return hfcustom.lora(
+            model, config.lora_parts, rank=config.lora_rank, dropout=config.lora_dropout, train=config.train_full
+        )
+    if config.freeze:
+        hfcustom.freeze(model, config.freeze)
+    return model
+
+
+def main(config: FinetuneConfig) -> None:
+    rows = hfcustom.load_rows(config.data, config.split)
+    held_out = None
+    if config.eval_data:
+        held_out = hfcustom.load_rows(config.eval_data, config.eval_split)
+        held_out = [held_out[at] for at in range(min(config.eval_rows, len(held_out)))]
+    model, processor = load_model(config)
+    model = choose_what_trains(model, config)
+    if PartialState().is_main_process:
+        console.show_start(model, processor, rows[0], config)
+
+    def evaluate(model: Any, step: int) -> dict[str, float]:
+        answers = hfcustom.generate_answers(model, processor, held_out, max_new_tokens=config.max_new_tokens)
+        return {"exact_match": hfcustom.exact_match(answers)}
+
+    result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if held_out else None)
+    if result.interrupted:
+        console.out.print(f"Stopped after step {result.step}; continue with --resume.")
+        raise SystemExit(EXIT_PREEMPTED)
+    if held_out:
+        console.show_table(
+            ("held-out rows", "exact match"), [(len(held_out), evaluate(model, result.step)["exact_match"])]
+        )
+    console.out.print(f"The model is in {result.model_dir}.")
+    if config.merge and PartialState().is_main_process:
+        folder = Path(config.output_dir) / "merged"
+        hfcustom.merge_adapter(result.model_dir, config.model).save_pretrained(folder)
+        processor.save_pretrained(folder)
+        console.out.print(f"The adapter merged into full-precision weights is in {folder}.")
+
+
+if __name__ == "__main__":
+    main(CONFIG)
