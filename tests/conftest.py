@@ -1,0 +1,152 @@
+"""What every test shares: no network, the families by enumeration, small models, rows and pictures made on the spot."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+TORCHVISION = os.environ.get("HFCUSTOM_TORCHVISION")  # a folder with torchvision, for tests/test_torchvision.py
+if TORCHVISION:
+    import torch
+
+    sys.path.append(TORCHVISION)
+    OPERATORS = torch.library.Library(
+        "torchvision", "DEF"
+    )  # a CPU torch lacks the two that torchvision's import wants
+    for operator in ("nms", "qnms"):
+        OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hfcustom.data.collate import Collator
+from hfcustom.families import family_names, load_family
+from hfcustom.registry import REGISTERED
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "recipes"
+sys.path.append(str(RECIPES))  # recipes import each other by name, as they do when run
+torch.set_num_threads(2)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family under test: its module, its classes, and tiny instances of them."""
+
+    name: str
+    module: ModuleType
+
+    @cached_property
+    def model_class(self) -> Any:
+        return REGISTERED[f"custom_{self.name}"]
+
+    @cached_property
+    def stock_class(self) -> Any:
+        return self.model_class.stock_class()
+
+    @cached_property
+    def processor(self) -> Any:
+        return self.module.tiny_processor()
+
+    def model(self, model_class: Any = None, seed: int = 0, **config: Any) -> Any:
+        """Return a tiny model in eval mode, the same weights for the same seed."""
+        tiny = self.module.tiny_config()
+        model_class = model_class or self.model_class
+        if not issubclass(model_class, self.model_class):
+            tiny = stock_config(model_class, tiny)
+        elif type(tiny) is not model_class.config_class:
+            tiny = model_class.config_class(**{k: v for k, v in tiny.to_dict().items() if k != "model_type"})
+        for name, value in config.items():
+            assert hasattr(tiny, name), name
+            setattr(tiny, name, value)
+        torch.manual_seed(seed)
+        return model_class(tiny).eval()
+
+    def batch(self, images: list[int], processor: Any = None) -> dict[str, torch.Tensor]:
+        """Return a training batch with a row for each number of images."""
+        return dict(
+            Collator(processor or self.processor)([chat_row(count, seed) for seed, count in enumerate(images)])
+        )
+
+
+def stock_config(stock_class: Any, config: Any) -> Any:
+    """Return the stock parent's config with the values of a custom one."""
+    values = {k: v for k, v in config.to_dict().items() if k not in ("connector", "loss", "model_type")}
+    return stock_class.config_class(**values)
+
+
+def assert_same_model(first: Any, second: Any, batch: dict[str, torch.Tensor]) -> None:
+    """Tensors are equal bit for bit; logits to rounding, since where a tensor lies in memory picks the kernel."""
+    mine, theirs = first.state_dict(), second.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert not [name for name in mine if not torch.equal(mine[name], theirs[name])]
+    with torch.no_grad():
+        torch.testing.assert_close(first(**batch).logits, second(**batch).logits, rtol=1e-5, atol=1e-6)
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (50, 30)) -> Image.Image:
+    """Return noise with a bright corner, so that pictures differ in large and in small."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    pixels[: size[1] // 2, : size[0] // 2] //= 1 + seed % 5
+    return Image.fromarray(pixels)
+
+
+def chat_row(num_images: int, seed: int = 0, turns: int = 1) -> dict[str, Any]:
+    """Return a row whose images are interleaved with text, with an answer a turn."""
+    content: list[dict[str, Any]] = []
+    for at in range(num_images):
+        content += [{"type": "text", "text": f"picture {at}: "}, {"type": "image"}]
+    content.append({"type": "text", "text": f"What is number {seed}?"})
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    for turn in range(turns):
+        if turn:
+            messages.append({"role": "user", "content": f"and {turn}?"})
+        messages.append({"role": "assistant", "content": f"It is {seed} of {turn}."})
+    return {"messages": messages, "images": [picture(10 * seed + at) for at in range(num_images)]}
+
+
+@pytest.fixture(scope="session")
+def families() -> dict[str, Family]:
+    return {name: Family(name, load_family(name)) for name in family_names()}
+
+
+@pytest.fixture(params=family_names())
+def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
+    return families[request.param]
+
+
+@pytest.fixture
+def internvl(families: dict[str, Family]) -> Family:
+    return families["internvl"]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any connection to another machine is an error."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: Any) -> Any:
+        host = address[0] if isinstance(address, tuple) else "local"
+        if self.family != socket.AF_UNIX and host not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(autouse=True)
+def same_seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,229 @@
+"""Freezing, LoRA, 8 and 4 bits, merging: what was asked, nothing else, and back again with equal logits."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Family, assert_same_model
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+from hfcustom import adapt
+from hfcustom.parts import find_parts, part_table, unwrap
+
+CONNECTOR = {"name": "perceiver_resampler", "num_queries": 4, "num_heads": 4}
+
+
+def lora_modules(model: nn.Module) -> set[str]:
+    return {name for name, module in unwrap(model).named_modules() if name.endswith(".lora_A")}
+
+
+def train_a_little(model: nn.Module, batch: dict[str, torch.Tensor], steps: int = 3) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model.train()(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    model.eval()
+    return losses
+
+
+# ---- freezing -------------------------------------------------------------------------------------------------------
+
+
+def test_freeze_stops_the_named_parts_and_no_other(family: Family) -> None:
+    model = family.model()
+    adapt.freeze(model, ["vision", "connector"])
+    trainable = {row.part: row.trainable for row in part_table(model)}
+    assert trainable["vision"] == trainable["connector"] == 0 < trainable["language"]
+    with pytest.raises(ValueError, match=r"Unknown part 'langauge'.*Did you mean 'language'"):
+        adapt.freeze(model, "langauge")
+    with pytest.raises(ValueError, match=r"Unknown part 'new'; this model has vision, connector, language, head"):
+        adapt.freeze(model, "new")
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        adapt.freeze(model, ["language", "head"])
+
+
+# ---- LoRA -----------------------------------------------------------------------------------------------------------
+
+
+def test_lora_goes_to_every_linear_of_the_language_model_and_nowhere_else(family: Family) -> None:
+    model = family.model()
+    language = find_parts(model).paths["language"][0]
+    expected = {
+        f"{name}.lora_A"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(language)
+    }
+    wrapped = adapt.lora(model, rank=2)
+    assert lora_modules(wrapped) == expected and expected
+    assert {row.part for row in part_table(wrapped) if row.trainable} == {"language"}
+
+
+@pytest.mark.parametrize("parts", [["vision"], ["connector"], ["vision", "language"]], ids=" and ".join)
+def test_lora_goes_where_it_is_told(family: Family, parts: list[str]) -> None:
+    wrapped = adapt.lora(family.model(), parts, rank=2)
+    assert {row.part for row in part_table(wrapped) if row.trainable} == set(parts)
+
+
+def test_a_scope_that_matches_nothing_is_an_error(internvl: Family) -> None:
+    with pytest.raises(ValueError, match=r"Unknown part 'vison'; .*Did you mean 'vision'"):
+        adapt.lora(internvl.model(), "vison")
+    with pytest.raises(ValueError, match=r"Unknown part 'new'"):
+        adapt.lora(internvl.model(), "new")
+
+    class Scaled(internvl.model_class):  # type: ignore[misc, name-defined]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.scale = nn.Embedding(1, 4)
+            self.post_init()
+
+    with pytest.raises(ValueError, match=r"The part 'new' \(scale\) has no Linear"):
+        adapt.lora(internvl.model(Scaled), "new")
+    with pytest.raises(ValueError, match="connector cannot have LoRA and be trained in full at once"):
+        adapt.lora(internvl.model(), "connector", train="connector")
+
+
+def test_a_bare_parameter_cannot_ride_with_an_adapter(internvl: Family) -> None:
+    class Tempered(internvl.model_class):  # type: ignore[misc, name-defined]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.temperature = nn.Parameter(torch.ones(()))
+            self.post_init()
+
+    with pytest.raises(ValueError, match=r"'temperature' is a bare Parameter.*wrap it in a small nn.Module"):
+        adapt.lora(internvl.model(Tempered))
+
+
+def test_new_modules_train_save_reload_and_merge_with_the_adapter(family: Family, tmp_path: Path) -> None:
+    processor = copy.deepcopy(family.processor)
+    base = family.model(connector=CONNECTOR)
+    base.match_processor(processor)
+    base.save_pretrained(tmp_path / "base")
+    batch = family.batch([2, 0, 1], processor)
+    model = adapt.lora(AutoModelForImageTextToText.from_pretrained(tmp_path / "base"), rank=4)
+    assert {row.part for row in part_table(model) if row.trainable} == {"language", "new"}
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    losses = train_a_little(model, batch)
+    assert losses[-1] < losses[0]
+    moved = {name for name, p in model.named_parameters() if p.requires_grad and not torch.equal(p, before[name])}
+    assert moved == set(before)
+    with torch.no_grad():
+        trained = model(**batch).logits
+        model.save_pretrained(tmp_path / "adapter")
+        fresh = PeftModel.from_pretrained(
+            AutoModelForImageTextToText.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+        ).eval()
+        torch.testing.assert_close(fresh(**batch).logits, trained, rtol=1e-5, atol=1e-6)
+        merged = adapt.merge_adapter(tmp_path / "adapter", tmp_path / "base").eval()
+        assert type(merged) is family.model_class
+        torch.testing.assert_close(merged(**batch).logits, trained, rtol=1e-4, atol=5e-6)
+    merged.save_pretrained(tmp_path / "merged")
+    assert_same_model(AutoModelForImageTextToText.from_pretrained(tmp_path / "merged"), merged, batch)
+
+
+def test_seams_stay_in_effect_under_an_adapter(internvl: Family) -> None:
+    calls: list[str] = []
+
+    class Seen(internvl.model_class):  # type: ignore[misc, name-defined]
+        def transform_vision_features(self, features: torch.Tensor) -> torch.Tensor:
+            calls.append("vision")
+            return features
+
+    model = adapt.lora(internvl.model(Seen, connector="average_pool"), train="connector", rank=2)
+    processor = copy.deepcopy(internvl.processor)
+    unwrap(model).match_processor(processor)
+    model.train()(**internvl.batch([1], processor)).loss.backward()
+    assert calls == ["vision"]
+
+
+def test_merging_into_quantised_weights_is_refused(internvl: Family, tmp_path: Path) -> None:
+    internvl.model().save_pretrained(tmp_path / "base")
+    base = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "base", quantization_config=adapt.quantization_config(tmp_path / "base")
+    )
+    base.save_pretrained(tmp_path / "quantised")
+    adapt.lora(base, rank=2).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"quantised is quantised; an adapter is merged into full-precision"):
+        adapt.merge_adapter(tmp_path / "adapter", tmp_path / "quantised")
+    adapt.merge_adapter(tmp_path / "adapter")  # the base it was trained on, read in full precision
+
+
+# ---- 8 and 4 bits ---------------------------------------------------------------------------------------------------
+
+KINDS = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}
+
+
+@pytest.mark.parametrize("bits", KINDS)
+def test_only_the_language_models_linears_are_quantised(family: Family, tmp_path: Path, bits: Any) -> None:
+    processor = copy.deepcopy(family.processor)
+    plain = family.model(connector=CONNECTOR)
+    plain.match_processor(processor)
+    plain.save_pretrained(tmp_path)
+    config = adapt.quantization_config(tmp_path, bits)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=config)
+    table = adapt.check_quantization(model)
+    for row in table:
+        assert (row.kind == KINDS[bits]) == (row.part == "language" and "3-D Parameter" not in row.kind), row
+    counted = sum(row.count for row in table if "Parameter" not in row.kind)
+    assert counted == sum(isinstance(module, nn.Linear) for module in plain.modules())
+    batch = family.batch([2, 1], processor)
+    with torch.no_grad():
+        error = (model(**batch).logits - plain(**batch).logits).abs().max()
+    assert 0 < float(error) < (0.05 if bits == "8bit" else 0.5)
+
+
+def test_arias_expert_weights_are_shown_as_what_they_are(families: dict[str, Family], tmp_path: Path) -> None:
+    family = families["aria"]
+    family.model().save_pretrained(tmp_path)
+    config = adapt.quantization_config(tmp_path)
+    rows = adapt.check_quantization(AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=config))
+    experts = [row for row in rows if ".experts." in row.name and "shared" not in row.name]
+    assert {row.name.rpartition(".")[2] for row in experts} == {"gate_up_proj", "down_proj"}
+    assert all(row.kind == "3-D Parameter, not a Linear: stays float32" and row.count == 2 for row in experts)
+
+
+def test_a_plan_that_did_not_happen_is_an_error(internvl: Family, tmp_path: Path) -> None:
+    internvl.model().save_pretrained(tmp_path)
+
+    def load(skip: list[str]) -> Any:
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+        return AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=config)
+
+    with pytest.raises(RuntimeError, match=r"skip entry 'vision_tower' matched no Linear .*'model.vision_tower"):
+        adapt.check_quantization(load(["vision_tower", "lm_head"]))
+    with pytest.raises(RuntimeError, match="Nothing was converted to Linear8bitLt"):
+        adapt.check_quantization(load(["model", "lm_head"]))
+    with pytest.raises(RuntimeError, match="was not loaded with a quantization_config"):
+        adapt.check_quantization(internvl.model())
+    model = load(["model.vision_tower", "model.multi_modal_projector", "lm_head"])
+    model.lm_head.__class__ = type(model.model.language_model.layers[0].mlp.up_proj)
+    with pytest.raises(RuntimeError, match="lm_head is a Linear8bitLt, against the skip list"):
+        adapt.check_quantization(model)
+    with pytest.raises(ValueError, match="bits='16bit'; choose 8bit or 4bit"):
+        adapt.quantization_config(tmp_path, "16bit")  # type: ignore[arg-type]
+
+
+def test_a_stock_checkpoint_is_planned_for_the_class_that_will_load_it(internvl: Family, tmp_path: Path) -> None:
+    internvl.model(internvl.stock_class).save_pretrained(tmp_path)
+    config = adapt.quantization_config(tmp_path, model_class=internvl.model_class)
+    model = internvl.model_class.from_pretrained(tmp_path, quantization_config=config)
+    assert {row.part for row in adapt.check_quantization(model) if row.kind == "Linear8bitLt"} == {"language"}
+
+
+@pytest.mark.parametrize("bits", KINDS)
+def test_lora_on_a_quantised_base_learns(family: Family, tmp_path: Path, bits: Any) -> None:
+    family.model().save_pretrained(tmp_path)
+    config = adapt.quantization_config(tmp_path, bits)
+    model = adapt.lora(AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=config), rank=4)
+    losses = train_a_little(model, family.batch([1, 0]), steps=4)
+    assert losses[-1] < losses[0]
+    adapt.check_quantization(model)

@@ -1,0 +1,78 @@
+"""Chunked evaluation: equal to one product, small in memory, whatever the head is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hfcustom import chunked
+from hfcustom.losses import parse_losses
+
+D, V, M = 8, 50, 70
+
+
+class Biased(nn.Module):
+    """A head with a bias and capped logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, V)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 5 * torch.tanh(self.linear(x) / 5)
+
+
+def frozen() -> nn.Module:
+    return nn.Linear(D, V, bias=False).requires_grad_(False)
+
+
+HEADS: dict[str, Any] = {"plain": lambda: nn.Linear(D, V, bias=False), "biased and capped": Biased, "frozen": frozen}
+
+
+def sums(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return chunked.token_loss_sums(head, hidden, targets, parse_losses({"cross_entropy": 1.0, "z_loss": 1e-4}))
+
+
+@pytest.mark.parametrize("make_head", HEADS.values(), ids=HEADS)
+def test_chunks_equal_one_product(make_head: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make_head()
+    hidden = torch.randn(M, D, requires_grad=True)
+    targets = torch.randint(0, V, (M,))
+    whole = sums(head, hidden, targets)
+    whole.sum().backward()
+    expected = [hidden.grad, *(p.grad for p in head.parameters())]
+    hidden.grad = None
+    head.zero_grad()
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1)
+    cut = sums(head, hidden, targets)
+    cut.sum().backward()
+    torch.testing.assert_close(cut, whole, rtol=1e-6, atol=1e-5)
+    for got, want in zip([hidden.grad, *(p.grad for p in head.parameters())], expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_no_more_logits_live_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 20 * V)
+    widest: list[int] = []
+    saved: list[int] = []
+    head = nn.Linear(D, V, bias=False)
+    head.register_forward_hook(lambda module, args, out: widest.append(len(out)))
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total = sums(head, torch.randn(M, D, requires_grad=True), torch.randint(0, V, (M,))).sum()
+    assert max(widest) == 20
+    assert max(saved) < 20 * V, "a chunk's logits were kept for the backward pass"
+    total.backward()
+
+
+def test_nothing_supervised_keeps_the_graph() -> None:
+    hidden = torch.randn(0, D, requires_grad=True)
+    total = sums(nn.Linear(D, V), hidden, torch.empty(0, dtype=torch.long))
+    assert total.tolist() == [0.0, 0.0] and total.requires_grad

@@ -1,0 +1,294 @@
+"""Every registered loss: its value, its gradient, who divides, and what a wrong one is told."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Family
+from torch.nn import functional as F
+
+import hfcustom
+from hfcustom.losses import LOSSES, find_loss, parse_losses
+
+SHIPPED = sorted(LOSSES)
+
+
+@pytest.fixture(autouse=True)
+def restore_registry() -> Iterator[None]:
+    before = dict(LOSSES)
+    yield
+    LOSSES.clear()
+    LOSSES.update(before)
+
+
+@pytest.fixture
+def image_energy() -> str:
+    """A term that counts image tokens."""
+
+    @hfcustom.term(count="image_tokens")
+    def image_energy(context: hfcustom.LossContext) -> tuple[torch.Tensor, int]:
+        energy = context.image_features.square().mean(-1)
+        return energy.sum(), energy.numel()
+
+    return "image_energy"
+
+
+# ---- values, by hand ------------------------------------------------------------------------------------------------
+
+LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 0.5]], dtype=torch.float64)
+TARGETS = torch.tensor([0, 2])
+Z = [math.log(math.e**2 + 1 + math.e**-1), math.log(3) + 0.5]
+NLL = [Z[0] - 2.0, Z[1] - 0.5]
+BY_HAND = {
+    "cross_entropy": NLL,
+    "focal": [(1 - math.exp(-nll)) ** 2 * nll for nll in NLL],
+    "label_smoothing": [0.9 * NLL[0] + 0.1 * (Z[0] - 1 / 3), 0.9 * NLL[1] + 0.1 * (Z[1] - 0.5)],
+    "z_loss": [Z[0] ** 2, Z[1] ** 2],
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_value_equals_the_hand_computed_one(name: str) -> None:
+    loss = find_loss(name)
+    assert name in BY_HAND, f"add {name} to BY_HAND"
+    torch.testing.assert_close(loss.function(LOGITS, TARGETS), torch.tensor(BY_HAND[name], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_gradient_is_right_in_float64(name: str) -> None:
+    logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 3, 4, 3])
+    assert torch.autograd.gradcheck(lambda x: find_loss(name).function(x, targets), logits)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_docstring_names_a_formula_or_source(name: str) -> None:
+    assert find_loss(name).function.__doc__
+
+
+# ---- the contract, in a model ---------------------------------------------------------------------------------------
+
+
+def naive_mean(model: Any, batch: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The loss from full logits: what the chunked path must equal."""
+    logits = model.compute_logits(hidden_states(model, batch)).float()[:, :-1].flatten(0, 1)
+    targets = batch["labels"][:, 1:].flatten()
+    return find_loss(name).function(logits[targets != -100], targets[targets != -100]).mean()
+
+
+def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return model.model(**inputs, use_cache=False).last_hidden_state
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_in_training_it_equals_the_full_logits_reference(internvl: Family, name: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr("hfcustom.chunked.CHUNK_ELEMENTS", 1)  # many chunks of 16 tokens
+    batch = internvl.batch([2, 1, 0])
+    model, reference = internvl.model(loss=name).train(), internvl.model().train()
+    loss = model(**batch).loss
+    expected = naive_mean(reference, batch, name)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    expected.backward()
+    for (key, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        if other.grad is not None:
+            torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def split(batch: dict[str, torch.Tensor], sizes: list[int], crops: list[int]) -> list[dict[str, torch.Tensor]]:
+    """Cut an InternVL batch into micro-batches; `crops` counts the image crops of each row."""
+    pieces, row, crop = [], 0, 0
+    for size in sizes:
+        taken = sum(crops[row : row + size])
+        piece = {key: value[row : row + size] for key, value in batch.items() if key != "pixel_values"}
+        if taken:
+            piece["pixel_values"] = batch["pixel_values"][crop : crop + taken]
+        pieces.append(piece)
+        row, crop = row + size, crop + taken
+    return pieces
+
+
+CUTS = {"8x1": [8], "4x2": [4, 4], "2x4": [2] * 4, "1x8": [1] * 8, "uneven": [1, 3, 4]}
+
+
+@pytest.mark.parametrize("name", [*SHIPPED, "image_energy", "two of each kind"])
+def test_however_a_step_is_cut_loss_and_gradient_are_the_same(internvl: Family, name: str, image_energy: str) -> None:
+    mixed = {"focal": 0.5, "z_loss": 1e-2, image_energy: 0.1}
+    images = [1, 0, 2, 1, 0, 3, 1, 1]
+    batch = internvl.batch(images)
+    crops_an_image = len(batch["pixel_values"]) // sum(images)
+    results = {}
+    for label, sizes in CUTS.items():
+        model = internvl.model(loss=mixed if name == "two of each kind" else name).train()
+        micro_batches = split(batch, sizes, [count * crops_an_image for count in images])
+        divisors = model.loss_counts(micro_batches)
+        total = 0.0
+        for micro_batch in micro_batches:
+            loss = model(**micro_batch, loss_divisors=divisors).loss
+            loss.backward()
+            total += float(loss.detach())
+        results[label] = (total, {key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    whole, grads = results.pop("8x1")
+    for label, (total, cut_grads) in results.items():
+        assert total == pytest.approx(whole, rel=1e-5), label
+        for key, grad in grads.items():
+            torch.testing.assert_close(cut_grads[key], grad, rtol=1e-3, atol=1e-6, msg=f"{label}: {key}")
+
+
+@pytest.mark.parametrize("name", [*SHIPPED, "image_energy"])
+def test_a_batch_with_nothing_supervised_gives_zero(family: Family, name: str, image_energy: str) -> None:
+    batch = family.batch([0, 0])
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    model = family.model(loss=name).train()
+    loss = model(**batch).loss
+    loss.backward()
+    assert float(loss) == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_padding_side_and_ignored_labels_change_nothing(internvl: Family, name: str) -> None:
+    batch, model = internvl.batch([1, 0]), internvl.model(loss=name).train()
+    expected = model(**batch).loss
+    width = batch["input_ids"].shape[1]
+    rolled = {}
+    for key, value in batch.items():
+        if value.ndim == 2 and value.shape[1] == width:
+            lengths = batch["attention_mask"].sum(1)
+            value = torch.stack([row.roll(width - int(length)) for row, length in zip(value, lengths, strict=True)])
+        rolled[key] = value
+    rolled["position_ids"] = (rolled["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    torch.testing.assert_close(model(**rolled).loss, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_bfloat16_stays_near_float32(internvl: Family, name: str) -> None:
+    batch = internvl.batch([1, 0])
+    exact = internvl.model(loss=name)(**batch).loss
+    low = internvl.model(loss=name).to(torch.bfloat16)(**batch).loss
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, exact, rtol=2e-2, atol=1e-2)
+
+
+def test_named_terms_are_reported_and_sum_to_the_total(internvl: Family, image_energy: str) -> None:
+    model = internvl.model(loss={"cross_entropy": 1.0, "focal": {"weight": 0.5, "gamma": 1.0}, image_energy: 0.1})
+    loss = model.train()(**internvl.batch([2, 1])).loss
+    values = model.loss_values
+    assert list(values) == ["cross_entropy", "focal", "image_energy"]
+    total = sum(value.weight * float(value.sum) / value.count for value in values.values())
+    assert float(loss.detach()) == pytest.approx(total, rel=1e-6)
+
+
+def test_evaluation_computes_the_configured_loss_too(internvl: Family) -> None:
+    batch = internvl.batch([1])
+    model = internvl.model(loss="focal")
+    with torch.no_grad():
+        assert float(model.eval()(**batch).loss) == pytest.approx(float(model.train()(**batch).loss), rel=1e-6)
+
+
+def test_a_class_carries_its_loss_and_the_config_wins(internvl: Family, tmp_path: Path) -> None:
+    class Focal(internvl.model_class):  # type: ignore[misc, name-defined]
+        default_loss = "focal"
+
+    assert internvl.model(Focal).config.loss == "focal"
+    assert internvl.model(Focal, loss="z_loss").config.loss == "z_loss"
+    internvl.model(Focal).save_pretrained(tmp_path)
+    assert internvl.model_class.from_pretrained(tmp_path).config.loss == "focal"
+    assert Focal.from_pretrained(tmp_path, loss={"z_loss": 1.0}).config.loss == {"z_loss": 1.0}
+
+
+def test_num_items_in_batch_is_honoured_as_transformers_passes_it(family: Family) -> None:
+    batch, model = family.batch([1, 0]), family.model().train()
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    alone = model(**batch).loss
+    torch.testing.assert_close(model(**batch, num_items_in_batch=torch.tensor(4 * count)).loss, alone / 4)
+    assert model.accepts_loss_kwargs
+
+
+# ---- what a wrong loss is told --------------------------------------------------------------------------------------
+
+
+def loss_of(internvl: Family, name: str) -> None:
+    internvl.model(loss=name).train()(**internvl.batch([1]))
+
+
+def test_a_token_loss_that_averages_is_refused(internvl: Family) -> None:
+    @hfcustom.token_loss
+    def averaged(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, targets)
+
+    with pytest.raises(ValueError, match=r"'averaged' returned \(\) for \d+ targets.*Do not average"):
+        loss_of(internvl, "averaged")
+
+
+def test_a_term_that_returns_no_count_is_refused(internvl: Family) -> None:
+    @hfcustom.term(count="rows")
+    def uncounted(context: hfcustom.LossContext) -> Any:
+        return context.hidden_states.mean()
+
+    with pytest.raises(TypeError, match=r"'uncounted' returned Tensor; it must return \(sum, count\)"):
+        loss_of(internvl, "uncounted")
+
+
+def test_a_term_whose_count_is_not_the_declared_one_is_refused(internvl: Family) -> None:
+    @hfcustom.term(count="image_tokens")
+    def averaged_term(context: hfcustom.LossContext) -> Any:
+        return context.image_features.mean(), 1
+
+    with pytest.raises(ValueError, match=r"summed over 1 items, but count='image_tokens' finds \d+"):
+        loss_of(internvl, "averaged_term")
+
+
+def test_a_term_that_is_no_scalar_is_refused(internvl: Family) -> None:
+    @hfcustom.term(count="rows")
+    def vector(context: hfcustom.LossContext) -> Any:
+        return context.hidden_states.sum((1, 2)), len(context.labels)
+
+    with pytest.raises(ValueError, match=r"'vector' returned a sum of shape \(1,\)"):
+        loss_of(internvl, "vector")
+
+
+def test_unknown_names_suggest_the_nearest(internvl: Family) -> None:
+    with pytest.raises(
+        ValueError, match=r"Unknown loss 'crossentropy'. Did you mean 'cross_entropy'\? Allowed: .*focal"
+    ):
+        parse_losses("crossentropy")
+    with pytest.raises(ValueError, match=r"option of loss 'focal': 'gama'. Did you mean 'gamma'"):
+        parse_losses({"focal": {"weight": 1.0, "gama": 2.0}})
+    with pytest.raises(ValueError, match=r"weight of loss 'focal' is 'high'; it must be a finite number"):
+        parse_losses({"focal": "high"})
+    with pytest.raises(ValueError, match="The loss is empty"):
+        parse_losses({})
+    with pytest.raises(ValueError, match=r"Unknown count 'token'. Did you mean 'tokens'"):
+        hfcustom.term(count="token")
+
+
+def test_a_taken_name_names_both_functions_and_the_same_function_is_harmless() -> None:
+    def focal(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return logits.sum(-1)
+
+    with pytest.raises(ValueError, match=r"'focal' belongs to hfcustom.losses.focal; rename .*test_losses.*focal"):
+        hfcustom.token_loss(focal)
+    hfcustom.token_loss(find_loss("focal").function)
+    with pytest.raises(TypeError, match="must take"):
+        hfcustom.token_loss(lambda logits: logits)
+
+
+def test_a_loss_from_a_file_needs_no_decorator(internvl: Family, tmp_path: Path) -> None:
+    file = tmp_path / "my_losses_for_test.py"
+    file.write_text("def squared(logits, targets):\n    return logits.gather(-1, targets[:, None])[:, 0] ** 2\n")
+    try:
+        loss_of(internvl, f"{file}:squared")
+        with pytest.raises(AttributeError, match=r"Unknown loss 'squarred'. Did you mean 'squared'"):
+            find_loss(f"{file}:squarred")
+        with pytest.raises(FileNotFoundError, match="there is no file"):
+            find_loss(f"{tmp_path}/none.py:squared")
+    finally:
+        sys.modules.pop("my_losses_for_test", None)
