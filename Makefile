@@ -1,0 +1,40 @@
+# make help lists what there is. Needs Python 3.11 or later and make; everything else goes into .venv.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name) 2>/dev/null)))
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TORCHVISION = torchvision==0.28.0
+
+.PHONY: help quickstart test lint clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+
+quickstart: $(VENV)/recipes  ## train, tune and reload a small model of your own on this machine (5 minutes)
+	$(BIN)/accelerate launch --config_file recipes/accelerate/one_process.yaml recipes/quickstart.py $(ARGS)
+
+test: $(VENV)/dev  ## run the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## delete the environment and everything that recipes wrote
+	rm -rf $(VENV) outputs
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python found; install Python 3.11 or pass PYTHON=/path/to/python." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/recipes: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing into $(VENV), this takes some minutes the first time"
+	$(INSTALL) -e '.[recipes]'
+	@touch $@
+
+# torchvision goes beside the environment, not into it: most tests run without, tests/test_torchvision.py with it.
+$(VENV)/dev: $(VENV)/recipes
+	$(INSTALL) -e '.[dev]'
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/torchvision $(TORCHVISION)
+	@touch $@
