@@ -162,7 +162,8 @@ def _short(value: float) -> str:
 
 
 def _trackable(config: TrainConfig) -> dict[str, Any]:
-    return {key: value if isinstance(value, int | float | str) else str(value) for key, value in vars(config).items()}
+    values = {key: value for key, value in vars(config).items() if key != "sources"}
+    return {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
 
 
 # ---- start-up facts -------------------------------------------------------------------------------------------------
@@ -199,5 +200,5 @@ def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> Non
         f"first row: {batch['input_ids'].shape[1]} tokens, {batch.images} images as {image_tokens} of them, "
         f"{supervised} supervised"
     )
-    for name, source in getattr(config, "sources", {}).items():
+    for name, source in config.sources.items():
         out.print(f"  {name} = {getattr(config, name)!r}  ({source})")

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from hfcustom.naming import unknown
+from hfcustom.train_config import TrainConfig
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=TrainConfig)
 
 EXIT_CONFIG = 3
 
@@ -42,7 +43,7 @@ def parse(config_class: type[Config], description: str | None, argv: Sequence[st
 
 def read(config_class: type[Config], description: str | None, argv: Sequence[str]) -> Config:
     """As `parse`, but raise ConfigError."""
-    fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     hints = typing.get_type_hints(config_class, include_extras=True)
     parser = _parser(fields, hints, description)
     flags, extra = parser.parse_known_args(argv)
@@ -60,8 +61,8 @@ def read(config_class: type[Config], description: str | None, argv: Sequence[str
     for key, value in given.items():
         values[key], sources[key] = value, "--" + key.replace("_", "-")
     config = config_class(**_typed(values, sources, hints, problems))
-    config.sources = sources  # type: ignore[attr-defined]
-    problems += config.problems()  # type: ignore[attr-defined]
+    config.sources = sources
+    problems += config.problems()
     if problems:
         raise ConfigError(
             "; ".join(problems) if len(problems) == 1 else "\n  ".join(["these options are wrong:", *problems])

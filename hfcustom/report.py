@@ -118,14 +118,42 @@ def _plot(histories: Mapping[str, Sequence[Mapping[str, float]]], names: Sequenc
 
     figure = Figure(figsize=(4.2 * len(names), 3.0), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for label, history in histories.items():
-            points = [(entry["step"], entry[name]) for entry in history if name in entry]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=label)
-        axes.set_title(name)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        _draw_curves(axes, histories, name)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _draw_curves(axes: Any, histories: Mapping[str, Sequence[Mapping[str, float]]], name: str) -> None:
+    for label, history in histories.items():
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label)
+    axes.set_title(name)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+
+
+def draw_result(
+    path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], answers: Mapping[str, Sequence[Answer]]
+) -> None:
+    """Write one PNG: the loss curves, and for each task five one-image rows with what the model answered."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 2.1 * len(answers)), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 2), squeeze=False)[0]
+    _draw_curves(left.subplots(), histories, "loss")
+    grid = right.subplots(len(answers), 5, squeeze=False)
+    for line, (task, rows) in zip(grid, answers.items(), strict=True):
+        shown = [row for row in rows if len(row.example.images) == 1][: len(line)]
+        for axes in line:
+            axes.axis("off")
+        for axes, row in zip(line, shown, strict=False):
+            axes.imshow(row.example.images[0], interpolation="nearest")
+            color = "#11702b" if row.answer == row.truth else "#b3261e"
+            axes.set_title(f"{task}:\n{row.answer or '(nothing)'}", color=color, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=110)
+    os.replace(partial, path)

@@ -20,12 +20,12 @@ from accelerate.utils import send_to_device, set_seed
 from torch import nn
 
 from hfcustom import checkpoint
-from hfcustom.console import TrainLog
+from hfcustom.console import TrainLog, out
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.order import step_loader
 from hfcustom.data.sources import Examples
 from hfcustom.parts import find_parts, unwrap
-from hfcustom.signals import StopRequest
+from hfcustom.signals import EXIT_PREEMPTED, StopRequest
 from hfcustom.train_config import TrainConfig
 
 Evaluate = Callable[[Any, int], Mapping[str, float]]
@@ -39,6 +39,12 @@ class TrainResult:
     interrupted: bool
     history: list[dict[str, float]]
     model_dir: Path
+
+    def exit_if_interrupted(self) -> None:
+        """After a signal has stopped the run, say how to go on and leave with EXIT_PREEMPTED."""
+        if self.interrupted:
+            out.print(f"Stopped after step {self.step}, which is saved; continue with --resume.")
+            raise SystemExit(EXIT_PREEMPTED)
 
 
 @dataclass
@@ -65,9 +71,12 @@ def fit(
 ) -> TrainResult:
     """Train a custom model, bare or wrapped by peft, on rows of messages and images (hfcustom/data/messages.py).
 
-    `evaluate(model, step)` returns named numbers for the log every `eval_steps`. Raises ValueError for a batch size that
-    the processes cannot share and for a model of which nothing is trainable, RowError for a row that cannot be used.
+    `evaluate(model, step)` returns named numbers for the log every `eval_steps`. Raises ValueError for a config
+    out of range, a batch size that the processes cannot share and a model of which nothing is trainable, RowError for a
+    row that cannot be used.
     """
+    if problems := config.problems():
+        raise ValueError("; ".join(problems))
     accelerator = make_accelerator(config)
     micro_batch_size, accumulation = split_batch(config, accelerator.num_processes)
     max_steps = config.max_steps or math.ceil(config.epochs * len(rows) / config.batch_size)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Options of one training run; each comment is the flag's help."""
+    """Options of one training run; each annotation is the flag's help."""
 
     output_dir: Annotated[str, "folder for checkpoints, metrics and the final model"] = "outputs/run"
     max_steps: Annotated[int | None, "optimiser steps; by default what `epochs` asks for"] = None
@@ -45,6 +45,8 @@ class TrainConfig:
     trackers: Annotated[list[str], "tensorboard, wandb, trackio or any other tracker of Accelerate"] = field(
         default_factory=list
     )
+
+    sources: dict[str, str] = field(init=False, default_factory=dict)  # field -> the flag or file that set it
 
     def problems(self) -> list[str]:
         """Return what is out of range, in words; empty when the config is usable."""

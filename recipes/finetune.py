@@ -80,7 +80,6 @@ import hfcustom
 from hfcustom import console
 from hfcustom.families import class_of
 from hfcustom.naming import load_object
-from hfcustom.signals import EXIT_PREEMPTED
 
 
 def load_model(config: FinetuneConfig) -> tuple[Any, Any]:
@@ -129,9 +128,7 @@ def main(config: FinetuneConfig) -> None:
         return {"exact_match": hfcustom.exact_match(answers)}
 
     result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if held_out else None)
-    if result.interrupted:
-        console.out.print(f"Stopped after step {result.step}; continue with --resume.")
-        raise SystemExit(EXIT_PREEMPTED)
+    result.exit_if_interrupted()
     if held_out:
         console.show_table(
             ("held-out rows", "exact match"), [(len(held_out), evaluate(model, result.step)["exact_match"])]

@@ -5,7 +5,7 @@
 Offline, on two CPU cores, in about 4 minutes and 1.5 GiB: build a small InternVL with a token-reducing connector and a
 two-term loss (both below), train it on grids of scanned digits, score it by generation on scans it has never seen, load
 it in 8 bits, add LoRA to its language model and teach it to read backwards, merge the adapter into the full-precision
-weights, and load the result in a fresh process. Writes outputs/quickstart/report.html.
+weights, and load the result in a fresh process. Writes outputs/quickstart/report.html and result.png.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import concatenate_datasets
 from safetensors.torch import save_file
@@ -58,7 +59,7 @@ from hfcustom import console
 from hfcustom.data.digits import ORDINALS, TASKS, digit_rows
 from hfcustom.families import tiny
 from hfcustom.families.internvl import CustomInternVLForConditionalGeneration, CustomInternVLProcessor
-from hfcustom.report import Report
+from hfcustom.report import Report, draw_result
 
 
 @hfcustom.connector
@@ -169,7 +170,14 @@ def tune_backwards(
     few = config.train_rows // 4  # some rows of the first task keep it from being forgotten
     train = concatenate_datasets([digit_rows(config.train_rows - few, task="backwards"), digit_rows(few, task="read")])
     console.show_start(model, processor, train[0], tuning)
-    return model, hfcustom.fit(model, processor, train, tuning).history
+    return model, run(model, processor, train, tuning)
+
+
+def run(model: torch.nn.Module, processor: CustomInternVLProcessor, rows: object, config: TrainConfig) -> list:
+    """Train and return the history; a signal ends the recipe here, with everything saved."""
+    result = hfcustom.fit(model, processor, rows, config)
+    result.exit_if_interrupted()
+    return result.history
 
 
 def load_elsewhere(model: torch.nn.Module, processor: CustomInternVLProcessor, row: dict, folder: Path) -> None:
@@ -213,9 +221,14 @@ def write_report(path: Path, histories: dict, tables: dict, answers: dict, accur
     report.heading("Time")
     report.table(("stage", "seconds"), stages)
     report.write(path)
+    draw_result(path.with_name("result.png"), histories, answers)
 
 
 def main(config: QuickstartConfig) -> None:
+    if PartialState().num_processes > 1:
+        raise SystemExit(
+            "The quick start runs in one process: accelerate launch --num_processes 1 recipes/quickstart.py"
+        )
     output_dir = Path(config.output_dir)
     stages, tables, histories = console.Stages(), {}, {}
     set_seed(config.seed)
@@ -226,7 +239,7 @@ def main(config: QuickstartConfig) -> None:
         processor = build_processor()
         model = build_model(processor)
         console.show_start(model, processor, train[0], config)
-        histories["reading"] = hfcustom.fit(model, processor, train, config).history
+        histories["reading"] = run(model, processor, train, config)
         tables["Parts while training"] = hfcustom.part_table(model)
     with stages("score it on unseen scans, by generation"):
         before = score(model, processor, held_out)
