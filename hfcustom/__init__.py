@@ -31,6 +31,7 @@ _HOME = {
     "freeze": "hfcustom.adapt",
     "generate_answers": "hfcustom.evaluate",
     "linear_table": "hfcustom.adapt",
+    "load_adapter": "hfcustom.adapt",
     "load_family": "hfcustom.families",
     "load_rows": "hfcustom.data.sources",
     "lora": "hfcustom.adapt",
@@ -44,7 +45,15 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
-    from hfcustom.adapt import check_quantization, freeze, linear_table, lora, merge_adapter, quantization_config
+    from hfcustom.adapt import (
+        check_quantization,
+        freeze,
+        linear_table,
+        load_adapter,
+        lora,
+        merge_adapter,
+        quantization_config,
+    )
     from hfcustom.base import CustomVLM
     from hfcustom.configuration import CustomConfig
     from hfcustom.connectors import connector

@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils import cached_file
 
 from hfcustom.parts import PartMap, check_parts, find_parts, unwrap
 
@@ -130,24 +131,56 @@ def _check_lora(wrapped: Any, targets: list[str], saved: list[str]) -> None:
             raise RuntimeError(f"peft applied {what} to other modules than asked: too many {extra}, missing {lost}.")
 
 
-def merge_adapter(adapter: str | Path, base: str | Path | None = None, **options: Any) -> Any:
-    """Load a base in full precision, attach a saved adapter, merge it in, and return the plain model.
+def load_adapter(
+    adapter: str | Path, base: str | Path | None = None, *, model_class: Any = None, **options: Any
+) -> Any:
+    """Load a base, attach a saved adapter and the modules trained with it, and return the peft.PeftModel.
 
-    `base` is the folder or hub id of unquantised weights, by default the one the adapter was trained on; `options` go to
-    `from_pretrained`. Raises ValueError when the base's weights are stored quantised: merging into those would round the
-    adapter away.
+    `base` is the folder or hub id of the weights, by default the one the adapter was trained on. The class is that of the
+    config.json which `fit` writes beside an adapter, else `model_class`, else the base's; `options` go to
+    `from_pretrained`. Raises ValueError when the class lacks a module that the adapter holds, or the adapter a tensor.
     """
     from peft import PeftConfig, PeftModel
 
+    peft_config = PeftConfig.from_pretrained(str(adapter))
+    base = base or peft_config.base_model_name_or_path
+    beside = cached_file(str(adapter), "config.json", _raise_exceptions_for_missing_entries=False)
+    config = (model_class.config_class if model_class else AutoConfig).from_pretrained(adapter if beside else base)
+    model_class = model_class or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    config.architectures = None  # new modules come from the adapter, whichever class wrote the base
+    model = model_class.from_pretrained(base, config=config, **options)
+    modules = dict(model.named_modules())
+    for name in peft_config.modules_to_save or ():
+        if name not in modules:
+            raise ValueError(
+                f"The adapter {adapter} holds the module {name!r}, which {model_class.__name__} has not. Pass the class "
+                "that it was trained with: model_class=..."
+            )
+    with _without_peft_warning(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(model, str(adapter)).eval()
+        except UserWarning as error:
+            raise ValueError(f"The adapter {adapter} does not fit {model_class.__name__}: {error}") from error
+
+
+def merge_adapter(
+    adapter: str | Path, base: str | Path | None = None, *, model_class: Any = None, **options: Any
+) -> Any:
+    """Load a base in full precision, attach a saved adapter, merge it in, and return the plain model.
+
+    Arguments and errors as for `load_adapter`; ValueError also when the base's weights are stored quantised: merging into
+    those would round the adapter away.
+    """
+    from peft import PeftConfig
+
     base = base or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    config = AutoConfig.from_pretrained(base)
-    if getattr(config, "quantization_config", None) is not None or "quantization_config" in options:
+    stored = PretrainedConfig.get_config_dict(base)[0]
+    if "quantization_config" in stored or "quantization_config" in options:
         raise ValueError(
             f"The base {base} is quantised; an adapter is merged into full-precision weights. Pass base=..."
         )
-    model = AutoModelForImageTextToText.from_pretrained(base, config=config, **options)
-    with _without_peft_warning():
-        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    return load_adapter(adapter, base, model_class=model_class, **options).merge_and_unload()
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ output_dir/checkpoints/step-000100/
     model/                what from_pretrained (or PeftModel.from_pretrained) loads, with its processor
     optimizer.safetensors, optimizer.json
     rng-0.safetensors     one a rank: torch, CUDA, numpy and Python generators
-    state.json            step, log, versions
+    state.json            step, log, losses since the last log line
     manifest.json         SHA-256 of every other file; a folder without a true manifest is no checkpoint
 A folder is written beside its place, flushed to disk, and renamed; the newest valid one is resumed from, and an old one
 is deleted only after its successor is in place.
@@ -13,6 +13,7 @@ is deleted only after its successor is in place.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hfcustom.parts import wrapped_by_peft
+from hfcustom.parts import unwrap, wrapped_by_peft
 from hfcustom.train_config import TrainConfig
 
 
@@ -53,6 +54,7 @@ class Checkpoints:
         self.resumed: Path | None = None
         self.newest: Path | None = None
         self.history: list[dict[str, float]] = []
+        self.pending: list[dict[str, float]] = []
 
     def begin(self) -> int:
         """Start afresh at step 0; ValueError when the folder holds another run's checkpoints and none may be deleted."""
@@ -67,31 +69,41 @@ class Checkpoints:
         return 0
 
     def resume(self) -> int:
-        """Load the newest valid checkpoint, if there is one, and return its step."""
-        self.resumed = self.newest = newest_valid(self.folder)
+        """Load the newest valid checkpoint, if there is one, and return its step; damaged ones are set aside and named."""
+        if self.accelerator.is_main_process:
+            for path in set_damaged_aside(self.folder):
+                self.accelerator.print(f"{path.name} is damaged or incomplete: set aside as {DAMAGED}{path.name}.")
+        self.accelerator.wait_for_everyone()
+        self.resumed = self.newest = next(reversed(complete_checkpoints(self.folder)), None)
         if self.resumed is None:
             self.accelerator.print(f"Nothing to resume in {self.folder}; starting at step 0.")
             return 0
         state = json.loads((self.resumed / "state.json").read_text())
         load_model(unwrapped(self.model), self.resumed / "model")
         load_optimizer(self.optimizer, self.resumed)
-        self.history = state["history"]
+        self.history, self.pending = state["history"], state["pending"]
         self.accelerator.print(f"Resuming from {self.resumed}, step {state['step']}.")
         return state["step"]
 
     def restore_rng(self) -> None:
-        """Set this rank's random generators to where the resumed run had them."""
-        if self.resumed is not None:
+        """Set this rank's random generators to where the resumed run had them; a rank it lacked keeps its own seed."""
+        if self.resumed is None:
+            return
+        saved = len(list(self.resumed.glob("rng-*.safetensors")))
+        if saved != self.accelerator.num_processes:
+            ranks = f"{saved} processes, this one has {self.accelerator.num_processes}"
+            self.accelerator.print(f"The resumed run had {ranks}: the same rows, but other random numbers for dropout.")
+        if self.accelerator.process_index < saved:
             load_rng(self.resumed / f"rng-{self.accelerator.process_index}.safetensors")
 
-    def save(self, step: int, history: list[dict[str, float]]) -> Path:
+    def save(self, step: int, history: list[dict[str, float]], pending: list[dict[str, float]]) -> Path:
         """Write the checkpoint of a step and delete those beyond `keep_checkpoints`."""
         target = self.folder / f"step-{step:06d}"
         with atomic_folder(target, self.accelerator) as partial:
             if self.accelerator.is_main_process:
                 save_model(unwrapped(self.model), self.processor, partial / "model")
                 save_optimizer(self.optimizer, partial)
-                write_json(partial / "state.json", {"step": step, "history": history})
+                write_json(partial / "state.json", {"step": step, "history": history, "pending": pending})
             save_rng(partial / f"rng-{self.accelerator.process_index}.safetensors")
         if self.accelerator.is_main_process:
             for old in complete_checkpoints(self.folder)[: -self.config.keep_checkpoints]:
@@ -114,6 +126,8 @@ class Checkpoints:
 
 
 # ---- folders --------------------------------------------------------------------------------------------------------
+
+DAMAGED = "damaged-"
 
 
 @contextlib.contextmanager
@@ -160,12 +174,27 @@ def _link_or_copy(source: str, target: str) -> None:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run that were written to the end, oldest first."""
-    return [path for path in sorted(folder.glob("step-*")) if (path / "manifest.json").is_file()]
+    return [path for path in _step_folders(folder) if (path / "manifest.json").is_file()]
 
 
-def newest_valid(folder: Path) -> Path | None:
-    """Return the newest checkpoint of which every file is as it was written, or None."""
-    return next((path for path in reversed(complete_checkpoints(folder)) if manifest_holds(path)), None)
+def set_damaged_aside(folder: Path) -> list[Path]:
+    """Rename checkpoints until the newest is one of which every file is as it was written; return what they were called.
+
+    Left where they are, they would count among the newest to keep, and a good one would be deleted for them.
+    """
+    damaged: list[Path] = []
+    for path in reversed(_step_folders(folder)):
+        if manifest_holds(path):
+            break
+        aside = path.with_name(DAMAGED + path.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        damaged.append(path)
+    return damaged
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def write_manifest(folder: Path) -> None:
@@ -202,8 +231,8 @@ def _sync(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, readable by people; NaN is an error."""
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    """Write JSON, readable by people."""
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 # ---- model and optimizer --------------------------------------------------------------------------------------------
@@ -215,11 +244,14 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def save_model(model: Any, processor: Any, folder: Path) -> None:
-    """Save a model (or, under peft, its adapter with the trained modules) and its processor into a folder."""
-    options = (
-        {"save_embedding_layers": False} if wrapped_by_peft(model) else {}
-    )  # peft would ask the hub for a vocabulary
-    model.save_pretrained(folder, **options)
+    """Save a model (or, under peft, its adapter, the modules trained with it and the config) and its processor."""
+    if wrapped_by_peft(model):
+        model.save_pretrained(folder, save_embedding_layers=False)  # peft would ask the hub for a vocabulary
+        config = copy.deepcopy(unwrap(model).config)
+        vars(config).pop("quantization_config", None)  # how the base was held while training, not what it is
+        config.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
@@ -265,18 +297,35 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     present = optimizer.state_dict()["param_groups"]
-    if [group["params"] for group in present] != [group["params"] for group in saved["param_groups"]]:
+    now, then = (_trained_names(groups) for groups in (present, saved["param_groups"]))
+    if now != then:
+        differing = sorted(set(now) ^ set(then))
+        example = f" ({differing[0]} first of {len(differing)})" if differing else ""
         raise RuntimeError(
-            f"{folder}: the trained parameters have changed since this checkpoint; freeze and LoRA as then."
+            f"{folder}: the trained parameters have changed since this checkpoint{example}; freeze and LoRA as then."
         )
     optimizer.load_state_dict({"state": state, "param_groups": present})
+
+
+def _trained_names(groups: list[dict[str, Any]]) -> list[str]:
+    return [name for group in groups for name in group.get("param_names", map(str, group["params"]))]
 
 
 # ---- random generators ----------------------------------------------------------------------------------------------
 
 
 def save_rng(path: Path) -> None:
-    """Write the state of the torch, CUDA, numpy and Python generators of this process as tensors."""
+    """Write the random state of this process."""
+    save_file(rng_state(), path)
+
+
+def load_rng(path: Path) -> None:
+    """Restore what `save_rng` wrote."""
+    set_rng_state(load_file(path))
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """Return the state of the torch, CUDA, numpy and Python generators of this process as tensors."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     assert kind == "MT19937"
     version, words, next_gauss = random.getstate()
@@ -289,17 +338,16 @@ def save_rng(path: Path) -> None:
     }
     if torch.cuda.is_available():
         tensors |= {f"cuda_{at}": state for at, state in enumerate(torch.cuda.get_rng_state_all())}
-    save_file(tensors, path)
+    return tensors
 
 
-def load_rng(path: Path) -> None:
-    """Restore what `save_rng` wrote."""
-    tensors = load_file(path)
+def set_rng_state(tensors: dict[str, torch.Tensor]) -> None:
+    """Restore what `rng_state` returned."""
     torch.set_rng_state(tensors["torch"])
     position, has_gauss, gauss = tensors["numpy_rest"].tolist()
     keys = tensors["numpy_keys"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))
     version, *words = tensors["python_words"].tolist()
     random.setstate((version, tuple(words), next(iter(tensors["python_gauss"].tolist()), None)))
-    if cuda := [tensors[name] for name in sorted(tensors) if name.startswith("cuda_")]:
-        torch.cuda.set_rng_state_all(cuda)
+    if cuda := [name for name in tensors if name.startswith("cuda_")]:
+        torch.cuda.set_rng_state_all([tensors[f"cuda_{at}"] for at in range(len(cuda))])

@@ -23,7 +23,7 @@ from hfcustom.train_config import TrainConfig
 if TYPE_CHECKING:
     from hfcustom.train import StepReport
 
-out = Console(highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # brackets in a path are no style
 if not out.is_terminal:
     out.width = 140  # a log file has no width of its own; rich would assume 80 and cut module paths
 
@@ -93,12 +93,28 @@ class TrainLog:
         else:
             out.print(f"step {step}/{self.max_steps}  {facts}")
 
+    def pending(self) -> list[dict[str, float]]:
+        """Return the losses of each step since the last log line, over all ranks; every rank has to ask."""
+        local = [[float(report.losses[name]) for name in self.weights] for report in self.window]
+        return [dict(zip(self.weights, values, strict=True)) for values in self._sum_over_ranks(local)]
+
+    def restore_window(self, pending: Iterable[Mapping[str, float]]) -> None:
+        """Take back what `pending` returned, so that the next log line of a resumed run is that of an unbroken one."""
+        share = float(self.accelerator.is_main_process)
+        for losses in pending:
+            self.window.append(StepReport({name: torch.tensor(share * value) for name, value in losses.items()}))
+
+    def _sum_over_ranks(self, values: list[Any]) -> list[Any]:
+        if self.accelerator.num_processes == 1 or not values:
+            return values
+        local = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(local, "sum").tolist()
+
     def _close_window(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         names = list(self.weights)
         sums = [sum(float(report.losses[name]) for report in self.window) for name in names]
         work = [sum(report.tokens for report in self.window), sum(report.images for report in self.window)]
-        local = torch.tensor([*sums, *work], dtype=torch.float64, device=self.accelerator.device)
-        *sums, tokens, images = self.accelerator.reduce(local, "sum").tolist()
+        *sums, tokens, images = self._sum_over_ranks([*sums, *work])
         seconds, steps = time.perf_counter() - self.window_began, len(self.window)
         values = dict(zip(names, (total / steps for total in sums), strict=True))
         total = sum(self.weights[name] * value for name, value in values.items())
@@ -179,7 +195,7 @@ def show_parts(model: Any, title: str = "") -> None:
     table.add_column("dtype")
     rows = part_table(model)
     for row in rows:
-        trainable = f"{row.trainable:,}" if row.trainable else "frozen"
+        trainable = f"{row.trainable:,}" if row.trainable else "frozen" if row.parameters else "tied"
         table.add_row(row.part, row.modules, f"{row.parameters:,}", trainable, f"{row.bytes / 2**20:.2f}", row.dtypes)
     totals = (f"{sum(row.parameters for row in rows):,}", f"{sum(row.trainable for row in rows):,}")
     table.add_row("total", "", *totals, f"{sum(row.bytes for row in rows) / 2**20:.2f}", "")

@@ -3,12 +3,17 @@
     accelerate launch recipes/bare_loop.py
 
 Prints the same losses as `hfcustom.fit` on the same rows (a test holds them equal). What fit() adds is around the loop,
-not in it: checkpoints, resuming, trackers, signals. About 30 seconds on two CPU cores; the loss falls from 5.9 to 2.6.
+not in it: checkpoints, resuming, trackers, signals. About 30 seconds on two CPU cores; the loss falls from 5.8 to 1.4.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+
+if __name__ == "__main__":
+    PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    PARSER.parse_args()  # answers --help before torch is imported
 
 import torch
 from accelerate import Accelerator

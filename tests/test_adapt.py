@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Family, assert_same_model
+from conftest import Family, assert_same_model, chat_row
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from hfcustom import adapt
 from hfcustom.parts import find_parts, part_table, unwrap
+from hfcustom.train import fit
+from hfcustom.train_config import TrainConfig
 
 CONNECTOR = {"name": "perceiver_resampler", "num_queries": 4, "num_heads": 4}
 
@@ -128,6 +131,38 @@ def test_new_modules_train_save_reload_and_merge_with_the_adapter(family: Family
         torch.testing.assert_close(merged(**batch).logits, trained, rtol=1e-4, atol=5e-6)
     merged.save_pretrained(tmp_path / "merged")
     assert_same_model(AutoModelForImageTextToText.from_pretrained(tmp_path / "merged"), merged, batch)
+
+
+def test_an_adapter_trained_by_fit_brings_its_class_along(internvl: Family, tmp_path: Path) -> None:
+    """The base is a stock checkpoint; class, connector and loss are those of the training."""
+    internvl.model(internvl.stock_class).save_pretrained(tmp_path / "stock")
+    base = internvl.model_class.from_pretrained(tmp_path / "stock", connector=CONNECTOR, loss="focal")
+    processor = base.match_processor(copy.deepcopy(internvl.processor))
+    model = adapt.lora(base, rank=2)
+    config = TrainConfig(output_dir=str(tmp_path / "out"), max_steps=2, batch_size=2, lr=1e-2)
+    folder = fit(model, processor, [chat_row(1, 0), chat_row(2, 1)], config).model_dir
+    batch = internvl.batch([1, 2], processor)
+    with torch.no_grad():
+        trained = model.eval()(**batch).logits
+        loaded = adapt.load_adapter(folder, tmp_path / "stock")
+        torch.testing.assert_close(loaded(**batch).logits, trained, rtol=1e-5, atol=1e-6)
+    merged = adapt.merge_adapter(folder, tmp_path / "stock")
+    assert type(merged) is internvl.model_class
+    assert (merged.config.connector, merged.config.loss) == (CONNECTOR, "focal")
+
+
+def test_an_adapter_for_another_class_is_an_error(internvl: Family, tmp_path: Path) -> None:
+    internvl.model(internvl.stock_class).save_pretrained(tmp_path / "stock")
+    base = internvl.model_class.from_pretrained(tmp_path / "stock", connector=CONNECTOR)
+    base.save_pretrained(tmp_path / "base")
+    adapt.lora(base, rank=2).save_pretrained(tmp_path / "adapter")  # without fit: no config.json beside it
+    with pytest.raises(ValueError, match=r"holds the module 'custom_connector', which InternVLFor.*model_class="):
+        adapt.merge_adapter(tmp_path / "adapter", tmp_path / "stock")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    weights.pop(next(name for name in weights if "lora_B" in name))
+    save_file(weights, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"does not fit CustomInternVL.*missing adapter keys.*lora_B"):
+        adapt.load_adapter(tmp_path / "adapter", tmp_path / "base")
 
 
 def test_seams_stay_in_effect_under_an_adapter(internvl: Family) -> None:

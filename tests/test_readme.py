@@ -1,0 +1,121 @@
+"""Every snippet and command of the READMEs runs, every printed block is what is printed, and the file tree is true."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Family, picture
+
+DOCUMENTS = ("README.md", "README_customize_hf_models.md")
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CHECKPOINT = "OpenGVLab/InternVL3-1B-hf"  # the name that the documents use; here a folder of that name
+SMALL = {
+    "make quickstart": "--max-steps 3 --lora-steps 2 --train-rows 24 --held-out-rows 6 --batch-size 4",
+    "make test": "tests/test_naming.py -q",
+    "accelerate launch recipes/finetune.py": "--max-steps 2 --batch-size 2",
+}
+
+
+def blocks(document: str) -> list[tuple[str, str]]:
+    return BLOCK.findall((ROOT / document).read_text())
+
+
+def commands() -> list[str]:
+    texts = [text for document in DOCUMENTS for kind, text in blocks(document) if kind in ("sh", "bash", "console")]
+    return [line for text in texts for line in text.splitlines() if line]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, internvl: Family) -> Path:
+    """A folder with what the documents name: a stock checkpoint, a picture, rows, a class, a config, the recipes."""
+    internvl.model(internvl.stock_class).save_pretrained(tmp_path / CHECKPOINT)
+    internvl.processor.save_pretrained(tmp_path / CHECKPOINT)
+    picture().save(tmp_path / "cat.png")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    first = dict(reversed(blocks("README.md")))
+    for kind, name in (("python", "my_file.py"), ("json", "rows.jsonl"), ("yaml", "run.yaml")):
+        (tmp_path / name).write_text(first[kind])
+    return tmp_path
+
+
+def run(command: list[str], cwd: Path) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "PATH": path}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_python_blocks_run_and_print_what_they_say(document: str, workplace: Path) -> None:
+    found = blocks(document)
+    (workplace / "snippets.py").write_text("\n".join(text for kind, text in found if kind == "python"))
+    printed = run([sys.executable, "snippets.py"], workplace)
+    at = 0
+    for before, (kind, text) in zip(found, found[1:], strict=False):
+        if kind == "text" and before[0] == "python":
+            assert text in printed[at:], f"{document} promises\n{text}\nbut what follows is\n{printed[at:]}"
+            at = printed.index(text, at) + len(text)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_run(command: str, workplace: Path) -> None:
+    """As they stand, with fewer steps: each command takes further options at its end."""
+    small = next((options for start, options in SMALL.items() if command.startswith(start)), None)
+    assert small is not None, f"{command!r} is in a README and not tested: give it small options in SMALL"
+    if command.startswith("make"):  # in the environment that runs this test, not in a new one
+        outputs = f" --output-dir {workplace / 'outputs'}" if "quickstart" in command else ""
+        stamps = [word for name in ("recipes", "dev") for word in ("-o", f"{sys.prefix}/{name}")]
+        run([*command.split(), "-C", str(ROOT), f"VENV={sys.prefix}", *stamps, f"ARGS={small}{outputs}"], workplace)
+    else:
+        run([*shlex.split(command), *shlex.split(small)], workplace)
+
+
+def test_the_guide_needs_no_command_or_language_that_is_not_tested() -> None:
+    kinds = {kind for document in DOCUMENTS for kind, _ in blocks(document)}
+    assert kinds <= {"json", "python", "sh", "text", "yaml"}
+
+
+def test_the_file_tree_is_true() -> None:
+    (tree,) = [text for kind, text in blocks("README.md") if kind == "text" and text.startswith("hfcustom/")]
+    listed, folders = set(), []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        folders[depth:] = [name.rstrip("/")]
+        listed.add("/".join(folders))
+    missing = [path for path in listed if not (ROOT / path).exists()]
+    assert not missing, f"README.md lists what is not there: {missing}"
+    sources = [*ROOT.glob("hfcustom/*.py"), *ROOT.glob("hfcustom/data/*.py")]
+    unlisted = {path.relative_to(ROOT).as_posix() for path in sources} - listed - {"hfcustom/data/__init__.py"}
+    assert not unlisted, f"README.md does not list {sorted(unlisted)}"
+
+
+def test_links_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text()
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            if target.startswith("#"):
+                headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+                anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+                assert target[1:] in anchors, f"{document}: no heading for {target}"
+            else:
+                assert (ROOT / target).exists(), f"{document}: no file {target}"
+
+
+def test_the_project_speaks_of_itself_alone() -> None:
+    """No path of one machine and no registry's address in anything that is shipped."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    files = listed.stdout.split() or [str(path) for path in ROOT.rglob("*") if path.suffix in (".py", ".md")]
+    private = re.compile(r"/(?:root|home|work|tmp|opt)/\w|pypi\.|/simple\b|index-url")
+    for name in files:
+        path = ROOT / name
+        if path.suffix != ".png" and path != Path(__file__):
+            found = private.search(path.read_text(encoding="utf-8"))
+            assert found is None, f"{name}: {found and found.group()}"

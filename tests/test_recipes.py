@@ -1,0 +1,210 @@
+"""Recipes, found by enumeration: help at once, mistakes named, nothing at import; and finetune.py in all its ways."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import RECIPES, ROOT, Family, chat_row
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from hfcustom.options import ConfigError, read
+from hfcustom.parts import find_parts
+
+NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
+
+
+def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "importtime", str(RECIPES / f"{name}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_answers_before_anything_heavy_is_imported(name: str) -> None:
+    done = script(name, "--help")
+    assert done.returncode == 0
+    assert "usage:" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "transformers", "datasets", "accelerate", "peft"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mistyped_flag_is_an_error_before_anything_heavy_is_imported(name: str) -> None:
+    done = script(name, "--outptu-dir", "x")
+    assert done.returncode in (2, 3)
+    assert f"{name}.py: " in done.stderr
+    if "hfcustom.options" in (RECIPES / f"{name}.py").read_text():
+        assert "Unknown flag --outptu-dir. Did you mean --output-dir?" in done.stderr
+    assert "| torch\n" not in done.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_docstring_gives_the_command(name: str) -> None:
+    docstring = ast.get_docstring(ast.parse((RECIPES / f"{name}.py").read_text()))
+    assert docstring is not None
+    assert re.search(rf"^    (accelerate launch|python) recipes/{name}\.py", docstring, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_importing_does_nothing_but_define(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    module = __import__(name)
+    assert callable(module.main)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- finetune.py ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(family: Family, tmp_path: Path) -> Path:
+    """A folder of the stock class as the hub lays it out, and rows beside it."""
+    return stock_checkpoint(family, tmp_path)
+
+
+def stock_checkpoint(family: Family, folder: Path) -> Path:
+    family.model(family.stock_class).save_pretrained(folder / "stock")
+    family.processor.save_pretrained(folder / "stock")
+    lines = []
+    for at, images in enumerate([1, 2, 0, 1]):
+        row = chat_row(images, at)
+        for number, image in enumerate(row["images"]):
+            image.save(folder / f"{at}-{number}.png")
+        row["images"] = [f"{at}-{number}.png" for number in range(images)]
+        lines.append(json.dumps(row))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def finetune(folder: Path, *arguments: str) -> Path:
+    import finetune as recipe
+
+    fixed = [
+        "--model",
+        str(folder / "stock"),
+        "--data",
+        str(folder / "rows.jsonl"),
+        "--output-dir",
+        str(folder / "out"),
+    ]
+    small = ["--max-steps", "2", "--batch-size", "2", "--log-steps", "1"]
+    recipe.main(read(recipe.FinetuneConfig, recipe.__doc__, [*fixed, *small, *arguments]))
+    return folder / "out"
+
+
+def changed_parts(model: Any, before: dict[str, torch.Tensor]) -> set[str]:
+    parts = find_parts(model)
+    return {parts.part_of(name) for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def test_a_stock_checkpoint_is_trained_and_loads_through_auto(checkpoint: Path) -> None:
+    out = finetune(
+        checkpoint, "--freeze", "vision", "--connector-lr", "1e-3", "--eval-data", str(checkpoint / "rows.jsonl")
+    )
+    model = AutoModelForImageTextToText.from_pretrained(out / "model")
+    before = AutoModelForImageTextToText.from_pretrained(checkpoint / "stock").state_dict()
+    assert changed_parts(model, before) >= {"connector", "language"}
+    assert "vision" not in changed_parts(model, before)
+    assert AutoProcessor.from_pretrained(out / "model").chat_template
+    assert len(losses(out)) == 2
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_lora_on_quantised_weights_merges_into_full_precision(
+    checkpoint: Path, bits: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = finetune(checkpoint, "--lora", "--load-in", bits, "--merge", "--connector", "average_pool", "--lr", "1e-2")
+    assert ("Linear8bitLt" if bits == "8bit" else "Linear4bit") in capsys.readouterr().out
+    merged = AutoModelForImageTextToText.from_pretrained(out / "merged")
+    before = AutoModelForImageTextToText.from_pretrained(checkpoint / "stock").state_dict()
+    assert changed_parts(merged, before) == {"language"}
+    assert {tensor.dtype for tensor in merged.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
+    assert merged.config.connector == "average_pool"
+
+
+def test_resume_goes_on_with_the_same_losses(internvl: Family, tmp_path: Path) -> None:
+    folder = stock_checkpoint(internvl, tmp_path)
+    whole = losses(finetune(folder, "--max-steps", "4", "--save-steps", "2", "--keep-checkpoints", "9"))
+    for last in ("checkpoints/step-000004/manifest.json", "model/config.json"):
+        (folder / "out" / last).unlink()
+    assert losses(finetune(folder, "--max-steps", "4", "--resume")) == whole
+
+
+def test_a_class_and_a_loss_of_the_users_own(internvl: Family, tmp_path: Path) -> None:
+    folder = stock_checkpoint(internvl, tmp_path)
+    (folder / "mine_for_finetune.py").write_text(
+        "import hfcustom\n"
+        "from hfcustom.families.internvl import CustomInternVLForConditionalGeneration\n"
+        "def harder(logits, targets, power: float = 2.0):\n"
+        "    return (logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]) ** power\n"
+        "@hfcustom.register\n"
+        "class FinetunedReader(CustomInternVLForConditionalGeneration):\n"
+        "    def transform_hidden_states(self, hidden_states):\n"
+        "        return 2 * hidden_states\n"
+    )
+    file = folder / "mine_for_finetune.py"
+    loss = json.dumps({f"{file}:harder": {"weight": 0.5, "power": 1.5}, "z_loss": 1e-4})
+    out = finetune(folder, "--custom", f"{file}:FinetunedReader", "--loss", loss)
+    model: Any = AutoModelForImageTextToText.from_pretrained(out / "model")
+    assert type(model).__name__ == "FinetunedReader"
+    assert model.config.loss == json.loads(loss)
+
+
+MISTAKES = {
+    "freeze": (["--freeze", "visoin"], "Unknown part 'visoin'.*Did you mean 'vision'"),
+    "lora parts": (["--lora", "--lora-parts", "langauge"], "Unknown part 'langauge'.*'language'"),
+    "loss": (["--loss", "focall"], "Unknown loss 'focall'. Did you mean 'focal'"),
+    "connector": (["--connector", "average_pol"], "Unknown connector 'average_pol'. Did you mean 'average_pool'"),
+    "custom form": (["--custom", "MyModel"], "'MyModel' is not of the form path/to/file.py:Name"),
+    "custom file": (["--custom", "nowhere.py:MyModel"], "there is no file .*nowhere.py"),
+    "vision lr": (["--freeze", "vision", "--vision-lr", "1e-5"], "vision_lr=1e-05 has no effect"),
+    "occupied": (["--batch-size", "3", "--micro-batch-size", "2"], "batch_size=3 rows cannot be shared"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_values_are_named(mistake: str, internvl: Family, tmp_path: Path) -> None:
+    arguments, message = MISTAKES[mistake]
+    folder = stock_checkpoint(internvl, tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        finetune(folder, *arguments)
+
+
+CONTRADICTIONS = {
+    "quantised without lora": (["--load-in", "8bit"], "load_in=8bit needs --lora"),
+    "merge without lora": (["--merge"], "merge has no effect without --lora"),
+    "freeze with lora": (["--lora", "--freeze", "vision"], "freeze has no effect with --lora"),
+    "full without lora": (["--train-full", "connector"], "train_full has no effect without --lora"),
+    "eval steps": (["--eval-steps", "5"], "eval_steps has no effect without --eval-data"),
+    "bits": (["--load-in", "3bit"], "'3bit'.*'8bit' or '4bit'"),
+}
+
+
+@pytest.mark.parametrize("contradiction", CONTRADICTIONS)
+def test_options_without_effect_are_errors(contradiction: str) -> None:
+    import finetune as recipe
+
+    arguments, message = CONTRADICTIONS[contradiction]
+    with pytest.raises(ConfigError, match=message):
+        read(recipe.FinetuneConfig, None, ["--model", "m", "--data", "d", *arguments])
+
+
+def test_a_checkpoint_of_no_family_is_named(tmp_path: Path, internvl: Family) -> None:
+    folder = stock_checkpoint(internvl, tmp_path)
+    config = json.loads((folder / "stock" / "config.json").read_text())
+    (folder / "stock" / "config.json").write_text(json.dumps({**config, "model_type": "intern_vll"}))
+    with pytest.raises(ValueError, match="Unknown model_type 'intern_vll'. Did you mean 'internvl'"):
+        finetune(folder)
