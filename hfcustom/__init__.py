@@ -76,7 +76,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         from hfcustom.naming import unknown
 
-        raise AttributeError(unknown("name", f"hfcustom.{name}", _HOME))
+        raise AttributeError(unknown("name of hfcustom:", name, _HOME))
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value

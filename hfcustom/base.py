@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -82,6 +82,7 @@ class CustomVLM(PreTrainedModel):
         raise TypeError(f"{cls.__name__} must inherit a model class of transformers after CustomVLM.")
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        config = cast(Any, self.config_class).adopt(config)  # saved as a parent's, it would load as the parent
         super().__init__(config, *args, **kwargs)
         self._stock_tensors = frozenset(name for name, _ in _named_tensors(self))
         self._stock_parts = parts.find_parts(self)

@@ -37,14 +37,28 @@ class CustomConfig(PretrainedConfig):
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read config.json; a stock parent's is welcome, one of a stranger is a ValueError that names both."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
-        found = config_dict.get("model_type", cls.model_type)
-        known = [base.model_type for base in cls.__mro__ if issubclass(base, PretrainedConfig) and base.model_type]
-        if found not in known:
-            raise ValueError(
-                f"This checkpoint has model_type {found!r}, but {cls.__name__} loads {', '.join(dict.fromkeys(known))}. "
-                "Use the class of the checkpoint's own family."
-            )
+        cls._check_kin(config_dict.get("model_type", cls.model_type), "This checkpoint")
         return {**config_dict, "model_type": cls.model_type}, kwargs
+
+    @classmethod
+    def adopt(cls, config: PretrainedConfig) -> CustomConfig:
+        """Return a config of this class: the one given, or a parent's values under this class's model_type.
+
+        Raises ValueError for a stranger's.
+        """
+        if isinstance(config, cls):
+            return config
+        cls._check_kin(config.model_type, f"This {type(config).__name__}")
+        return cls(**{key: value for key, value in config.to_dict().items() if key != "model_type"})
+
+    @classmethod
+    def _check_kin(cls, model_type: str, what: str) -> None:
+        known = [base.model_type for base in cls.__mro__ if issubclass(base, PretrainedConfig) and base.model_type]
+        if model_type not in known:
+            raise ValueError(
+                f"{what} has model_type {model_type!r}, but {cls.__name__} takes {', '.join(dict.fromkeys(known))}. "
+                "Use the class of that family."
+            )
 
 
 def _inherit_key_conversion(config_class: type[PretrainedConfig]) -> None:

@@ -4,9 +4,8 @@
     accelerate launch recipes/finetune.py --config run.yaml --lr 1e-4 --load-in 8bit --lora
     accelerate launch recipes/finetune.py --model ... --data ... --custom my_file.py:MyModel --freeze vision
 
-A row is {"messages": [...], "images": [...]} (JSONL, a folder of `datasets`, or a data set's name on the hub). Takes as
-long as the model is large: LoRA on 1 B parameters fits one 16 GiB GPU. Writes checkpoints, metrics.jsonl and the model
-to --output-dir, and with --merge a full-precision model without adapter.
+A row is {"messages": [...], "images": [...]} (JSONL, a folder of `datasets`, or a data set's name on the hub). Writes
+checkpoints, metrics.jsonl and the model to --output-dir, and with --merge a full-precision model without adapter.
 """
 
 from __future__ import annotations

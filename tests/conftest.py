@@ -66,8 +66,8 @@ class Family:
         model_class = model_class or self.model_class
         if not issubclass(model_class, self.model_class):
             tiny = stock_config(model_class, tiny)
-        elif type(tiny) is not model_class.config_class:
-            tiny = model_class.config_class(**{k: v for k, v in tiny.to_dict().items() if k != "model_type"})
+        else:
+            tiny = model_class.config_class.adopt(tiny)
         for name, value in config.items():
             assert hasattr(tiny, name), name
             setattr(tiny, name, value)

@@ -8,8 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Family, assert_same_model
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+from conftest import Family, assert_same_model, stock_config
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    Idefics3Config,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hfcustom
@@ -70,6 +76,16 @@ def test_a_config_of_ones_own_is_used(internvl: Family) -> None:
     assert AutoConfig.for_model("gated_reader", gate_width=5).gate_width == 5
 
 
+def test_a_parents_config_becomes_ones_own(internvl: Family, tmp_path: Path) -> None:
+    """Kept as it is, it would be saved under the parent's model_type, and the folder would load as the parent."""
+    Adopting = hfcustom.register(make_class(internvl.model_class, "Adopting"))
+    for config in (internvl.module.tiny_config(), stock_config(internvl.stock_class, internvl.module.tiny_config())):
+        Adopting(config).save_pretrained(tmp_path)
+        assert type(AutoModelForImageTextToText.from_pretrained(tmp_path)) is Adopting
+    with pytest.raises(ValueError, match="This Idefics3Config has model_type 'idefics3', but AdoptingConfig takes"):
+        Adopting(Idefics3Config())
+
+
 def test_registering_again_is_harmless(internvl: Family) -> None:
     first = hfcustom.register(make_class(internvl.model_class, "Twice"))
     assert hfcustom.register(first) is first
@@ -114,6 +130,6 @@ def test_a_class_needs_a_stock_parent() -> None:
 
 def test_a_checkpoint_of_another_family_is_refused(families: dict[str, Family], tmp_path: Path) -> None:
     families["aria"].module.tiny_config().save_pretrained(tmp_path)
-    message = r"model_type 'custom_aria', but CustomInternVLConfig loads custom_internvl, internvl"
+    message = r"model_type 'custom_aria', but CustomInternVLConfig takes custom_internvl, internvl"
     with pytest.raises(ValueError, match=message):
         families["internvl"].model_class.from_pretrained(tmp_path)
