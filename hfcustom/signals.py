@@ -10,19 +10,18 @@ import torch
 from accelerate import Accelerator
 
 EXIT_PREEMPTED = 7  # saved and stopped by a signal: start again with --resume
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
     """While entered, the first signal is a request and a second one interrupts at once."""
-
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.name: str | None = None
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in self.signals:
+        for number in STOP_SIGNALS:
             self._old[number] = signal.signal(number, self._receive)
         return self
 
@@ -41,3 +40,9 @@ class StopRequest:
         if accelerator.num_processes == 1:
             return asked
         return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum") > 0)
+
+
+def ignore_stop_signals(worker: int = 0) -> None:
+    """Keep a data-loading process alive: Ctrl-C and schedulers signal every process, and the trainer has yet to save."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -38,9 +38,10 @@ class Collator:
     """
 
     def __init__(self, processor: Any, max_length: int | None = None) -> None:
-        if not processor.chat_template:
+        if not isinstance(processor.chat_template, str) or not processor.chat_template:
             raise ValueError(
-                "The processor has no chat_template, so messages cannot become text; set one and save it."
+                f"The processor's chat_template is {processor.chat_template!r:.60}; it must be one template, so that "
+                "messages can become text. Set it and save the processor."
             )
         self.processor = processor
         self.max_length = max_length
@@ -61,10 +62,10 @@ class Collator:
             self._check_length(batch["attention_mask"][at], example)
             for span in rendered[at][1]:
                 start, end = (expanded_position(char, replaced[at]) for char in span)
-                inside = (
-                    (offsets[at, :, 0] >= start) & (offsets[at, :, 0] < end) & (offsets[at, :, 1] > offsets[at, :, 0])
-                )
+                inside = tokens_inside(offsets[at], start, end)
                 labels[at, inside] = batch["input_ids"][at, inside]
+            for placeholder in replaced[at]:  # all that the processor wrote for an image, marks of rows included
+                labels[at, tokens_inside(offsets[at], *placeholder["new_span"])] = IGNORE
         labels[torch.isin(batch["input_ids"], self.placeholder_ids)] = IGNORE
         batch = Batch(batch, labels=labels)
         batch.images = sum(len(example.images) for example in examples)
@@ -135,3 +136,8 @@ def expanded_position(char: int, replacements: Sequence[Mapping[str, Any]]) -> i
     ends = [replacement["span"][1] for replacement in replacements]
     at = bisect_right(ends, char)
     return char if at == 0 else char + replacements[at - 1]["new_span"][1] - ends[at - 1]
+
+
+def tokens_inside(offsets: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Return which tokens begin in a span of characters: (T, 2) -> (T,)."""
+    return (offsets[:, 0] >= start) & (offsets[:, 0] < end) & (offsets[:, 1] > offsets[:, 0])

@@ -74,7 +74,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_uint8(values: np.ndarray) -> np.ndarray:
-    """Scale 16-bit integers by 1/257 and floats from their own 0..1 or 0..255 or 0..65535 range."""
+    """Scale 16-bit integers by 1/257, wider ones and floats from their own 0..1 or 0..255 or 0..65535 range."""
+    if not np.isfinite(values).all():
+        raise ValueError("The image holds values that are not finite numbers; replace them.")
     top = float(values.max(initial=0))
-    scale = 255.0 if top <= 1.0 and values.dtype.kind == "f" else 1.0 if top <= 255 else 1 / 257
+    scale = (
+        255.0 if top <= 1.0 and values.dtype.kind == "f" else 1.0 if top <= 255 and values.itemsize > 2 else 1 / 257
+    )
     return np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)

@@ -18,6 +18,7 @@ from hfcustom.data.images import load_image
 from hfcustom.naming import unknown
 
 ROLES = ("assistant", "system", "user")
+FORM = "{'messages': [...], 'images': [...]}"
 
 
 class RowError(ValueError):
@@ -35,12 +36,15 @@ class Example:
 
 def read_row(row: Mapping[str, Any], name: str, root: Path | None = None) -> Example:
     """Check one row and load its images; RowError names the row, the field, the value and the cure."""
+    if not isinstance(row, Mapping):
+        raise RowError(f"{name}: {type(row).__name__}, no mapping; a row is {FORM}.")
     if not isinstance(row.get("messages"), list) or not row["messages"]:
         found = ", ".join(row) or "nothing"
-        raise RowError(
-            f"{name}: no list of messages (columns: {found}); a row is {{'messages': [...], 'images': [...]}}."
-        )
-    pending = list(row.get("images") or [])
+        raise RowError(f"{name}: no list of messages (columns: {found}); a row is {FORM}.")
+    images = row.get("images") or []
+    if not isinstance(images, list | tuple):
+        raise RowError(f"{name}: images is {type(images).__name__}; it must be a list, also of one image.")
+    pending = list(images)
     given = len(pending)
     messages, sources = [], []
     for turn, message in enumerate(row["messages"]):
@@ -54,7 +58,10 @@ def read_row(row: Mapping[str, Any], name: str, root: Path | None = None) -> Exa
                 blocks.append(block)
         messages.append({"role": message["role"], "content": blocks})
     if pending:
-        raise RowError(f"{name}: {given} images, but only {given - len(pending)} {{'type': 'image'}} blocks use them.")
+        raise RowError(
+            f"{name}: {given} images, but only {given - len(pending)} {{'type': 'image'}} blocks use them; "
+            "put a block where each image belongs."
+        )
     return Example(messages, [_load(source, at, name, root) for at, source in enumerate(sources)], name)
 
 
@@ -75,7 +82,7 @@ def _block(block: Any, where: str) -> dict[str, Any]:
     if kind not in ("image", "text"):
         raise RowError(f"{where}: {unknown('block type', kind, ('image', 'text'))}")
     if kind == "text" and not isinstance(block.get("text"), str):
-        raise RowError(f"{where}: a text block holds {type(block.get('text')).__name__}, not a string.")
+        raise RowError(f"{where}: a text block's 'text' is {type(block.get('text')).__name__}; it must be a string.")
     return {key: value for key, value in block.items() if value is not None}  # Arrow fills missing keys with None
 
 
@@ -84,7 +91,7 @@ def _source(block: dict[str, Any], pending: list[Any], given: int, where: str) -
     if inline:
         return inline[0]
     if not pending:
-        raise RowError(f"{where}: more {{'type': 'image'}} blocks than the row's {given} images.")
+        raise RowError(f"{where}: more {{'type': 'image'}} blocks than the row's {given} images; list every image.")
     return pending.pop(0)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from hfcustom.signals import ignore_stop_signals
+
 
 @lru_cache(maxsize=2)
 def epoch_order(num_rows: int, epoch: int, seed: int) -> list[int]:
@@ -55,6 +57,7 @@ def step_loader(
         collate_fn=collate,
         num_workers=num_workers,
         generator=torch.Generator().manual_seed(seed),  # the loader draws its workers' seed here, not from training's
+        worker_init_fn=ignore_stop_signals,
     )
 
 

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from hfcustom.data.messages import Example, RowError, read_row
+from hfcustom.naming import unknown
 
 
 class Examples(Sequence[Example]):
-    """Rows of any sequence (a list, a `datasets.Dataset`) as checked Examples."""
+    """Rows of any sequence (a list, a `datasets.Dataset`) as checked Examples; image paths are read below `root`."""
 
-    def __init__(self, rows: Sequence[Any], name: str = "row", root: Path | None = None) -> None:
+    def __init__(self, rows: Sequence[Any], name: str = "row", root: str | Path | None = None) -> None:
         self.rows = rows
         self.name = name
-        self.root = root
+        self.root = None if root is None else Path(root)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -64,22 +65,55 @@ def load_rows(source: str, split: str = "train") -> Examples:
     """Return the rows of a .jsonl file, a folder that `datasets` saved or can read, or a data set's name on the hub.
 
     Image paths are read below the file's (or folder's) own folder only. Raises FileNotFoundError for a path that does
-    not exist and ValueError for a source without rows.
+    not exist and ValueError for an unknown split or a source without rows.
     """
-    import datasets
-
     path = Path(source)
     if path.suffix in (".json", ".jsonl"):
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {source}.")
         examples = Examples(JsonlRows(path))
-    elif (path / "dataset_info.json").is_file():
-        examples = Examples(datasets.load_from_disk(source), f"{path.name} row", path)
-    elif (path / "dataset_dict.json").is_file():
-        examples = Examples(datasets.load_from_disk(source)[split], f"{path.name} {split} row", path)
     else:
-        root = path if path.is_dir() else None
-        examples = Examples(datasets.load_dataset(source, split=split), f"{source} {split} row", root)
+        examples = _load_dataset(source, path, split)
     if not len(examples):
         raise ValueError(f"{source} has no rows.")
     return examples
+
+
+def _load_dataset(source: str, path: Path, split: str) -> Examples:
+    import datasets
+
+    if path.is_file():
+        raise ValueError(f"{source} is no .jsonl file; give the folder that holds it, which `datasets` can read.")
+    name, root = f"{source} {split} row", path
+    if (path / "dataset_info.json").is_file():
+        rows, name = datasets.load_from_disk(source), f"{path.name} row"
+    elif (path / "dataset_dict.json").is_file():
+        splits = datasets.load_from_disk(source)
+        if split not in splits:
+            raise ValueError(f"{source}: {unknown('split', split, splits)}")
+        rows, name = splits[split], f"{path.name} {split} row"
+    elif path.is_dir():
+        rows = datasets.load_dataset(source, split=split)
+    else:
+        root = Path(datasets.config.HF_CACHE_HOME)  # where `datasets` puts the images that it downloads as files
+        try:
+            rows = datasets.load_dataset(source, split=split)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"{source} is no folder here, and the hub gave no data set of that name: {error}"
+            ) from error
+    _leave_images_encoded(rows.info.features)
+    return Examples(rows, name, root)
+
+
+def _leave_images_encoded(feature: Any) -> None:
+    """Have `datasets` hand over bytes or a path: decoding itself, it fetches URLs, opens any path and runs gs."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        feature.decode = False
+    elif isinstance(feature, Mapping):
+        for inner in feature.values():
+            _leave_images_encoded(inner)
+    elif isinstance(feature, datasets.List | datasets.LargeList):
+        _leave_images_encoded(feature.feature)
