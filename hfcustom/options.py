@@ -82,7 +82,7 @@ def _parser(fields: dict[str, dataclasses.Field[Any]], hints: dict[str, Any], de
         if typing.get_origin(kind) is typing.Annotated:
             kind, text = typing.get_args(kind)[:2]
         default = spec.default_factory() if callable(spec.default_factory) else spec.default
-        shown = "" if default in (None, [], dataclasses.MISSING) else f" (default: {default})"
+        shown = "" if default in (None, [], "", dataclasses.MISSING) else f" (default: {default})"
         options: dict[str, Any] = {"help": (text + shown).replace("%", "%%")}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -128,20 +128,25 @@ def _typed(
     typed = {}
     for key, value in values.items():
         kind = hints[key]
-        if isinstance(value, str) and _holds_mapping(kind):
-            value = _json_if_it_looks_so(value)
         try:
+            if isinstance(value, str) and _allows(kind, dict):
+                value = _json_if_it_looks_so(value)
+            if isinstance(value, bool) and not _allows(kind, bool):  # pydantic would read true as 1
+                raise ConfigError("input should not be true or false")
             typed[key] = TypeAdapter(kind).validate_python(value)
+        except ConfigError as error:
+            problems.append(f"{sources[key]}: {key}={value!r}: {error}.")
         except ValidationError as error:
             reasons = ", or ".join(dict.fromkeys(item["msg"][:1].lower() + item["msg"][1:] for item in error.errors()))
             problems.append(f"{sources[key]}: {key}={value!r}: {reasons}.")
     return typed
 
 
-def _holds_mapping(kind: Any) -> bool:
+def _allows(kind: Any, wanted: type) -> bool:
+    """Whether an annotation is, or has among its alternatives, a type."""
     if typing.get_origin(kind) in (typing.Annotated, typing.Union, types.UnionType):
-        return any(_holds_mapping(part) for part in typing.get_args(kind))
-    return kind is dict or typing.get_origin(kind) is dict
+        return any(_allows(part, wanted) for part in typing.get_args(kind))
+    return wanted in (kind, typing.get_origin(kind))
 
 
 def _json_if_it_looks_so(value: str) -> Any:
@@ -150,7 +155,7 @@ def _json_if_it_looks_so(value: str) -> Any:
     try:
         return json.loads(value, object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{value!r} is no JSON: {error}") from error
+        raise ConfigError(f"no JSON mapping: {error}") from error
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -159,10 +164,12 @@ def read_file(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path}: not UTF-8 at byte {error.start}; save the file as UTF-8.") from error
     if path.suffix == ".json":
         try:
             content = json.loads(text, object_pairs_hook=_no_duplicates)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or a key given twice
             raise ConfigError(f"{path}: {error}") from error
     elif path.suffix in (".yaml", ".yml"):
         content = _read_yaml(path, text)
