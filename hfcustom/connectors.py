@@ -79,6 +79,7 @@ class AveragePool(nn.Module):
         return nn.functional.avg_pool2d(grid, self.size).flatten(2).transpose(1, 2)  # (P, M, D)
 
     def num_tokens_out(self, num_tokens: int) -> int:
+        """Return the tokens of a grid that is `size` times smaller each way."""
         return num_tokens if self.size == 1 else (self._side(num_tokens) // self.size) ** 2
 
     def _side(self, num_tokens: int) -> int:
@@ -113,6 +114,7 @@ class PerceiverResampler(nn.Module):
         return self.norm(queries)
 
     def num_tokens_out(self, num_tokens: int) -> int:
+        """Return the number of queries, whatever comes in."""
         return self.queries.num_embeddings
 
 

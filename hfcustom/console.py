@@ -100,9 +100,12 @@ class TrainLog:
 
     def restore_window(self, pending: Iterable[Mapping[str, float]]) -> None:
         """Take back what `pending` returned, so that the next log line of a resumed run is that of an unbroken one."""
-        share = float(self.accelerator.is_main_process)
+        from hfcustom.train import StepReport
+
+        share = torch.tensor(float(self.accelerator.is_main_process), dtype=torch.float64)  # the sum is over ranks
         for losses in pending:
-            self.window.append(StepReport({name: torch.tensor(share * value) for name, value in losses.items()}))
+            if losses.keys() == self.weights.keys():  # else the run goes on with another loss
+                self.window.append(StepReport({name: share * value for name, value in losses.items()}))
 
     def _sum_over_ranks(self, values: list[Any]) -> list[Any]:
         if self.accelerator.num_processes == 1 or not values:

@@ -45,18 +45,28 @@ def generate_answers(
 def _answer_batch(model: Any, processor: Any, examples: list[Example], max_new_tokens: int) -> list[Answer]:
     prompts, truths = zip(*(split_answer(example) for example in examples), strict=True)
     texts = [processor.apply_chat_template(prompt, add_generation_prompt=True) for prompt in prompts]
-    batch = process(processor, texts, examples, padding_side="left")
+    asked = [_without_answer(example, prompt) for example, prompt in zip(examples, prompts, strict=True)]
+    batch = process(processor, texts, asked, padding_side="left")
     batch = {name: value.to(model.device) for name, value in batch.items()}
     generated = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)  # (B, T + new)
     said = processor.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     questions = [_words(prompt) for prompt in prompts]
     rows = zip(examples, questions, said, truths, strict=True)
-    return [Answer(example, question, text.strip(), truth) for example, question, text, truth in rows]
+    return [Answer(example, question, text.strip(), truth.strip()) for example, question, text, truth in rows]
+
+
+def _without_answer(example: Example, prompt: list[dict[str, Any]]) -> Example:
+    """Return what is asked, less the images of the answer itself."""
+    shown = sum(block["type"] == "image" for message in prompt for block in message["content"])
+    return Example(prompt, example.images[:shown], example.name)
 
 
 def _words(messages: list[dict[str, Any]]) -> str:
-    blocks = (block for message in messages for block in message["content"])
-    return "".join(block["text"] if block["type"] == "text" else "[image] " for block in blocks).strip()
+    turns = (
+        "".join(block["text"] if block["type"] == "text" else "[image] " for block in message["content"])
+        for message in messages
+    )
+    return "\n".join(turn.strip() for turn in turns)
 
 
 def exact_match(answers: Sequence[Answer]) -> float:

@@ -82,6 +82,7 @@ class Loss:
 
     @property
     def is_term(self) -> bool:
+        """Whether this is a term, which says itself what it is divided by."""
         return self.count is not None
 
     def count_in(self, batch: Batch, image_token_id: int) -> int:

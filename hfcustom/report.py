@@ -86,8 +86,11 @@ class Report:
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
+        try:
+            partial.write_text(page, encoding="utf-8", errors="replace")  # JSON may hold half a surrogate pair
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _cell(value: Any) -> str:
@@ -152,7 +155,8 @@ def draw_result(
         for axes, row in zip(line, shown, strict=False):
             axes.imshow(row.example.images[0], interpolation="nearest")
             color = "#11702b" if row.answer == row.truth else "#b3261e"
-            axes.set_title(f"{task}:\n{row.answer or '(nothing)'}", color=color, fontsize=10)
+            answer = row.answer or "(nothing)"
+            axes.set_title(f"{task}:\n{answer}", color=color, fontsize=10, parse_math=False)  # a $ is a $
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, format="png", dpi=110)

@@ -108,20 +108,3 @@ def test_a_class_from_a_users_own_script_loads_after_importing_it(tmp_path: Path
     assert float(run(sys.executable, "-c", load, env=environment).split("RESULT ")[1]) == float(saved)
     weights = load_file(tmp_path / "model" / "model.safetensors")
     assert "dim.weight" in weights and "model.language_model.embed_tokens.weight" in weights
-
-
-def test_importing_the_package_loads_nothing_heavy() -> None:
-    heavy = "{'torch', 'transformers', 'accelerate', 'datasets', 'peft', 'PIL', 'numpy'}"
-    run(
-        sys.executable,
-        "-c",
-        f"import sys, hfcustom, hfcustom.options; assert not {heavy} & set(sys.modules), sys.modules",
-    )
-
-
-def test_every_public_name_exists() -> None:
-    import hfcustom
-
-    assert all(getattr(hfcustom, name) is not None for name in hfcustom.__all__)
-    with pytest.raises(AttributeError, match=r"Unknown name 'hfcustom.registre'. Did you mean 'register'"):
-        hfcustom.registre  # noqa: B018

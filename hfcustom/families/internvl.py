@@ -39,6 +39,7 @@ class CustomInternVLForConditionalGeneration(CustomVLM, InternVLForConditionalGe
     placeholder_field = "image_seq_length"
 
     def stock_tokens_per_crop(self) -> int:
+        """Return the patches of a crop after the pixel shuffle."""
         vision: Any = self.config.vision_config
         patches = (vision.image_size[0] // vision.patch_size[0]) * (vision.image_size[1] // vision.patch_size[1])
         return int(patches * self.config.downsample_ratio**2)

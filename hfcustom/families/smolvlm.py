@@ -44,6 +44,7 @@ class CustomSmolVLMForConditionalGeneration(CustomVLM, SmolVLMForConditionalGene
     placeholder_field = "image_seq_len"
 
     def stock_tokens_per_crop(self) -> int:
+        """Return the patches of a crop after the pixel shuffle."""
         vision: Any = self.config.vision_config
         return (vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor**2
 

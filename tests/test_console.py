@@ -1,0 +1,283 @@
+"""What a run prints and records: facts at the start, a line every log_steps, metrics.jsonl, stages."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import Family, chat_row
+from rich.console import Console
+
+import hfcustom
+from hfcustom import console
+from hfcustom.losses import parse_losses
+from hfcustom.options import read
+from hfcustom.train import StepReport
+from hfcustom.train_config import TrainConfig
+
+STEP_SECONDS = 0.5
+
+
+class Clock:
+    """A clock that moves when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(console, "time", made)
+    return made
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What goes to a log file: the toolkit's own console, its stream replaced."""
+    stream = io.StringIO()
+    monkeypatch.setattr(console.out, "file", stream)
+    monkeypatch.setattr(console.out, "width", 140)
+    return stream
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What a person at a terminal sees."""
+    stream = io.StringIO()
+    monkeypatch.setattr(console, "out", Console(file=stream, force_terminal=True, width=140, markup=False))
+    return stream
+
+
+def table_of(text: str) -> dict[str, list[str]]:
+    """Return the words of each line of a printed table, by its first word."""
+    return {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+
+
+# ---- TrainLog -------------------------------------------------------------------------------------------------------
+
+
+def optimizer(**rates: float) -> Any:
+    return SimpleNamespace(param_groups=[{"part": part, "lr": rate} for part, rate in rates.items()])
+
+
+def report(step: int, **losses: float) -> StepReport:
+    """Return the report of a step of 100 tokens and 2 images."""
+    values = {name: torch.tensor(value) for name, value in losses.items()}
+    return StepReport(losses=values, tokens=100, images=2, grad_norm=torch.tensor(float(step)))
+
+
+def run_log(
+    folder: Path,
+    clock: Clock,
+    reports: list[StepReport],
+    *,
+    losses: Any = "cross_entropy",
+    start: int = 0,
+    **options: Any,
+) -> list[dict[str, float]]:
+    """Log some steps of half a second each; return the lines of metrics.jsonl."""
+    history = options.pop("history", ())
+    rates = options.pop("rates", {"language": 0.1})
+    config = TrainConfig(output_dir=str(folder), **options)
+    end = start + len(reports)
+    with console.TrainLog(config, Accelerator(), parse_losses(losses), start, end, history) as log:
+        for step, item in enumerate(reports, start + 1):
+            clock.now += STEP_SECONDS
+            log.step(step, item, optimizer(**rates))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == log.history
+    return lines
+
+
+def test_a_line_every_log_steps_and_at_the_end_with_means_of_its_steps(
+    tmp_path: Path, clock: Clock, screen: Any
+) -> None:
+    reports = [report(step, cross_entropy=float(step)) for step in range(1, 6)]
+    lines = run_log(tmp_path / "new" / "run", clock, reports, log_steps=2)
+    assert [(line["step"], line["loss"], line["grad_norm"]) for line in lines] == [(2, 1.5, 2), (4, 3.5, 4), (5, 5, 5)]
+    assert list(lines[0]) == ["step", "loss", "lr", "grad_norm", "tokens_per_s", "images_per_s"]
+
+
+def test_throughput_counts_what_the_window_processed(tmp_path: Path, clock: Clock, screen: Any) -> None:
+    reports = [report(step, cross_entropy=1.0) for step in range(1, 6)]
+    for line in run_log(tmp_path, clock, reports, log_steps=2):
+        assert line["tokens_per_s"] == pytest.approx(100 / STEP_SECONDS)
+        assert line["images_per_s"] == pytest.approx(2 / STEP_SECONDS)
+
+
+def test_each_term_is_recorded_and_the_total_is_weighted(tmp_path: Path, clock: Clock, screen: Any) -> None:
+    losses = {"cross_entropy": 1.0, "focal": {"weight": 0.5, "gamma": 1.0}, "z_loss": 0.1}
+    reports = [
+        report(1, cross_entropy=2.0, focal=4.0, z_loss=10.0),
+        report(2, cross_entropy=4.0, focal=6.0, z_loss=30.0),
+    ]
+    (line,) = run_log(tmp_path, clock, reports, losses=losses, log_steps=10)
+    assert [line[name] for name in losses] == [3.0, 5.0, 20.0]
+    assert line["loss"] == pytest.approx(3.0 + 0.5 * 5.0 + 0.1 * 20.0)
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ({"language": 0.1, "vision": 0.1}, {"lr": 0.1}),
+        ({"language": 0.1, "vision": 0.2}, {"lr_language": 0.1, "lr_vision": 0.2}),
+    ],
+)
+def test_learning_rates_are_named_by_part_where_they_differ(
+    rates: dict[str, float], expected: dict[str, float], tmp_path: Path, clock: Clock, screen: Any
+) -> None:
+    (line,) = run_log(tmp_path, clock, [report(1, cross_entropy=1.0)], rates=rates)
+    assert {name: value for name, value in line.items() if name.startswith("lr")} == expected
+
+
+def test_the_printed_line_holds_step_and_numbers(tmp_path: Path, clock: Clock, screen: io.StringIO) -> None:
+    run_log(tmp_path, clock, [report(1, cross_entropy=1.23456)], start=41)
+    assert screen.getvalue() == ("step 42/42  loss 1.235  lr 0.1  grad_norm 1  tokens_per_s 200  images_per_s 4\n")
+
+
+def test_a_resumed_run_keeps_the_lines_before_it_and_drops_those_it_repeats(
+    tmp_path: Path, clock: Clock, screen: Any
+) -> None:
+    run_log(tmp_path, clock, [report(step, cross_entropy=1.0) for step in (1, 2, 3)], log_steps=1)
+    kept = [{"step": 1, "loss": 1.0}]
+    lines = run_log(tmp_path, clock, [report(2, cross_entropy=7.0)], start=1, log_steps=1, history=kept)
+    assert lines[0] == kept[0]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 7.0)]
+
+
+def test_other_metrics_are_recorded_and_printed(tmp_path: Path, screen: io.StringIO) -> None:
+    config = TrainConfig(output_dir=str(tmp_path))
+    with console.TrainLog(config, Accelerator(), parse_losses("focal"), 0, 10) as log:
+        log.metrics(5, {"exact_match": 0.25})
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 5, "exact_match": 0.25}  # at once
+    assert screen.getvalue() == "step 5/10  exact_match 0.25\n"
+    assert log.history == [{"step": 5, "exact_match": 0.25}]
+
+
+def test_a_terminal_shows_a_bar_with_the_numbers(tmp_path: Path, clock: Clock, terminal: io.StringIO) -> None:
+    lines = run_log(tmp_path, clock, [report(1, cross_entropy=1.5)], log_steps=1)
+    assert lines[0]["loss"] == 1.5
+    assert "1/1" in terminal.getvalue() and "loss 1.5" in terminal.getvalue()
+
+
+def test_trackers_get_the_config_and_every_line(tmp_path: Path, clock: Clock, screen: Any) -> None:
+    told: dict[str, Any] = {"logged": []}
+    accelerator = SimpleNamespace(
+        is_main_process=True,
+        num_processes=1,
+        device=torch.device("cpu"),
+        init_trackers=lambda project, config: told.update(project=project, config=config),
+        log=lambda values, step: told["logged"].append((step, values)),
+        end_training=lambda: told.update(ended=True),
+    )
+    config = read(TrainConfig, None, ["--trackers", "tensorboard", "--output-dir", str(tmp_path), "--log-steps", "1"])
+    with console.TrainLog(config, accelerator, parse_losses("focal"), 0, 2) as log:  # type: ignore[arg-type]
+        for step in (1, 2):
+            clock.now += 1
+            log.step(step, report(step, focal=2.0), optimizer(language=0.1))
+    assert (told["project"], told["config"]["lr"], told["ended"]) == ("hfcustom", config.lr, True)
+    assert all(isinstance(value, int | float | str) for value in told["config"].values())
+    assert "sources" not in told["config"]
+    assert [(step, values["loss"]) for step, values in told["logged"]] == [(1, 2.0), (2, 2.0)]
+
+
+# ---- start-up facts -------------------------------------------------------------------------------------------------
+
+
+def test_the_part_table_shows_counts_frozen_parts_and_totals(family: Family, screen: io.StringIO) -> None:
+    model = family.model()
+    hfcustom.freeze(model, ["vision", "connector"])
+    model.get_decoder().to(torch.bfloat16)
+    console.show_parts(model)
+    printed = screen.getvalue()
+    assert printed.splitlines()[0].strip() == family.model_class.__name__
+    lines, parameters = table_of(printed), dict(model.named_parameters())
+    parts = hfcustom.find_parts(model)
+    for part in ("vision", "language"):
+        sizes = [value.numel() for name, value in parameters.items() if parts.part_of(name) == part]
+        assert lines[part][2] == f"{sum(sizes):,}"
+    assert lines["vision"][3] == lines["connector"][3] == "frozen"
+    assert lines["language"][3] == lines["language"][2]
+    assert (lines["vision"][-1], lines["language"][-1]) == ("float32", "bfloat16")
+    assert lines["total"][1] == f"{sum(value.numel() for value in parameters.values()):,}"
+    assert lines["total"][2] == f"{sum(value.numel() for value in parameters.values() if value.requires_grad):,}"
+    size = sum(value.numel() * value.element_size() for value in parameters.values())
+    assert float(lines["total"][3]) == pytest.approx(size / 2**20, abs=0.01)
+
+
+def test_a_title_takes_the_place_of_the_class_name(internvl: Family, screen: io.StringIO) -> None:
+    console.show_parts(internvl.model(), "before [bold]merging[/bold] :cat:")
+    assert screen.getvalue().splitlines()[0].strip() == "before [bold]merging[/bold] :cat:"
+
+
+def test_the_start_shows_seams_image_tokens_and_where_values_came_from(
+    internvl: Family, screen: io.StringIO, tmp_path: Path
+) -> None:
+    class Seamed(internvl.model_class):  # type: ignore[misc, name-defined]
+        def transform_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return hidden_states
+
+    (tmp_path / "run.yaml").write_text("batch_size: 4\n")
+    flags = ["--config", str(tmp_path / "run.yaml"), "--lr", "0.5", "--output-dir", "out/[/x][bold]"]
+    config = read(TrainConfig, None, flags)
+    console.show_start(internvl.model(Seamed, loss="focal"), internvl.processor, chat_row(2), config)
+    printed = screen.getvalue()
+    assert "seams in effect: transform_hidden_states, loss 'focal'\n" in printed
+    batch = internvl.batch([2])
+    tokens, images = batch["input_ids"].shape[1], int((batch["input_ids"] == internvl.processor.image_token_id).sum())
+    supervised = int((batch["labels"] != -100).sum())
+    assert f"first row: {tokens} tokens, 2 images as {images} of them, {supervised} supervised\n" in printed
+    assert printed.splitlines()[-3:] == [
+        f"  batch_size = 4  ({tmp_path / 'run.yaml'})",
+        "  lr = 0.5  (--lr)",
+        "  output_dir = 'out/[/x][bold]'  (--output-dir)",
+    ]
+
+
+def test_a_stock_model_and_a_plain_config_are_told_so(family: Family, screen: io.StringIO) -> None:
+    console.show_start(family.model(), family.processor, chat_row(1), TrainConfig())
+    assert "seams in effect: none (stock)\n" in screen.getvalue()
+    assert screen.getvalue().splitlines()[-1].startswith("first row: ")
+
+
+# ---- tables and stages ----------------------------------------------------------------------------------------------
+
+
+def test_a_table_aligns_numbers_right_and_rounds_floats(screen: io.StringIO) -> None:
+    console.show_table(("name", "count", "share"), [("[red]a[/red]", 7, 0.123456), ("long name", 1234, 250.0)])
+    assert [line.rstrip() for line in screen.getvalue().splitlines()] == [
+        "name          count   share",
+        "[red]a[/red]      7  0.1235",
+        "long name      1234     250",
+    ]
+
+
+def test_a_long_cell_is_folded_not_cut(screen: io.StringIO) -> None:
+    console.show_table(("modules",), [("x" * 300,)])
+    assert sum(line.count("x") for line in screen.getvalue().splitlines()) == 300
+
+
+def test_stages_are_named_when_they_begin_and_timed(clock: Clock, screen: io.StringIO) -> None:
+    stages = console.Stages()
+    for name, seconds in (("make rows", 1.5), ("train", 40.0)):
+        with stages(name):
+            assert screen.getvalue().endswith(f"\n== {name}\n")
+            clock.now += seconds
+    assert stages.rows() == [("make rows", 1.5), ("train", 40.0), ("total", 41.5)]
+
+
+def test_a_stage_that_fails_is_not_counted(clock: Clock, screen: io.StringIO) -> None:
+    stages = console.Stages()
+    with pytest.raises(RuntimeError), stages("train"):
+        raise RuntimeError
+    assert stages.rows() == [("total", 0)]

@@ -1,0 +1,123 @@
+"""Evaluation by generation: scores by hand, and answers that do not depend on how rows are batched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import Family, chat_row, picture
+
+from hfcustom.data.messages import Example, RowError
+from hfcustom.evaluate import Answer, character_accuracy, exact_match, generate_answers
+
+ROWS = [chat_row(1, seed=0), chat_row(0, seed=1), chat_row(2, seed=2, turns=2)]
+
+
+def answers(*pairs: tuple[str, str]) -> list[Answer]:
+    """Return answers from (said, truth) pairs."""
+    return [Answer(Example([], [], "row"), "", said, truth) for said, truth in pairs]
+
+
+SCORES = {  # (said, truth) pairs: exact match, character accuracy
+    "right": ([("1234", "1234")], 1.0, 1.0),
+    "wrong": ([("9876", "1234")], 0.0, 0.0),
+    "one off": ([("1235", "1234")], 0.0, 0.75),
+    "one row of two": ([("1234", "1234"), ("", "12")], 0.5, 4 / 6),
+    "long truths weigh more": ([("1", "1"), ("00000000", "12345678")], 0.5, 1 / 9),
+    "blanks are no characters": ([("12 34", "1234"), ("5678", "56 78")], 0.0, 1.0),
+    "too long": ([("12345", "1234")], 0.0, 1.0),
+    "too short": ([("12", "1234")], 0.0, 0.5),
+    "shifted": ([("0123", "1234")], 0.0, 0.0),
+    "no rows": ([], 0.0, 0.0),
+    "an empty truth": ([("", "")], 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_equal_the_hand_computed_ones(name: str) -> None:
+    pairs, exact, characters = SCORES[name]
+    assert exact_match(answers(*pairs)) == pytest.approx(exact)
+    assert character_accuracy(answers(*pairs)) == pytest.approx(characters)
+
+
+def said(family: Family, rows: list[Any] = ROWS, model: Any = None, **options: Any) -> list[str]:
+    found = generate_answers(model or family.model(), family.processor, rows, max_new_tokens=3, **options)
+    return [answer.answer for answer in found]
+
+
+def test_the_batch_size_changes_no_answer(family: Family) -> None:
+    model = family.model()
+    alone = said(family, model=model, batch_size=1)
+    assert any(alone)
+    assert said(family, model=model, batch_size=2) == alone  # a full batch of two lengths, and a rest
+
+
+def test_answers_are_the_greedy_continuation_of_the_prompt(internvl: Family) -> None:
+    model, processor, row = internvl.model(), internvl.processor, chat_row(1)
+    ids = processor(
+        text=[processor.apply_chat_template(row["messages"][:1], add_generation_prompt=True)],
+        images=[row["images"]],
+        return_tensors="pt",
+    )
+    tokens = ids["input_ids"]
+    with torch.no_grad():
+        for _ in range(3):
+            logits = model(input_ids=tokens, pixel_values=ids["pixel_values"]).logits
+            tokens = torch.cat([tokens, logits[:, -1].argmax(-1, keepdim=True)], 1)
+    expected = processor.tokenizer.decode(tokens[0, -3:], skip_special_tokens=True).strip()
+    assert said(internvl, [row], model=model) == [expected]
+
+
+def test_an_answer_holds_the_question_the_truth_and_the_row(internvl: Family) -> None:
+    (answer,) = generate_answers(internvl.model(), internvl.processor, ROWS[2:], max_new_tokens=1)
+    assert answer.truth == "It is 2 of 1."
+    assert answer.question == "picture 0: [image] picture 1: [image] What is number 2?\nIt is 2 of 0.\nand 1?"
+    assert (len(answer.example.images), answer.example.name) == (2, "row 0")
+
+
+def test_borders_of_the_truth_do_not_make_it_wrong(internvl: Family) -> None:
+    row = chat_row(0)
+    row["messages"][-1]["content"] = "\n yes \n"
+    (answer,) = generate_answers(internvl.model(), internvl.processor, [row], max_new_tokens=1)
+    assert answer.truth == "yes"
+
+
+def test_an_image_of_the_answer_itself_is_not_shown(family: Family) -> None:
+    plain = {"messages": [{"role": "user", "content": [{"type": "image"}]}], "images": [picture(1)]}
+    drawn = [{"type": "text", "text": "This: "}, {"type": "image"}]
+    rows = [
+        {"messages": [*plain["messages"], {"role": "assistant", "content": content}], "images": images}
+        for content, images in (("This: ", [picture(1)]), (drawn, [picture(1), picture(2)]))
+    ]
+    without, with_image = generate_answers(family.model(), family.processor, rows, max_new_tokens=3)
+    assert without.answer == with_image.answer
+    assert without.truth == with_image.truth == "This:"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_models_mode_is_eval_meanwhile_and_restored_after(internvl: Family, training: bool) -> None:
+    model = internvl.model().train(training)
+    modes: list[bool] = []
+    model.lm_head.register_forward_hook(lambda *_: modes.append(model.training))
+    said(internvl, ROWS[:1], model=model)
+    assert modes and not any(modes)
+    assert model.training == model.lm_head.training == training
+
+
+def test_no_gradient_is_kept_and_no_random_number_drawn(internvl: Family) -> None:
+    model = internvl.model()
+    before = torch.get_rng_state()
+    said(internvl, model=model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_row_that_ends_without_an_answer_is_named(internvl: Family) -> None:
+    rows = [chat_row(0), {"messages": chat_row(0)["messages"][:1], "images": []}]
+    with pytest.raises(RowError, match=r"row 1: the last turn is not the assistant's, so there is no answer"):
+        said(internvl, rows)
+
+
+def test_no_rows_no_answers(internvl: Family) -> None:
+    assert said(internvl, []) == []
