@@ -91,8 +91,8 @@ class Checkpoints:
             return
         saved = len(list(self.resumed.glob("rng-*.safetensors")))
         if saved != self.accelerator.num_processes:
-            ranks = f"{saved} processes, this one has {self.accelerator.num_processes}"
-            self.accelerator.print(f"The resumed run had {ranks}: the same rows, but other random numbers for dropout.")
+            ranks = f"Ranks then: {saved}, now: {self.accelerator.num_processes}"
+            self.accelerator.print(f"{ranks}. The rows stay the same, the random numbers of dropout do not.")
         if self.accelerator.process_index < saved:
             load_rng(self.resumed / f"rng-{self.accelerator.process_index}.safetensors")
 
@@ -292,23 +292,26 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Restore what `save_optimizer` wrote; learning rates and decay stay those of the present config."""
     saved = json.loads((folder / "optimizer.json").read_text())
     flat = {**load_file(folder / "optimizer.safetensors"), **saved["state"]}
+    present = optimizer.state_dict()["param_groups"]
+    then = _names_by_index(saved["param_groups"])
+    now = {name: index for index, name in _names_by_index(present).items()}
+    if differing := sorted(now.keys() ^ set(then.values())):
+        raise RuntimeError(
+            f"{folder}: the trained parameters have changed since this checkpoint ({differing[0]} first of "
+            f"{len(differing)}); freeze and LoRA as then."
+        )
     state: dict[int, dict[str, Any]] = {}
     for key, value in flat.items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    present = optimizer.state_dict()["param_groups"]
-    now, then = (_trained_names(groups) for groups in (present, saved["param_groups"]))
-    if now != then:
-        differing = sorted(set(now) ^ set(then))
-        example = f" ({differing[0]} first of {len(differing)})" if differing else ""
-        raise RuntimeError(
-            f"{folder}: the trained parameters have changed since this checkpoint{example}; freeze and LoRA as then."
-        )
+        state.setdefault(now[then[int(index)]], {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": present})
 
 
-def _trained_names(groups: list[dict[str, Any]]) -> list[str]:
-    return [name for group in groups for name in group.get("param_names", map(str, group["params"]))]
+def _names_by_index(groups: list[dict[str, Any]]) -> dict[int, str]:
+    """A state_dict numbers parameters through its groups, whose order follows the config's weight decay."""
+    numbers = [index for group in groups for index in group["params"]]
+    names = [name for group in groups for name in group.get("param_names", map(str, group["params"]))]
+    return dict(zip(numbers, names, strict=True))
 
 
 # ---- random generators ----------------------------------------------------------------------------------------------

@@ -8,18 +8,22 @@ loss is divided by its count over all of them, so that the cut changes neither l
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import send_to_device, set_seed
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, parse_flag_from_env, send_to_device, set_seed
 from torch import nn
 
 from hfcustom import checkpoint
+from hfcustom.base import CustomVLM
 from hfcustom.console import TrainLog, out
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.order import step_loader
@@ -72,19 +76,25 @@ def fit(
     """Train a custom model, bare or wrapped by peft, on rows of messages and images (hfcustom/data/messages.py).
 
     `evaluate(model, step)` returns named numbers for the log every `eval_steps`. Raises ValueError for a config
-    out of range, a batch size that the processes cannot share and a model of which nothing is trainable, RowError for a
+    out of range, no rows, a batch size that the processes cannot share and a model of which nothing is trainable, RowError for a
     row that cannot be used.
     """
     if problems := config.problems():
         raise ValueError("; ".join(problems))
+    core = unwrap(model)
+    if not isinstance(core, CustomVLM):
+        raise TypeError(f"fit() trains custom models; load the {type(core).__name__} with its family's custom class.")
+    if not len(rows):
+        raise ValueError("There are no rows to train on.")
+    config = replace(config, precision=choose_precision(model, config))
     accelerator = make_accelerator(config)
     micro_batch_size, accumulation = split_batch(config, accelerator.num_processes)
     max_steps = config.max_steps or math.ceil(config.epochs * len(rows) / config.batch_size)
-    weighted = unwrap(model).losses()  # an unknown loss is an error now, not after the first batch
+    weighted = core.losses()  # an unknown loss is an error now, not after the first batch
     set_seed(config.seed, device_specific=True)
     set_precision(model, config)
     if config.gradient_checkpointing:
-        checkpoint_activations(unwrap(model))
+        checkpoint_activations(core)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor)
     start = state.resume() if config.resume else state.begin()
@@ -105,6 +115,7 @@ def fit(
     model.train()
     step, stopped = start, False
     with StopRequest() as stop, TrainLog(config, accelerator, weighted, start, max_steps, state.history) as log:
+        log.restore_window(state.pending)
         while step < max_steps and not stopped:
             set_lr(optimizer, step, max_steps, config)
             report = train_step(model, [next(batches) for _ in range(accumulation)], optimizer, accelerator, config)
@@ -114,8 +125,8 @@ def fit(
                 log.metrics(step, run_evaluation(model, evaluate, step))
             stopped = stop.agreed(accelerator)
             if _due(step, config.save_steps) or stopped or step == max_steps:
-                state.save(step, log.history)
-    finished = step == max_steps
+                state.save(step, log.history, log.pending())
+    finished = step >= max_steps
     return TrainResult(step, not finished, log.history, state.publish() if finished else state.model_dir())
 
 
@@ -142,9 +153,10 @@ def train_step(
         for name, value in unwrap(model).loss_values.items():
             report.losses[name] = report.losses.get(name, 0.0) + value.sum / divisors[name]
     report.grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-    if not math.isfinite(report.grad_norm):
-        losses = {name: float(value) for name, value in report.losses.items()}
-        raise NonFiniteError(f"The gradient is {float(report.grad_norm)} (losses {losses}); the step was not applied.")
+    losses = {name: float(value) for name, value in report.losses.items()}
+    if not all(map(math.isfinite, (report.grad_norm, *losses.values()))):
+        norm = float(report.grad_norm)
+        raise NonFiniteError(f"The gradient's norm is {norm}, the losses are {losses}; the step was not applied.")
     optimizer.step()
     optimizer.zero_grad()
     return report
@@ -155,19 +167,54 @@ def step_divisors(
 ) -> dict[str, torch.Tensor]:
     """Return each loss's count over the micro-batches of all ranks, at least 1, so that nothing counted adds nothing."""
     counts = unwrap(model).loss_counts(batches)
-    local = torch.tensor(list(counts.values()), dtype=torch.float64, device=accelerator.device)
-    total = accelerator.reduce(local, "sum").clamp(min=1).float()
+    local = torch.tensor(list(counts.values()), dtype=torch.float32, device=accelerator.device)  # exact up to 2**24
+    total = accelerator.reduce(local, "sum").clamp(min=1)
     return dict(zip(counts, total, strict=True))
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Return the Accelerator of a run: its precision, its trackers, and DDP that lets a batch of text skip the tower."""
-    return Accelerator(
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
+    process_state()
+    known = set(LoggerType.list()) - {LoggerType.ALL.value, *map(str, get_available_trackers())}
+    if missing := known.intersection(config.trackers):  # Accelerate would go on without them
+        names = " ".join(sorted(missing))
+        raise ValueError(f"trackers={config.trackers}: {names} not installed; pip install it, or leave it out.")
+    mixed_precision = "bf16" if config.precision == "bf16" else "no"
+    if AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
+        AcceleratorState._reset_state()  # an earlier run of this process had another precision
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
         log_with=config.trackers or None,
         project_dir=config.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise RuntimeError(
+            f"{launched} processes were launched, but Accelerate counts {accelerator.num_processes}, so each would train "
+            "alone. On CPUs launch with `accelerate launch --cpu` or set ACCELERATE_USE_CPU=true, and before fit() ask "
+            "hfcustom.train.process_state() instead of PartialState()."
+        )
+    return accelerator
+
+
+def process_state() -> PartialState:
+    """Return Accelerate's process state; the first bare PartialState() overlooks ACCELERATE_USE_CPU, for good."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def choose_precision(model: nn.Module, config: TrainConfig) -> Literal["fp32", "bf16"]:
+    """Return the config's precision; without one, bf16 if the launcher asks for it or any weight is 16-bit."""
+    if config.precision is not None:
+        return config.precision
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", "bf16"):
+        raise ValueError(f"accelerate was launched with mixed_precision={launched!r}; fit() trains in bf16 or fp32.")
+    return "bf16" if launched == "bf16" or _low_precision(model) else "fp32"
+
+
+def _low_precision(model: nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)]
 
 
 def set_precision(model: nn.Module, config: TrainConfig) -> None:
@@ -175,7 +222,7 @@ def set_precision(model: nn.Module, config: TrainConfig) -> None:
 
     Raises ValueError when 16-bit weights are to be used without autocast.
     """
-    low = [name for name, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    low = _low_precision(model)
     if low and config.precision == "fp32":
         raise ValueError(
             f"{len(low)} parameters are 16-bit ({low[0]} first) but precision is fp32: train with precision='bf16', or "
@@ -198,10 +245,11 @@ def split_batch(config: TrainConfig, num_processes: int) -> tuple[int, int]:
     per_rank, rest = divmod(config.batch_size, num_processes)
     micro = config.micro_batch_size or per_rank
     if rest or per_rank == 0 or per_rank % micro:
-        fitting = f"{micro * num_processes} times a whole number"
+        given = config.micro_batch_size
+        cut = "" if given is None else f" in micro-batches of {given}"
         raise ValueError(
-            f"batch_size={config.batch_size} rows cannot be shared by {num_processes} processes in micro-batches of "
-            f"{micro}; choose {fitting}."
+            f"batch_size={config.batch_size} rows cannot be shared by {num_processes} processes{cut}; choose a multiple "
+            f"of {num_processes * (given or 1)}."
         )
     return micro, per_rank // micro
 
@@ -218,7 +266,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         decay = config.weight_decay if parameter.ndim >= 2 and "embed" not in name else 0.0
         group = groups.setdefault((part, decay), {"params": [], "weight_decay": decay, "part": part})
         group["peak_lr"] = group["lr"] = rates.get(part) or config.lr
-        group["params"].append(parameter)
+        group["params"].append((name, parameter))  # with its name, which a checkpoint compares
     if not groups:
         raise ValueError("No parameter is trainable: unfreeze a part or attach LoRA.")
     for rate, flag in ((config.vision_lr, "vision"), (config.connector_lr, "connector")):
@@ -244,8 +292,10 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, max_steps: int, config: 
 def run_evaluation(model: nn.Module, evaluate: Evaluate, step: int) -> dict[str, float]:
     """Evaluate without gradients and without moving training's random state."""
     model.eval()
-    with torch.no_grad(), torch.random.fork_rng():
-        metrics = dict(evaluate(unwrap(model), step))
+    before = checkpoint.rng_state()
+    with torch.no_grad():
+        metrics = {name: float(value) for name, value in evaluate(unwrap(model), step).items()}
+    checkpoint.set_rng_state(before)
     model.train()
     return metrics
 

@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `--help` and a mistyped flag answer at o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -29,7 +30,10 @@ class TrainConfig:
     schedule: Annotated[Literal["cosine", "linear", "constant"], "learning rate after the warm-up"] = "cosine"
     min_lr_ratio: Annotated[float, "final learning rate as a share of the peak (cosine and linear)"] = 0.1
     max_grad_norm: Annotated[float, "clip the gradient's global norm; 0 turns clipping off"] = 1.0
-    precision: Annotated[Literal["fp32", "bf16"], "bf16 computes under autocast, weights stay as they are"] = "fp32"
+    precision: Annotated[
+        Literal["fp32", "bf16"] | None,
+        "bf16 computes under autocast and keeps trained weights in float32; by default bf16 if any weight is 16-bit",
+    ] = None
     gradient_checkpointing: Annotated[bool, "recompute layers in the backward pass to save memory"] = False
     max_length: Annotated[int | None, "longest row in tokens; a longer one is an error that names it"] = None
     seed: Annotated[int, "seed of initialisation, row order and dropout"] = 0
@@ -52,7 +56,7 @@ class TrainConfig:
         """Return what is out of range, in words; empty when the config is usable."""
         rules = [
             (self.max_steps is None or self.max_steps > 0, f"max_steps={self.max_steps} must be positive"),
-            (self.epochs > 0, f"epochs={self.epochs} must be positive"),
+            (0 < self.epochs < math.inf, f"epochs={self.epochs} must be positive and finite"),
             (self.batch_size > 0, f"batch_size={self.batch_size} must be positive"),
             (self.lr > 0, f"lr={self.lr} must be positive"),
             (self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative"),

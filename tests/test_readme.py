@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, Family, picture
 
 DOCUMENTS = ("README.md", "README_customize_hf_models.md")
@@ -34,7 +35,7 @@ def commands() -> list[str]:
 @pytest.fixture
 def workplace(tmp_path: Path, internvl: Family) -> Path:
     """A folder with what the documents name: a stock checkpoint, a picture, rows, a class, a config, the recipes."""
-    internvl.model(internvl.stock_class).save_pretrained(tmp_path / CHECKPOINT)
+    internvl.model(internvl.stock_class).to(torch.bfloat16).save_pretrained(tmp_path / CHECKPOINT)  # as on the hub
     internvl.processor.save_pretrained(tmp_path / CHECKPOINT)
     picture().save(tmp_path / "cat.png")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")

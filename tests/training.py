@@ -1,0 +1,99 @@
+"""What the training tests share: rows whose answers differ much in length, short configs, runs, distances of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import Family, chat_row
+from torch import nn
+from torch.nn import functional as F
+
+import hfcustom
+from hfcustom.losses import LOSSES
+from hfcustom.train import TrainResult, fit
+from hfcustom.train_config import TrainConfig
+
+torch.set_num_threads(1)  # a second thread gains nothing here and, on a busy machine, waits ten times as long
+
+IMAGES = (1, 0, 2, 1, 0, 0, 1, 0)
+ANSWER_WORDS = (1, 40, 2, 30, 1, 1, 50, 3)
+TERMS = {"cross_entropy": 1.0, "z_loss": 1e-3, "image_size": 0.1}  # two token losses and a term
+
+
+@contextmanager
+def user_losses() -> Iterator[None]:
+    """Register what a user would write, a token loss `margin` and a term `image_size`; forget them at the end."""
+    before = dict(LOSSES)
+
+    @hfcustom.token_loss
+    def margin(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        best = logits.scatter(-1, targets[:, None], -torch.inf).logsumexp(-1)
+        return F.softplus(best - logits.gather(-1, targets[:, None])[:, 0])
+
+    @hfcustom.term(count="image_tokens")
+    def image_size(context: hfcustom.LossContext) -> tuple[torch.Tensor, int]:
+        size = context.image_features.square().mean(-1)
+        return size.sum(), size.numel()
+
+    yield
+    LOSSES.clear()
+    LOSSES.update(before)
+
+
+def uneven_rows(images: Sequence[int] = IMAGES, words: Sequence[int] = ANSWER_WORDS) -> list[dict[str, Any]]:
+    """Return rows of chat_row with answers of the given numbers of words."""
+    rows = [chat_row(count, seed) for seed, count in enumerate(images)]
+    for row, length in zip(rows, words, strict=True):
+        row["messages"][-1]["content"] = " ".join(str(at % 10) for at in range(length))
+    return rows
+
+
+def short_config(folder: Path, **options: Any) -> TrainConfig:
+    """Return the config of a run of three steps of eight rows that logs each step."""
+    defaults = {"max_steps": 3, "batch_size": 8, "lr": 1e-3, "warmup_steps": 0, "log_steps": 1}
+    return TrainConfig(output_dir=str(folder), **{**defaults, **options})
+
+
+def train(model: nn.Module, family: Family, folder: Path, rows: Any = None, **options: Any) -> TrainResult:
+    """Run fit() with short_config()."""
+    extra = {name: options.pop(name) for name in ("evaluate", "processor") if name in options}
+    processor = extra.pop("processor", family.processor)
+    return fit(model, processor, uneven_rows() if rows is None else rows, short_config(folder, **options), **extra)
+
+
+def curve(result: TrainResult, name: str = "loss") -> list[float]:
+    """Return one number of every log line that has it."""
+    return [entry[name] for entry in result.history if name in entry]
+
+
+def add_dropout(model: nn.Module, share: float) -> None:
+    """Drop a share of the language model's attention weights in training."""
+    attentions = [module for module in model.modules() if hasattr(module, "attention_dropout")]
+    assert attentions, "no module has attention_dropout"
+    for attention in attentions:
+        attention.attention_dropout = share
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a copy of the trainable parameters."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def relative_distance(
+    first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
+) -> float:
+    """Return how far two results of training lie apart, as a share of how far training went.
+
+    One number over all weights, because Adam turns the rounding of a gradient that is zero (the bias of Qwen2's keys)
+    into a step of full size.
+    """
+    return _norm(first, second) / _norm(first, start)
+
+
+def _norm(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return float(torch.stack([(first[name] - second[name]).norm() for name in first]).norm())
