@@ -1,0 +1,141 @@
+"""The runs of tests/test_distributed.py: the test calls them in its own process, torchrun in two.
+
+    torchrun --nproc_per_node 2 tests/distributed_run.py FOLDER
+
+Every rank writes what it ended with to FOLDER/<case>/rank-<rank>.pt.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import Family
+from torch import nn
+from training import ANSWER_WORDS, IMAGES, TERMS, add_dropout, short_config, uneven_rows, user_losses, weights
+
+import hfcustom
+from hfcustom import checkpoint, train
+from hfcustom.data.order import step_rows
+from hfcustom.families import load_family
+from hfcustom.train_config import TrainConfig
+
+STEPS, ROWS = 3, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: what the rows of a step hold in the order in which they are cut, and what differs from the default."""
+
+    images: Sequence[int] = IMAGES
+    words: Sequence[int] = ANSWER_WORDS
+    loss: Any = "cross_entropy"
+    lora: bool = False
+    sgd: bool = True  # weights after SGD differ as gradients do; Adam hides a wrong scale and magnifies rounding
+    stop_at: int | None = None
+    dropout: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "unequal rows": Case(),
+    "unequal rows, micro-batches of 2": Case(options={"micro_batch_size": 2}),
+    "AdamW with clipping": Case(sgd=False, options={"micro_batch_size": 2, "max_grad_norm": 0.1}),
+    "no image on one rank": Case(images=[1, 1, 2, 1, 0, 0, 0, 0]),
+    "no image on one rank in the last micro-batch": Case(
+        images=[1, 1, 0, 1, 2, 1, 0, 0], options={"micro_batch_size": 2}
+    ),
+    "no image on any rank in the last micro-batch": Case(
+        images=[1, 1, 2, 1, 0, 0, 0, 0], options={"micro_batch_size": 2}
+    ),
+    "no image anywhere": Case(images=[0] * 8),
+    "three terms": Case(loss=TERMS, options={"micro_batch_size": 2}),
+    "terms without images on one rank": Case(images=[1, 1, 2, 1, 0, 0, 0, 0], loss=TERMS),
+    "gradient checkpointing": Case(options={"micro_batch_size": 2, "gradient_checkpointing": True}),
+    "LoRA": Case(lora=True, options={"micro_batch_size": 2}),
+}
+STOPPED = Case(dropout=0.3, stop_at=2, options={"micro_batch_size": 2})
+GROWN = Case(options={"schedule": "constant"})
+
+
+def case_rows(case: Case) -> list[dict[str, Any]]:
+    """Return rows in such an order that every step sees the case's rows in the case's order."""
+    wanted = uneven_rows(list(case.images) * STEPS, list(case.words) * STEPS)
+    order = [at for step in range(STEPS) for at in step_rows(len(wanted), step, ROWS, seed=0)]
+    assert sorted(order) == list(range(len(wanted)))
+    return [wanted[order.index(at)] for at in range(len(wanted))]
+
+
+def build(case: Case) -> tuple[nn.Module, Family]:
+    """Return a case's model and its family; rank 1 starts from other weights, which DDP must replace by rank 0's."""
+    family = Family("internvl", load_family("internvl"))
+    model = family.model(seed=train.process_state().process_index, loss=case.loss)
+    add_dropout(model, case.dropout)
+    return (hfcustom.lora(model, rank=2) if case.lora else model), family
+
+
+def use_sgd(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Stand in for make_optimizer."""
+    group = {"params": [p for p in model.parameters() if p.requires_grad], "part": "all", "peak_lr": config.lr}
+    return torch.optim.SGD([group], lr=config.lr)
+
+
+def run(case: Case, folder: Path, **options: Any) -> dict[str, Any]:
+    """Train a case with fit(); return its weights before and after, its history and where it stopped."""
+    model, family = build(case)
+    start = weights(model)
+    rank, original = train.process_state().process_index, train.make_optimizer
+
+    def evaluate(model: Any, step: int) -> dict[str, float]:
+        if rank == 1 and step == case.stop_at and "resume" not in options:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    config = short_config(folder, **{"eval_steps": 1, "max_steps": STEPS, **case.options, **options})
+    try:
+        train.make_optimizer = use_sgd if case.sgd else original
+        result = train.fit(model, family.processor, case_rows(case), config, evaluate=evaluate)
+    finally:
+        train.make_optimizer = original
+    return {
+        "start": start,
+        "end": weights(model),
+        "history": result.history,
+        "step": result.step,
+        "interrupted": result.interrupted,
+    }
+
+
+def forbid_writing() -> None:
+    """Make every function that writes, but for a rank's own random state, an error."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("only rank 0 writes")
+
+    for name in ("save_model", "save_optimizer", "write_json", "write_manifest", "replace_folder"):
+        setattr(checkpoint, name, refuse)
+    Path.write_text = refuse  # type: ignore[method-assign]
+
+
+def main(folder: Path) -> None:
+    rank = train.process_state().process_index
+    if rank:
+        forbid_writing()
+    with user_losses():
+        for name, case in CASES.items():
+            torch.save(run(case, folder / name / "out"), folder / name / f"rank-{rank}.pt")
+    torch.save(run(STOPPED, folder / "stopped" / "out"), folder / "stopped" / f"rank-{rank}.pt")
+    torch.save(run(STOPPED, folder / "stopped" / "out", resume=True), folder / "stopped" / f"resumed-{rank}.pt")
+    unbroken = run(replace(STOPPED, stop_at=None), folder / "unbroken" / "out")
+    torch.save(unbroken, folder / "unbroken" / f"rank-{rank}.pt")
+    torch.save(run(GROWN, folder / "grown" / "out", resume=True), folder / "grown" / f"rank-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,34 @@
+"""transformers.pipeline answers with a saved model of any family as its own generate() does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import training  # noqa: F401  (one thread)
+from conftest import Family, picture
+from transformers import pipeline
+
+OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+
+
+@pytest.mark.parametrize("connector", [None, "average_pool"], ids=["stock", "token-reducing"])
+def test_a_pipeline_answers_as_generate_does(family: Family, tmp_path: Path, connector: str | None) -> None:
+    model = family.model(connector=connector)
+    processor = model.match_processor(family.module.tiny_processor())
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    answer = pipeline("image-text-to-text", model=str(tmp_path))
+    assert type(answer.model) is family.model_class and type(answer.processor) is type(processor)
+
+    image, text = picture(3), {"type": "text", "text": "What is in this image?"}
+    messages = [{"role": "user", "content": [{"type": "image", "image": image}, text]}]
+    found = answer(text=messages, return_full_text=False, generate_kwargs=OPTIONS)[0]["generated_text"]
+
+    prompt = [{"role": "user", "content": [{"type": "image"}, text]}]
+    rendered = processor.apply_chat_template(prompt, add_generation_prompt=True)
+    inputs = processor(text=[rendered], images=[[image]], return_tensors="pt")
+    tokens = model.generate(**inputs, **OPTIONS)[:, inputs["input_ids"].shape[1] :]
+    assert tokens.shape == (1, 8)
+    assert found == processor.batch_decode(tokens, skip_special_tokens=True)[0] != ""
