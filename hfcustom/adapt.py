@@ -21,7 +21,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import cached_file
 
-from hfcustom.parts import PartMap, check_parts, find_parts, unwrap
+from hfcustom.parts import PartMap, check_parts, find_parts, unwrap, wrapped_by_peft
 
 Bits = Literal["8bit", "4bit"]
 
@@ -30,6 +30,8 @@ def freeze(model: nn.Module, parts: str | Iterable[str]) -> None:
     """Stop training the named parts; ValueError for an unknown part, or when nothing would be left to train."""
     part_map = find_parts(model)
     frozen = check_parts(parts, part_map.present())
+    if not frozen:
+        raise ValueError(f"freeze() names no part; this model has {', '.join(part_map.present())}.")
     for name, parameter in model.named_parameters():
         if part_map.part_of(name) in frozen:
             parameter.requires_grad_(False)
@@ -52,20 +54,24 @@ def lora(
     """Wrap a model with LoRA on every Linear of the named parts; return the peft.PeftModel.
 
     Modules that the class adds to its stock parent, and the parts named by `train`, are trained in full, saved and loaded
-    with the adapter. alpha is 2 * rank by default. Raises ValueError for an unknown part, a part without a Linear, and a
-    part both adapted and trained in full.
+    with the adapter. alpha is 2 * rank by default. Raises ValueError for a model that has an adapter, an unknown part, a
+    part without a Linear, and a part both adapted and trained in full (modules that the class adds always are).
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
+    if wrapped_by_peft(model):
+        raise ValueError("This model has an adapter already; merge it (merge_adapter), or train that one further.")
     part_map = find_parts(model)
     parts = check_parts(parts, part_map.present())
-    full = check_parts(train, part_map.present())
+    if not parts:
+        raise ValueError(f"lora() names no part; this model has {', '.join(part_map.present())}.")
+    full = (*check_parts(train, part_map.present()), *(["new"] if "new" in part_map.present() else []))
     if both := set(parts) & set(full):
         raise ValueError(
             f"{', '.join(sorted(both))} cannot have LoRA and be trained in full at once; name it in one place."
         )
     targets = _linear_names(model, part_map, parts)
-    saved = _modules_to_save(model, part_map, (*full, *(["new"] if "new" in part_map.present() else [])))
+    saved = _modules_to_save(model, part_map, dict.fromkeys(full))
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=rank,
@@ -132,13 +138,18 @@ def _check_lora(wrapped: Any, targets: list[str], saved: list[str]) -> None:
 
 
 def load_adapter(
-    adapter: str | Path, base: str | Path | None = None, *, model_class: Any = None, **options: Any
+    adapter: str | Path,
+    base: str | Path | None = None,
+    *,
+    model_class: Any = None,
+    trainable: bool = False,
+    **options: Any,
 ) -> Any:
     """Load a base, attach a saved adapter and the modules trained with it, and return the peft.PeftModel.
 
     `base` is the folder or hub id of the weights, by default the one the adapter was trained on. The class is that of the
-    config.json which `fit` writes beside an adapter, else `model_class`, else the base's; `options` go to
-    `from_pretrained`. Raises ValueError when the class lacks a module that the adapter holds, or the adapter a tensor.
+    config.json which `fit` writes beside an adapter, else `model_class`, else the base's; `trainable` leaves the adapter
+    to be trained further; `options` go to `from_pretrained`. Raises ValueError when the class lacks a module that the adapter holds, or the adapter a tensor.
     """
     from peft import PeftConfig, PeftModel
 
@@ -159,7 +170,7 @@ def load_adapter(
     with _without_peft_warning(), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            return PeftModel.from_pretrained(model, str(adapter)).eval()
+            return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable).eval()
         except UserWarning as error:
             raise ValueError(f"The adapter {adapter} does not fit {model_class.__name__}: {error}") from error
 
@@ -281,7 +292,12 @@ def check_quantization(model: Any) -> list[LinearRow]:
     config = getattr(core.config, "quantization_config", None)
     if config is None:
         raise RuntimeError(f"{type(core).__name__} was not loaded with a quantization_config.")
-    skip = list(config.llm_int8_skip_modules or [])
+    if config.llm_int8_skip_modules is None:
+        raise RuntimeError(
+            f"{type(core).__name__} was quantised without a skip list, so that vision and connector may be converted too; "
+            "load it with hfcustom.quantization_config(...)."
+        )
+    skip = list(config.llm_int8_skip_modules)
     wanted = QUANTIZED["8bit" if config.load_in_8bit else "4bit"]
     linears = {name: module for name, module in core.named_modules() if isinstance(module, nn.Linear)}
     linears = {name.removesuffix(".base_layer"): module for name, module in linears.items() if ".lora_" not in name}

@@ -65,10 +65,11 @@ class CustomVLM(PreTrainedModel):
         super().__init_subclass__(**kwargs)
         stock = cls.stock_class()
         cls._input_names = tuple(inspect.signature(stock.forward).parameters)[1:]
-        if "forward" not in cls.__dict__ and cls.forward is CustomVLM.forward:
-            setattr(cls, "forward", copy_func(CustomVLM.forward))  # noqa: B010  (mypy forbids assigning to a method)
-        if "forward" in cls.__dict__:
-            _show_inputs(cls.forward, stock.forward)
+        if (
+            "forward" not in cls.__dict__
+        ):  # inherited, perhaps from a mixin; its signature is to be changed for this class
+            setattr(cls, "forward", copy_func(cls.forward))  # noqa: B010  (mypy forbids assigning to a method)
+        _show_inputs(cls.forward, stock.forward)
 
     @classmethod
     def stock_class(cls) -> type[PreTrainedModel]:
@@ -83,7 +84,8 @@ class CustomVLM(PreTrainedModel):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         config = cast(Any, self.config_class).adopt(config)  # saved as a parent's, it would load as the parent
-        super().__init__(config, *args, **kwargs)
+        with loading.stock_device():
+            super().__init__(config, *args, **kwargs)
         self._stock_tensors = frozenset(name for name, _ in _named_tensors(self))
         self._stock_parts = parts.find_parts(self)
         stock = self.stock_class().__name__  # transformers reads the kind of loss out of the class name
@@ -91,8 +93,8 @@ class CustomVLM(PreTrainedModel):
         self.loss_values: dict[str, losses.LossValue] = {}  # what the last forward with labels computed, by name
         self._parsed_losses: tuple[Any, list[losses.WeightedLoss]] | None = None
         self._pass: seams.ForwardPass | None = None
-        config.connector = self.default_connector if config.connector is None else config.connector
-        config.loss = self.default_loss if config.loss is None else config.loss
+        config.connector = copy.deepcopy(self.default_connector if config.connector is None else config.connector)
+        config.loss = copy.deepcopy(self.default_loss if config.loss is None else config.loss)
         self.custom_connector: nn.Module | None = None
         if config.connector is not None:
             self.custom_connector = build_connector(config.connector, config.get_text_config().hidden_size)
@@ -103,6 +105,16 @@ class CustomVLM(PreTrainedModel):
         super().post_init()
         if hasattr(self, "_stock_parts"):  # the stock __init__ calls this before there is anything to hook
             seams.install(self)
+
+    def initialize_weights(self) -> None:
+        """Initialise the stock modules as stock does; what a subclass adds starts as its __init__ made it.
+
+        A subclass that overrides `_init_weights` is asked for its own modules too, as transformers does.
+        """
+        if hasattr(self, "_stock_parts") and type(self)._init_weights is self.stock_class()._init_weights:
+            for name in self.new_tensor_names():
+                cast(Any, self.get_submodule(name.rpartition(".")[0]))._is_hf_initialized = True
+        super().initialize_weights()
 
     def stock_tensor_names(self) -> frozenset[str]:
         """Return the names of the parameters and persistent buffers that the stock class builds."""
@@ -139,6 +151,8 @@ class CustomVLM(PreTrainedModel):
         transformers.Trainer passes it) are counted over the whole optimiser step; without either, this batch is the
         step. Logits are returned outside training, with `logits_to_keep`, or with `return_logits=True`.
         """
+        if not torch.compiler.is_compiling():
+            seams.install(self)  # a part may have been replaced since
         inputs.update(zip(self._input_names, args, strict=False))
         labels = inputs.pop("labels", labels)
         if labels is None:
@@ -171,6 +185,8 @@ class CustomVLM(PreTrainedModel):
         extra = {} if num_items is None else {"num_items_in_batch": num_items}
         outputs = super().forward(**inputs, labels=labels, **extra, return_dict=True)
         count = losses.count_tokens({"labels": labels})
+        if not count:  # stock divides by it
+            outputs.loss = outputs.logits[:0].sum()
         total = outputs.loss.detach() * (count if num_items is None else num_items)
         self.loss_values = {"stock": losses.LossValue(total, count, 1.0)}
         return outputs
@@ -224,6 +240,8 @@ class CustomVLM(PreTrainedModel):
 
     def _begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._pass is None:  # the inner model is called directly
+            if not torch.compiler.is_compiling():
+                seams.install(self)
             self._pass = seams.ForwardPass(ends_with_inner=True)
         input_ids = args[0] if args else kwargs.get("input_ids")
         self._pass.image_mask = seams.find_placeholders(self, input_ids, kwargs.get("inputs_embeds"))
@@ -236,14 +254,21 @@ class CustomVLM(PreTrainedModel):
         return (self._vision_features(args[0]), *args[1:])
 
     def _vision_features(self, features: torch.Tensor) -> torch.Tensor:
+        given = features.shape
         features = self.transform_vision_features(features)  # (P, patches, D_vision)
+        _check_shape("transform_vision_features", features, given)
         if self._pass is not None and self._pass.records:
             self._pass.vision_features = features
         return features
 
     def _at_connector_output(self, module: nn.Module, args: tuple[Any, ...], features: torch.Tensor) -> torch.Tensor:
         if self.custom_connector is not None:
+            num_crops, num_tokens, hidden_size = features.shape
             features = self.custom_connector(features)  # (P, N, D) -> (P, M, D)
+            expected = torch.Size((num_crops, self.tokens_per_crop(num_tokens), hidden_size))
+            _check_shape(
+                f"connector {self.config.connector!r}", features, expected, "(crops, num_tokens_out, hidden size)"
+            )
             self._check_placeholders(features)
         if self._pass is not None and self._pass.records:
             self._pass.image_features = features
@@ -265,13 +290,19 @@ class CustomVLM(PreTrainedModel):
     def _at_language_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        assert self._pass is not None and self._pass.image_mask is not None, "the language model ran outside the model"
-        embeddings = self.transform_embeddings(kwargs["inputs_embeds"], self._pass.image_mask)  # (B, T, D)
+        if self._pass is None or self._pass.image_mask is None:  # the language model is run by itself
+            return args, kwargs
+        given = kwargs["inputs_embeds"]
+        embeddings = self.transform_embeddings(given, self._pass.image_mask)  # (B, T, D)
+        _check_shape("transform_embeddings", embeddings, given.shape)
         return args, {**kwargs, "inputs_embeds": embeddings}
 
     def _at_language_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._pass is None:  # the language model is run by itself
+            return output
         hidden_states = self.transform_hidden_states(output[0])  # (B, T, D)
-        if self._pass is not None and self._pass.records:
+        _check_shape("transform_hidden_states", hidden_states, output[0].shape)
+        if self._pass.records:
             self._pass.hidden_states = hidden_states
         if isinstance(output, tuple):
             return (hidden_states, *output[1:])
@@ -312,10 +343,29 @@ class CustomVLM(PreTrainedModel):
 
         As `PreTrainedModel.save_pretrained` with save_original_format=False: by default transformers reverts names to the
         hub's old layout, which the stock class cannot convert back under a custom model_type (conversion_mapping.py,
-        5.23.0).
+        5.23.0). Raises ValueError for a class that is not registered: what it saves would load as its parent.
         """
+        check_registered(self)
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def check_registered(model: CustomVLM) -> None:
+    """Raise ValueError when the Auto classes would load what this model saves as another class."""
+    from hfcustom.registry import REGISTERED
+
+    owner, own = REGISTERED.get(model.config.model_type), type(model)
+    if owner is None or (owner.__module__, owner.__qualname__) != (own.__module__, own.__qualname__):
+        becomes = f"{owner.__name__}" if owner else "nothing"
+        raise ValueError(
+            f"{own.__name__} is not registered: what it saves would load as {becomes}. Put @hfcustom.register above it."
+        )
+
+
+def _check_shape(what: str, value: Any, expected: torch.Size, legend: str = "the shape it got") -> None:
+    found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+    if found != tuple(expected):
+        raise ValueError(f"{what} returned {found}; it must return {tuple(expected)}, {legend}.")
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

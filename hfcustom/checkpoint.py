@@ -260,6 +260,8 @@ def load_model(model: Any, folder: Path) -> None:
     if wrapped_by_peft(model):
         from peft import set_peft_model_state_dict
 
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise RuntimeError(f"{folder} holds no adapter: that run was in full, this one has LoRA; do as then.")
         result: Any = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
         missing = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
     else:

@@ -63,4 +63,9 @@ def _checked(item: WeightedLoss, logits: torch.Tensor, targets: torch.Tensor) ->
             f"shape {tuple(targets.shape)}. Do not average (reduction='none'): hfcustom divides by the supervised tokens "
             "of the whole optimiser step."
         )
+    if torch.is_grad_enabled() and logits.requires_grad and not values.requires_grad:
+        raise ValueError(
+            f"Token loss {item.loss.name!r} returned values without a gradient ({values.dtype}), so nothing would be learnt: "
+            "compute them from the logits, without detach, argmax or a comparison alone."
+        )
     return values

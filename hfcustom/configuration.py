@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 
 @dataclass(kw_only=True)
@@ -68,6 +69,8 @@ def _inherit_key_conversion(config_class: type[PretrainedConfig]) -> None:
     (conversion_mapping.get_model_conversion_mapping, 5.23.0); without it a subclass loads random weights.
     """
     model_type = config_class.model_type
+    if model_type in CONFIG_MAPPING_NAMES:
+        return  # native to transformers, which register() will refuse
     for base in config_class.__mro__[1:]:
         parent = base.__dict__.get("model_type")
         conversion = get_checkpoint_conversion_mapping(parent) if parent else None

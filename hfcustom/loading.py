@@ -2,27 +2,33 @@
 
 transformers initialises a missing tensor at random and says so in a log line. Here only a module that the class adds to
 its stock parent may be missing, and only where that can be meant: the checkpoint comes from the stock class, or the
-caller names the module. Non-persistent buffers of added modules, which no checkpoint holds and which meta-device loading
-leaves uninitialised (transformers issue 48892), are built again.
+caller names the module. Loading builds the model on the meta device, where what an __init__ writes is lost, and leaves
+bare Parameters and buffers uninitialised (transformers issue 48892). So the added modules are built once more for real,
+and what no checkpoint holds is taken from there: it starts as its __init__ made it.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from logging import Filter, LogRecord
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import init_empty_weights
+from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from hfcustom import parts
+from hfcustom import losses, parts
 
 if TYPE_CHECKING:
     from hfcustom.base import CustomVLM
 
 logger = logging.get_logger("hfcustom")
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")  # where to find it
+STOCK_ON_META: ContextVar[bool] = ContextVar("STOCK_ON_META", default=False)
 
 
 def load_strictly(
@@ -30,16 +36,40 @@ def load_strictly(
 ) -> Any:
     """Call the stock `from_pretrained` and check what it loaded; see CustomVLM.from_pretrained."""
     wants_info = kwargs.pop("output_loading_info", False)
+    if kwargs.get("loss", "stock") != "stock":
+        losses.parse_losses(kwargs["loss"])  # a mistyped name is an error before gigabytes are read
+    if kwargs.get("config") is None:
+        kwargs |= _own_defaults(cls, *args, **kwargs)
     with _report_in_error():
         model, info = load(*args, output_loading_info=True, **kwargs)
     source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-    _check_missing(model, sorted(info["missing_keys"]), tuple(new_modules), source)
+    fresh = _check_missing(model, sorted(info["missing_keys"]), tuple(new_modules), source)
     _say_unexpected(model, sorted(info["unexpected_keys"]), source)
-    _rebuild_buffers(model)
+    _fill(model, fresh)
     return (model, info) if wants_info else model
 
 
-def _check_missing(model: CustomVLM, missing: list[str], allowed: tuple[str, ...], source: Any) -> None:
+def _own_defaults(cls: type[CustomVLM], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Return the class's own connector and loss where the checkpoint recorded only the defaults of another class."""
+    from hfcustom.registry import REGISTERED
+
+    hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+    source: Any = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+    stored = PretrainedConfig.get_config_dict(source, **hub)[0]
+    writer = REGISTERED.get(stored.get("model_type", ""))
+    own: dict[str, Any] = {}
+    for name in ("connector", "loss") if writer is not None else ():
+        default, other = getattr(cls, f"default_{name}"), getattr(writer, f"default_{name}")
+        if name not in kwargs and default != other and stored.get(name) == other:
+            own[name] = default
+            logger.warning(
+                f"{cls.__name__}: {name} {default!r} instead of {source}'s {other!r}, a default of its class."
+            )
+    return own
+
+
+def _check_missing(model: CustomVLM, missing: list[str], allowed: tuple[str, ...], source: Any) -> list[str]:
+    """Return the missing tensors that may be missing; ValueError names the first that may not."""
     added = parts.find_parts(model).paths["new"]
     for name in allowed:
         if name not in added:
@@ -59,6 +89,7 @@ def _check_missing(model: CustomVLM, missing: list[str], allowed: tuple[str, ...
     _check_whole(missing, list(fresh), model, source)
     if fresh:
         logger.warning(f"{type(model).__name__}: {', '.join(fresh)} not in {source}; newly initialised.")
+    return [key for key in missing if any(key == path or key.startswith(path + ".") for path in fresh)]
 
 
 def _check_whole(missing: list[str], fresh: list[str], model: CustomVLM, source: Any) -> None:
@@ -86,20 +117,34 @@ def _say_unexpected(model: CustomVLM, unexpected: list[str], source: Any) -> Non
         logger.warning(f"{type(model).__name__} has no place for {len(unexpected)} tensors of {source}: {shown}")
 
 
-def _rebuild_buffers(model: CustomVLM) -> None:
-    """Restore non-persistent buffers of modules that are not transformers' own, from a second copy without weights."""
+def _fill(model: CustomVLM, fresh: list[str]) -> None:
+    """Give tensors that no checkpoint holds the values they have in a model whose added modules were really built."""
     lost = {
         name: buffer
         for name, buffer in model.named_non_persistent_buffers()
         if not type(model.get_submodule(name.rpartition(".")[0])).__module__.startswith("transformers.")
     }
+    lost |= {name: model.get_parameter_or_buffer(name) for name in fresh}
     if not lost:
         return
-    with init_empty_weights(include_buffers=False):
-        fresh = type(model)(model.config)
+    token = STOCK_ON_META.set(True)
+    try:
+        built = type(model)(copy.deepcopy(model.config))
+    except NotImplementedError as error:  # a tensor on the meta device has no values
+        raise ValueError(
+            f"{type(model).__name__}.__init__ reads weights of the stock parts, which are not loaded while it runs "
+            f"({error}). Set what depends on them after from_pretrained."
+        ) from error
+    finally:
+        STOCK_ON_META.reset(token)
     with torch.no_grad():
-        for name, buffer in lost.items():
-            buffer.copy_(fresh.get_buffer(name))
+        for name, tensor in lost.items():
+            tensor.copy_(built.get_parameter_or_buffer(name))
+
+
+def stock_device() -> AbstractContextManager[Any]:
+    """Return the context for the stock part of an __init__: the meta device while only added modules are wanted."""
+    return torch.device("meta") if STOCK_ON_META.get() else nullcontext()
 
 
 @contextmanager

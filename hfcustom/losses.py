@@ -90,12 +90,23 @@ class Loss:
         if self.count is None:
             return count_tokens(batch)
         if self.count == "image_tokens":
+            if "input_ids" not in batch:
+                raise ValueError(f"Term {self.name!r} counts image tokens, which needs input_ids in the batch.")
             return int((batch["input_ids"] == image_token_id).sum())
         return COUNTS[self.count](batch) if isinstance(self.count, str) else int(self.count(batch))
 
-    def option_names(self) -> list[str]:
-        """Return the names of the options that the function takes beyond its tensors."""
-        return list(inspect.signature(self.function).parameters)[1 if self.is_term else 2 :]
+    def options(self) -> dict[str, inspect.Parameter]:
+        """Return the options that the function takes beyond its tensors, by name."""
+        named = list(inspect.signature(self.function).parameters.items())[1 if self.is_term else 2 :]
+        return {
+            name: option for name, option in named if option.kind not in (option.VAR_KEYWORD, option.VAR_POSITIONAL)
+        }
+
+    @property
+    def takes_any_option(self) -> bool:
+        """Whether the function has **options."""
+        kinds = {parameter.kind for parameter in inspect.signature(self.function).parameters.values()}
+        return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def token_loss(function: TokenFunction) -> TokenFunction:
@@ -109,11 +120,17 @@ def token_loss(function: TokenFunction) -> TokenFunction:
     return function
 
 
-def term(count: str | Callable[[Batch], int]) -> Callable[[TermFunction], TermFunction]:
-    """Register a function (context, **options) -> (sum, count) under its own name.
+def term(*bare: Any, count: str | Callable[[Batch], int] | None = None) -> Callable[[TermFunction], TermFunction]:
+    """Register a function (context, **options) -> (sum, count) under its own name: `@term(count="tokens")`.
 
-    `count` says what the sum is divided by: "tokens", "rows", "image_tokens", or a function of the batch.
+    `count` says what the sum is divided by: "tokens", "rows", "image_tokens", or a function of the batch. Raises TypeError
+    without it, ValueError for an unknown one or a name that is taken.
     """
+    if bare or count is None:
+        raise TypeError(
+            "Write @hfcustom.term(count='tokens'): a term says what its sum is divided by, one of "
+            f"{', '.join([*COUNTS, 'image_tokens'])}, or a function of the batch."
+        )
     if isinstance(count, str) and count not in (*COUNTS, "image_tokens"):
         cure = "Pass a function of the batch for another count."
         raise ValueError(unknown("count", count, [*COUNTS, "image_tokens"], cure))
@@ -126,6 +143,12 @@ def term(count: str | Callable[[Batch], int]) -> Callable[[TermFunction], TermFu
 
 
 def _register(loss: Loss) -> None:
+    if loss.name in RESERVED or loss.name.startswith("lr_"):
+        raise ValueError(f"A loss cannot be named {loss.name!r}, which the log has already; rename the function.")
+    if "weight" in loss.options():
+        raise ValueError(
+            f"Loss {loss.name!r} has an option 'weight', which is what a config calls its share; rename it."
+        )
     taken = LOSSES.get(loss.name)
     if taken is not None and _origin(taken.function) != _origin(loss.function):
         raise ValueError(
@@ -151,11 +174,13 @@ class WeightedLoss:
 
 
 def parse_losses(spec: str | Mapping[str, Any]) -> list[WeightedLoss]:
-    """Read `"focal"`, `"my_file.py:fn"` or `{"cross_entropy": 1.0, "focal": {"weight": 0.5, "gamma": 2.0}}`.
+    """Read `"focal"` or `{"cross_entropy": 1.0, "focal": {"weight": 0.5, "gamma": 2.0}}`.
 
     Raises ValueError naming an unknown loss or option and the nearest known one.
     """
     entries = {spec: 1.0} if isinstance(spec, str) else dict(spec)
+    if "stock" in entries:
+        raise ValueError("The parent's own loss stands alone: loss='stock', without a weight and without others.")
     if not entries:
         raise ValueError("The loss is empty; name at least one, for instance {'cross_entropy': 1.0}.")
     return [_parse_entry(name, value) for name, value in entries.items()]
@@ -167,24 +192,45 @@ def _parse_entry(name: str, value: Any) -> WeightedLoss:
     weight = options.pop("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
         raise ValueError(f"The weight of loss {name!r} is {weight!r}; it must be a finite number.")
+    known = loss.options()
     for option in options:
-        if option not in loss.option_names():
-            raise ValueError(unknown(f"option of loss {name!r}:", option, ["weight", *loss.option_names()]))
+        if option not in known and not loss.takes_any_option:
+            raise ValueError(unknown(f"option of loss {name!r}:", option, ["weight", *known]))
+    for option, parameter in known.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise ValueError(
+                f"Loss {name!r} needs its option {option!r}: {{{name!r}: {{'weight': 1.0, {option!r}: ...}}}}."
+            )
     return WeightedLoss(loss, float(weight), options)
 
 
 def find_loss(name: str) -> Loss:
-    """Return a registered loss; `file.py:fn` imports the file, where an undecorated function counts as a token loss."""
+    """Return a registered loss; ValueError suggests the nearest. No file is imported: configs come with checkpoints."""
     if name in LOSSES:
         return LOSSES[name]
-    if ".py:" in name:
-        function = load_object(name, kind="loss")
-        registered = LOSSES.get(name.rpartition(":")[2])
-        if registered is None or registered.function is not function:
-            token_loss(function)
-        return LOSSES[name.rpartition(":")[2]]
-    cure = "Decorate your own with @hfcustom.token_loss or @hfcustom.term, or pass file.py:function."
+    cure = "Decorate your own with @hfcustom.token_loss or @hfcustom.term, and import its file first."
     raise ValueError(unknown("loss", name, LOSSES, cure))
+
+
+def import_losses(spec: str | Mapping[str, Any]) -> str | dict[str, Any]:
+    """Import the files of `file.py:function` names and return the spec with the functions' registered names.
+
+    This runs the files: it is for a command line, never for a config out of a checkpoint. An undecorated function is
+    registered as a token loss.
+    """
+    if isinstance(spec, str):
+        return _import_loss(spec)
+    return {_import_loss(name): value for name, value in spec.items()}
+
+
+def _import_loss(name: str) -> str:
+    if ".py:" not in name:
+        return name
+    function = load_object(name, kind="loss")
+    registered = LOSSES.get(function.__name__)
+    if registered is None or registered.function is not function:
+        token_loss(function)
+    return function.__name__
 
 
 # ---- evaluating -----------------------------------------------------------------------------------------------------
@@ -218,7 +264,9 @@ def evaluate(
     total = context.hidden_states[:0].sum().float()  # zero that keeps the graph
     for name, value in values.items():
         divisor = value.count if divisors is None else divisors[name]
-        total = total + value.weight * value.sum / (divisor if torch.is_tensor(divisor) else max(divisor, 1))
+        total = total + value.weight * value.sum / (
+            divisor.clamp(min=1) if torch.is_tensor(divisor) else max(divisor, 1)
+        )
     return total, {name: LossValue(value.sum.detach(), value.count, value.weight) for name, value in values.items()}
 
 
@@ -241,11 +289,12 @@ def _evaluate_term(context: LossContext, item: WeightedLoss) -> LossValue:
             "hfcustom divides by the count over the whole optimiser step."
         )
     total, count = result
-    if total.ndim != 0:
-        raise ValueError(f"Term {loss.name!r} returned a sum of shape {tuple(total.shape)}; it must be a scalar.")
-    if int(count) != expected:
+    if not isinstance(total, torch.Tensor) or total.ndim != 0:
+        found = f"shape {tuple(total.shape)}" if isinstance(total, torch.Tensor) else type(total).__name__
+        raise ValueError(f"Term {loss.name!r} returned a sum of {found}; it must be a scalar tensor.")
+    if not isinstance(count, int | float | torch.Tensor) or float(count) != expected:
         raise ValueError(
-            f"Term {loss.name!r} summed over {int(count)} items, but count={loss.count!r} finds {expected} in this batch. "
+            f"Term {loss.name!r} summed over {count} items, but count={loss.count!r} finds {expected} in this batch. "
             "The divisor must be known before the forward pass: return that count, or give @term a function of the batch."
         )
     return LossValue(total.float(), expected, item.weight)
@@ -274,6 +323,8 @@ def z_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """logsumexp(z)^2, which keeps logits from drifting; use a weight near 1e-4. PaLM, https://arxiv.org/abs/2204.02311."""
     return torch.logsumexp(logits, -1).square()
 
+
+RESERVED = ("grad_norm", "images_per_s", "loss", "lr", "step", "stock", "tokens_per_s")  # names in the log
 
 STOCK = Loss("stock", cross_entropy)  # the parent's own path, for its name and its count only
 

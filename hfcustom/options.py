@@ -142,6 +142,17 @@ def _typed(
     return typed
 
 
+def wrong_types(config: TrainConfig) -> list[str]:
+    """Return what is wrong with the types of a config's fields, which Python does not check, in words."""
+    names = [field.name for field in dataclasses.fields(config) if field.init]
+    problems: list[str] = []
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    _typed(
+        {name: getattr(config, name) for name in names}, dict.fromkeys(names, type(config).__name__), hints, problems
+    )
+    return problems
+
+
 def _allows(kind: Any, wanted: type) -> bool:
     """Whether an annotation is, or has among its alternatives, a type."""
     if typing.get_origin(kind) in (typing.Annotated, typing.Union, types.UnionType):

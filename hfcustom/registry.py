@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Any, TypeVar
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar, overload
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
@@ -22,20 +24,31 @@ ModelClass = TypeVar("ModelClass", bound=type[CustomVLM])
 REGISTERED: dict[str, type[CustomVLM]] = {}  # model_type -> class
 
 
-def register(model_class: ModelClass, *, model_type: str | None = None) -> ModelClass:
-    """Register a custom class with the Auto classes; usable as a decorator.
+@overload
+def register(model_class: ModelClass, *, model_type: str | None = None) -> ModelClass: ...
+
+
+@overload
+def register(*, model_type: str) -> Callable[[ModelClass], ModelClass]: ...
+
+
+def register(model_class: Any = None, *, model_type: str | None = None) -> Any:
+    """Register a custom class with the Auto classes; a decorator, bare or with a model_type.
 
     A class that inherits its config from an already registered one gets a config class of its own, whose model_type is
     the class's name in snake_case or `model_type`. Registering the same class again, also after its cell or file ran a
     second time, is harmless. Raises TypeError for a class that is not a custom model, ValueError for a model_type that
     is malformed, native to transformers, or taken by another class (both are named).
     """
+    if model_class is None and model_type is not None:
+        return partial(register, model_type=model_type)
     _check_class(model_class)
-    if model_type is not None or _inherits_config(model_class):
-        _make_config_class(model_class, model_type or _default_model_type(model_class))
-    config_class: Any = model_class.config_class
-    name = config_class.model_type
+    own_config = model_type is not None or _inherits_config(model_class)
+    name = model_type or _default_model_type(model_class) if own_config else model_class.config_class.model_type
     _check_model_type(name, model_class)
+    if own_config:
+        _make_config_class(model_class, name)
+    config_class: Any = model_class.config_class
     AutoConfig.register(name, config_class, exist_ok=True)
     for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
         auto_class.register(config_class, model_class, exist_ok=True)
@@ -70,8 +83,6 @@ def _default_model_type(model_class: type[CustomVLM]) -> str:
 
 def _make_config_class(model_class: type[CustomVLM], model_type: str) -> None:
     """Give the class a config class of its own, importable from the class's module."""
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", model_type):
-        raise ValueError(f"model_type={model_type!r} must be lower case letters, digits and underscores.")
     name = model_class.__name__.removesuffix("ForConditionalGeneration") + "Config"
     namespace = {"model_type": model_type, "__module__": model_class.__module__, "__qualname__": name}
     parent: Any = model_class.config_class
@@ -81,6 +92,8 @@ def _make_config_class(model_class: type[CustomVLM], model_type: str) -> None:
 
 
 def _check_model_type(name: str, model_class: type[CustomVLM]) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"model_type={name!r} must be lower case letters, digits and underscores.")
     if name in CONFIG_MAPPING_NAMES:
         raise ValueError(
             f"model_type {name!r} of {_origin(model_class)} is native to transformers; registering would replace the "

@@ -63,7 +63,7 @@ def install(owner: CustomVLM) -> None:
     """
     for path, register, method, options in owner.seam_hooks():
         module = owner.get_submodule(path)
-        if not any(_carries(inner, method) for inner in module.modules()):
+        if not (_carries(module, method) or any(_carries(inner, method) for inner in module.modules())):
             getattr(module, register)(Seam(owner, method), **options)
 
 

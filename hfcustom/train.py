@@ -23,11 +23,12 @@ from accelerate.utils import LoggerType, parse_flag_from_env, send_to_device, se
 from torch import nn
 
 from hfcustom import checkpoint
-from hfcustom.base import CustomVLM
+from hfcustom.base import CustomVLM, check_registered
 from hfcustom.console import TrainLog, out
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.order import step_loader
 from hfcustom.data.sources import Examples
+from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.signals import EXIT_PREEMPTED, StopRequest
 from hfcustom.train_config import TrainConfig
@@ -75,26 +76,19 @@ def fit(
 ) -> TrainResult:
     """Train a custom model, bare or wrapped by peft, on rows of messages and images (hfcustom/data/messages.py).
 
-    `evaluate(model, step)` returns named numbers for the log every `eval_steps`. Raises ValueError for a config
-    out of range, no rows, a batch size that the processes cannot share and a model of which nothing is trainable, RowError for a
+    `evaluate(model, step)` returns named numbers for the log every `eval_steps`. Raises TypeError for a model that is not
+    custom, ValueError for a config out of range, a class that is not registered, no rows, a batch size that the processes cannot share and a model of which nothing is trainable, RowError for a
     row that cannot be used.
     """
-    if problems := config.problems():
-        raise ValueError("; ".join(problems))
-    core = unwrap(model)
-    if not isinstance(core, CustomVLM):
-        raise TypeError(f"fit() trains custom models; load the {type(core).__name__} with its family's custom class.")
-    if not len(rows):
-        raise ValueError("There are no rows to train on.")
-    config = replace(config, precision=choose_precision(model, config))
+    config = _checked(model, rows, config, evaluate)
     accelerator = make_accelerator(config)
     micro_batch_size, accumulation = split_batch(config, accelerator.num_processes)
     max_steps = config.max_steps or math.ceil(config.epochs * len(rows) / config.batch_size)
-    weighted = core.losses()  # an unknown loss is an error now, not after the first batch
+    weighted = unwrap(model).losses()  # an unknown loss is an error now, not after the first batch
     set_seed(config.seed, device_specific=True)
     set_precision(model, config)
     if config.gradient_checkpointing:
-        checkpoint_activations(core)
+        checkpoint_activations(unwrap(model))
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor)
     start = state.resume() if config.resume else state.begin()
@@ -130,6 +124,25 @@ def fit(
     return TrainResult(step, not finished, log.history, state.publish() if finished else state.model_dir())
 
 
+def _checked(model: nn.Module, rows: Sequence[Any], config: TrainConfig, evaluate: Evaluate | None) -> TrainConfig:
+    """Check what fit() was given before anything runs; return the config with its precision decided."""
+    if problems := config.problems():
+        raise ValueError("; ".join(problems))
+    core = unwrap(model)
+    if not isinstance(core, CustomVLM):
+        raise TypeError(f"fit() trains custom models; load the {type(core).__name__} with its family's custom class.")
+    check_registered(core)
+    if isinstance(rows, str | Path) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        raise TypeError(
+            f"rows is a {type(rows).__name__}; pass hfcustom.load_rows('rows.jsonl'), a list or a data set."
+        )
+    if not len(rows):
+        raise ValueError("There are no rows to train on.")
+    if (evaluate is None) != (config.eval_steps is None):
+        raise ValueError(f"eval_steps={config.eval_steps} and evaluate={evaluate} have an effect only together.")
+    return replace(config, precision=choose_precision(model, config))
+
+
 def train_step(
     model: nn.Module,
     batches: Sequence[Mapping[str, Any]],
@@ -138,7 +151,7 @@ def train_step(
     config: TrainConfig,
 ) -> StepReport:
     """Run one optimiser step over micro-batches: count, forward and backward each, clip, update."""
-    report = StepReport()
+    report, core = StepReport(), unwrap(model)
     divisors = step_divisors(model, batches, accelerator)
     for micro, batch in enumerate(batches):
         report.tokens += int(batch["attention_mask"].sum())
@@ -146,11 +159,17 @@ def train_step(
         batch = send_to_device(dict(batch), accelerator.device)
         last = micro == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
+            core.loss_values = {}
             loss = model(**batch, loss_divisors=divisors).loss
+            if core.loss_values.keys() != divisors.keys():
+                raise ValueError(
+                    f"{type(core).__name__}.forward computed its loss without the configured {', '.join(divisors)}. Call "
+                    "super().forward(labels=...) in it, and write the loss as a token loss or a term."
+                )
             accelerator.backward(
                 loss * accelerator.num_processes
             )  # DDP averages gradients; the divisors count all ranks
-        for name, value in unwrap(model).loss_values.items():
+        for name, value in core.loss_values.items():
             report.losses[name] = report.losses.get(name, 0.0) + value.sum / divisors[name]
     report.grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     losses = {name: float(value) for name, value in report.losses.items()}
@@ -175,6 +194,9 @@ def step_divisors(
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Return the Accelerator of a run: its precision, its trackers, and DDP that lets a batch of text skip the tower."""
     process_state()
+    for name in config.trackers:
+        if name not in LoggerType.list():
+            raise ValueError(unknown("tracker", name, LoggerType.list()))
     known = set(LoggerType.list()) - {LoggerType.ALL.value, *map(str, get_available_trackers())}
     if missing := known.intersection(config.trackers):  # Accelerate would go on without them
         names = " ".join(sorted(missing))
@@ -268,7 +290,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         group["peak_lr"] = group["lr"] = rates.get(part) or config.lr
         group["params"].append((name, parameter))  # with its name, which a checkpoint compares
     if not groups:
-        raise ValueError("No parameter is trainable: unfreeze a part or attach LoRA.")
+        raise ValueError(
+            "No parameter is trainable: unfreeze a part, attach LoRA, or load an adapter with load_adapter(trainable=True)."
+        )
     for rate, flag in ((config.vision_lr, "vision"), (config.connector_lr, "connector")):
         if rate is not None and not any(part == flag or (flag, part) == ("connector", "new") for part, _ in groups):
             raise ValueError(f"{flag}_lr={rate} has no effect: no parameter of the {flag} is trainable.")

@@ -53,7 +53,11 @@ class TrainConfig:
     sources: dict[str, str] = field(init=False, default_factory=dict)  # field -> the flag or file that set it
 
     def problems(self) -> list[str]:
-        """Return what is out of range, in words; empty when the config is usable."""
+        """Return what is of a wrong type or out of range, in words; empty when the config is usable."""
+        from hfcustom.options import wrong_types
+
+        if wrong := wrong_types(self):
+            return wrong
         rules = [
             (self.max_steps is None or self.max_steps > 0, f"max_steps={self.max_steps} must be positive"),
             (0 < self.epochs < math.inf, f"epochs={self.epochs} must be positive and finite"),
@@ -66,6 +70,7 @@ class TrainConfig:
             (self.max_grad_norm >= 0, f"max_grad_norm={self.max_grad_norm} must not be negative"),
             (self.num_workers >= 0, f"num_workers={self.num_workers} must not be negative"),
             (self.log_steps > 0, f"log_steps={self.log_steps} must be positive"),
+            (not (self.resume and self.overwrite), "resume and overwrite exclude each other"),
             (self.keep_checkpoints > 0, f"keep_checkpoints={self.keep_checkpoints} must be positive"),
         ]
         for name in ("micro_batch_size", "eval_steps", "save_steps", "max_length", "connector_lr", "vision_lr"):

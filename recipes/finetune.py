@@ -23,9 +23,9 @@ class FinetuneConfig(TrainConfig):
 
     model: Annotated[str, "folder or hub id of the checkpoint"] = ""
     data: Annotated[str, "training rows: a .jsonl file, a folder of `datasets`, or a name on the hub"] = ""
-    split: Annotated[str, "split of the training rows"] = "train"
+    split: Annotated[str | None, "split of the training rows where there are several; by default train"] = None
     eval_data: Annotated[str | None, "held-out rows, answered by generation every eval_steps and at the end"] = None
-    eval_split: Annotated[str, "split of the held-out rows"] = "test"
+    eval_split: Annotated[str | None, "split of the held-out rows where there are several; by default train"] = None
     eval_rows: Annotated[int, "held-out rows to answer"] = 200
     max_new_tokens: Annotated[int, "longest answer in tokens"] = 64
     custom: Annotated[str | None, "your own class, my_file.py:MyModel; by default the family's"] = None
@@ -65,6 +65,8 @@ class FinetuneConfig(TrainConfig):
             (self.eval_data is not None or self.eval_steps is None, "eval_steps has no effect without --eval-data"),
             (self.lora_rank > 0, f"lora_rank={self.lora_rank} must be positive"),
         ]
+        for name in ("lora_parts", "lora_rank", "lora_dropout"):
+            rules.append((self.lora or name not in self.sources, f"{name} has no effect without --lora"))
         return super().problems() + [message for holds, message in rules if not holds]
 
 
@@ -73,24 +75,30 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-from accelerate import PartialState
-
 import hfcustom
 from hfcustom import console
 from hfcustom.families import class_of
+from hfcustom.losses import import_losses
 from hfcustom.naming import load_object
+from hfcustom.train import process_state
 
 
 def load_model(config: FinetuneConfig) -> tuple[Any, Any]:
     """Return the model, quantised where asked, and its processor."""
-    model_class = load_object(config.custom, "custom model") if config.custom else class_of(config.model)
+    if (Path(config.model) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{config.model} is an adapter: train on the model it was merged into (--merge), or --resume it."
+        )
+    custom = config.custom and hfcustom.register(load_object(config.custom, "custom model"))
+    model_class = custom or class_of(config.model)
     options: dict[str, Any] = {"dtype": config.dtype or ("auto" if config.lora else "float32")}
-    options |= {name: value for name in ("connector", "loss") if (value := getattr(config, name)) is not None}
+    options |= {"connector": config.connector} if config.connector is not None else {}
+    options |= {"loss": import_losses(config.loss)} if config.loss is not None else {}
     if config.load_in:
         options["quantization_config"] = hfcustom.quantization_config(
             config.model, config.load_in, model_class=model_class
         )
-        device = PartialState().device
+        device = process_state().device
         options |= {} if device.type == "cpu" else {"device_map": {"": device}}
     model = model_class.from_pretrained(config.model, **options)
     if config.load_in:
@@ -119,21 +127,21 @@ def main(config: FinetuneConfig) -> None:
         held_out = [held_out[at] for at in range(min(config.eval_rows, len(held_out)))]
     model, processor = load_model(config)
     model = choose_what_trains(model, config)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         console.show_start(model, processor, rows[0], config)
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
         answers = hfcustom.generate_answers(model, processor, held_out, max_new_tokens=config.max_new_tokens)
         return {"exact_match": hfcustom.exact_match(answers)}
 
-    result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if held_out else None)
+    result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
     result.exit_if_interrupted()
     if held_out:
         console.show_table(
             ("held-out rows", "exact match"), [(len(held_out), evaluate(model, result.step)["exact_match"])]
         )
     console.out.print(f"The model is in {result.model_dir}.")
-    if config.merge and PartialState().is_main_process:
+    if config.merge and process_state().is_main_process:
         folder = Path(config.output_dir) / "merged"
         hfcustom.merge_adapter(result.model_dir, config.model).save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -36,6 +36,9 @@ class QuickstartConfig(TrainConfig):
     train_rows: Annotated[int, "training rows to make"] = 6000
     held_out_rows: Annotated[int, "held-out rows to score"] = 200
 
+    def __post_init__(self) -> None:
+        self.overwrite = self.overwrite and not self.resume
+
 
 if __name__ == "__main__":
     CONFIG = parse(QuickstartConfig, __doc__)  # answers --help and a mistyped flag before torch is imported
@@ -47,7 +50,6 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import concatenate_datasets
 from safetensors.torch import save_file
@@ -60,6 +62,7 @@ from hfcustom.data.digits import ORDINALS, TASKS, digit_rows
 from hfcustom.families import tiny
 from hfcustom.families.internvl import CustomInternVLForConditionalGeneration, CustomInternVLProcessor
 from hfcustom.report import Report, draw_result
+from hfcustom.train import process_state
 
 
 @hfcustom.connector
@@ -225,7 +228,7 @@ def write_report(path: Path, histories: dict, tables: dict, answers: dict, accur
 
 
 def main(config: QuickstartConfig) -> None:
-    if PartialState().num_processes > 1:
+    if process_state().num_processes > 1:
         raise SystemExit(
             "The quick start runs in one process: accelerate launch --num_processes 1 recipes/quickstart.py"
         )

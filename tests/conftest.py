@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,9 +31,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hfcustom.connectors import CONNECTORS
 from hfcustom.data.collate import Collator
 from hfcustom.families import family_names, load_family
+from hfcustom.losses import LOSSES
 from hfcustom.registry import REGISTERED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,3 +154,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def same_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def restore_registries() -> Iterator[None]:
+    mappings: list[dict[Any, Any]] = [REGISTERED, CONFIG_MAPPING._extra_content, LOSSES, CONNECTORS]
+    before = [dict(mapping) for mapping in mappings]
+    yield
+    for mapping, content in zip(mappings, before, strict=True):
+        mapping.clear()
+        mapping.update(content)

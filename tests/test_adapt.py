@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,14 @@ def test_a_scope_that_matches_nothing_is_an_error(internvl: Family) -> None:
             self.scale = nn.Embedding(1, 4)
             self.post_init()
 
-    with pytest.raises(ValueError, match=r"The part 'new' \(scale\) has no Linear"):
+    with pytest.raises(ValueError, match="new cannot have LoRA and be trained in full at once"):
         adapt.lora(internvl.model(Scaled), "new")
+    with pytest.raises(ValueError, match=r"lora\(\) names no part; this model has vision, connector"):
+        adapt.lora(internvl.model(), [])
+    with pytest.raises(ValueError, match="has an adapter already"):
+        adapt.lora(adapt.lora(internvl.model()))
+    with pytest.raises(ValueError, match=r"freeze\(\) names no part"):
+        adapt.freeze(internvl.model(), [])
     with pytest.raises(ValueError, match="connector cannot have LoRA and be trained in full at once"):
         adapt.lora(internvl.model(), "connector", train="connector")
 
@@ -146,6 +153,12 @@ def test_an_adapter_trained_by_fit_brings_its_class_along(internvl: Family, tmp_
         trained = model.eval()(**batch).logits
         loaded = adapt.load_adapter(folder, tmp_path / "stock")
         torch.testing.assert_close(loaded(**batch).logits, trained, rtol=1e-5, atol=1e-6)
+    further = adapt.load_adapter(folder, tmp_path / "stock", trainable=True)
+    assert {row.part for row in part_table(further) if row.trainable} == {"language", "new"}
+    more = fit(
+        further, processor, [chat_row(1, 0), chat_row(2, 1)], replace(config, output_dir=str(tmp_path / "more"))
+    )
+    assert more.step == 2
     merged = adapt.merge_adapter(folder, tmp_path / "stock")
     assert type(merged) is internvl.model_class
     assert (merged.config.connector, merged.config.loss) == (CONNECTOR, "focal")
@@ -237,6 +250,9 @@ def test_a_plan_that_did_not_happen_is_an_error(internvl: Family, tmp_path: Path
         adapt.check_quantization(load(["vision_tower", "lm_head"]))
     with pytest.raises(RuntimeError, match="Nothing was converted to Linear8bitLt"):
         adapt.check_quantization(load(["model", "lm_head"]))
+    plain = BitsAndBytesConfig(load_in_8bit=True)
+    with pytest.raises(RuntimeError, match="quantised without a skip list.*hfcustom.quantization_config"):
+        adapt.check_quantization(AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=plain))
     with pytest.raises(RuntimeError, match="was not loaded with a quantization_config"):
         adapt.check_quantization(internvl.model())
     model = load(["model.vision_tower", "model.multi_modal_projector", "lm_head"])

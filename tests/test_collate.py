@@ -221,7 +221,9 @@ def test_a_row_without_an_assistant_turn_is_named(family: Family, markers: bool)
 def test_a_processor_without_a_template_is_told_so(internvl: Family, template: Any) -> None:
     processor = copy.copy(internvl.processor)
     processor.chat_template = template
-    with pytest.raises(ValueError, match=r"chat_template is .*; it must be one template.*Set it and save the processor"):
+    with pytest.raises(
+        ValueError, match=r"chat_template is .*; it must be one template.*Set it and save the processor"
+    ):
         Collator(processor)
 
 
@@ -265,3 +267,16 @@ def test_markers_are_trusted_where_rendering_turn_by_turn_would_fail(internvl: F
 def test_characters_after_a_placeholder_move_by_its_growth(char: int, position: int) -> None:
     replaced = [{"span": (5, 8), "new_span": (5, 25)}, {"span": (12, 15), "new_span": (29, 40)}]
     assert expanded_position(char, replaced) == position
+
+
+def test_a_placeholder_written_out_in_a_text_is_named(family: Family) -> None:
+    row = chat_row(1)
+    row["messages"][0]["content"].append({"type": "text", "text": f"What is {family.processor.image_token}?"})
+    with pytest.raises(RowError, match=r"row 1: a text holds '.*', this processor's mark of an image.*blocks"):
+        Collator(family.processor)([chat_row(0), row])
+
+
+def test_a_conversation_that_starts_with_the_assistant_is_named(family: Family) -> None:
+    row = {"messages": [turn("assistant", "Hi."), turn("user", "Hello?")]}
+    with pytest.raises(RowError, match="row 0, message 0: a conversation starts with a user or system turn"):
+        Collator(family.processor)([row])

@@ -116,3 +116,28 @@ def test_a_users_connector_is_one_class() -> None:
         hfcustom.connector(type("AveragePool", (EveryOther,), {}))
     with pytest.raises(TypeError, match=r"needs a method num_tokens_out\(\)"):
         hfcustom.connector(nn.Linear)
+
+
+def test_a_connector_that_does_not_keep_its_word_is_named(internvl: Family) -> None:
+    @hfcustom.connector
+    class Liar(nn.Module):
+        def __init__(self, hidden_size: int, width: int = 0) -> None:
+            super().__init__()
+            self.width = width or hidden_size
+
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return features[:, :2, : self.width]
+
+        def num_tokens_out(self, num_tokens: int) -> int:
+            return 2 if self.width < 64 else 1
+
+    for spec, found, expected in (
+        ("liar", "7, 2, 64", "7, 1, 64"),
+        ({"name": "liar", "width": 8}, "7, 2, 8", "7, 2, 64"),
+    ):
+        model = internvl.model(connector=spec)
+        processor = model.match_processor(copy.deepcopy(internvl.processor))
+        with pytest.raises(
+            ValueError, match=rf"returned \({found}\); it must return \({expected}\), \(crops, num_tokens_out"
+        ):
+            model(**internvl.batch([1], processor))

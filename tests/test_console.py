@@ -45,7 +45,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What goes to a log file: the toolkit's own console, its stream replaced."""
     stream = io.StringIO()
-    monkeypatch.setattr(console.out, "file", stream)
+    monkeypatch.setattr(console.out, "_file", stream)  # `file` would stay on this test's stdout
     monkeypatch.setattr(console.out, "width", 140)
     return stream
 

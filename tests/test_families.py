@@ -245,6 +245,60 @@ def test_a_replaced_projector_keeps_the_seams_around_it(family: Family) -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("part", ["connector", "language"])
+def test_a_part_replaced_on_a_finished_model_gets_its_seams(family: Family, part: str) -> None:
+    calls: list[str] = []
+
+    class Watched(family.model_class):  # type: ignore[misc, name-defined]
+        def transform_vision_features(self, features: torch.Tensor) -> torch.Tensor:
+            calls.append("connector")
+            return features
+
+        def transform_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            calls.append("language")
+            return hidden_states
+
+    model, batch = family.model(Watched), family.batch([1])
+    with torch.no_grad():
+        expected = model(**batch).logits
+        path = model.stock_parts().paths[part][0]
+        module = copy.deepcopy(model.get_submodule(path))
+        for inner in module.modules():  # as a module that someone built anew
+            inner._forward_hooks.clear()
+            inner._forward_pre_hooks.clear()
+        model.set_submodule(path, module)
+        calls.clear()
+        assert torch.equal(model(**batch).logits, expected)
+    assert sorted(calls) == ["connector", "language"]
+
+
+def test_the_language_model_runs_by_itself_as_in_stock(family: Family) -> None:
+    model, stock = family.model(), family.model(family.stock_class)
+    ids = torch.arange(5)[None]
+    embeddings = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        for inputs in ({"input_ids": ids}, {"inputs_embeds": embeddings}):
+            mine, theirs = (net.get_decoder()(**inputs).last_hidden_state for net in (model, stock))
+            assert torch.equal(mine, theirs)
+
+
+WRONG_SHAPES = {
+    "transform_vision_features": lambda features: features[:, :-1],
+    "transform_embeddings": lambda embeddings, image_mask: embeddings[:1],
+    "transform_hidden_states": lambda hidden_states: None,
+}
+
+
+@pytest.mark.parametrize("method", WRONG_SHAPES)
+def test_a_transform_that_changes_the_shape_is_named(method: str, family: Family) -> None:
+    def wrong(self: Any, *tensors: torch.Tensor) -> Any:
+        return WRONG_SHAPES[method](*tensors)
+
+    mine = type("Wrong", (family.model_class,), {method: wrong, "__module__": __name__})
+    with pytest.raises(ValueError, match=rf"{method} returned .*it must return \(.*the shape it got"):
+        family.model(mine)(**family.batch([1, 1]))
+
+
 @pytest.mark.parametrize("connector", [None, "average_pool"], ids=["stock", "token-reducing"])
 def test_generation_with_cache_equals_generation_without(family: Family, connector: str | None) -> None:
     processor = copy.deepcopy(family.processor)
@@ -277,6 +331,22 @@ def test_a_users_forward_keeps_generate_and_trainer_working(family: Family) -> N
     inputs = {name: tensor for name, tensor in family.batch([1]).items() if name != "labels"}
     model.generate(**inputs, max_new_tokens=2, do_sample=False)
     assert Loud.calls == 2
+
+
+def test_a_mixins_forward_keeps_generate_working(internvl: Family) -> None:
+    class Counting:
+        calls = 0
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            type(self).calls += 1
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    class Counted(Counting, internvl.model_class):  # type: ignore[misc, name-defined]
+        pass
+
+    inputs = {name: tensor for name, tensor in internvl.batch([1]).items() if name != "labels"}
+    internvl.model(Counted).generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert Counted.calls == 2
 
 
 def test_gradient_checkpointing_changes_no_gradient(family: Family) -> None:

@@ -12,6 +12,8 @@ from conftest import Family, assert_same_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import hfcustom
+
 
 def gated(model_class: Any) -> Any:
     class Gated(model_class):
@@ -25,7 +27,7 @@ def gated(model_class: Any) -> Any:
         def transform_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
             return self.gate(hidden_states)
 
-    return Gated
+    return hfcustom.register(Gated)
 
 
 class Gate(nn.Module):
@@ -55,8 +57,100 @@ def test_a_stock_checkpoint_leaves_new_modules_initialised_and_says_so(
     family.model(family.stock_class).save_pretrained(tmp_path)
     model = gated(family.model_class).from_pretrained(tmp_path)
     assert f"Gated: gate not in {tmp_path}; newly initialised" in messages.text
-    assert 0.01 < float(model.gate.proj.weight.detach().std()) < 0.03  # the model's own initializer_range
-    assert not model.gate.proj.bias.any()
+    torch.testing.assert_close(model.gate.scale, torch.linspace(0.5, 1.5, len(model.gate.scale)))
+    assert 0 < float(model.gate.proj.weight.detach().abs().max()) <= len(model.gate.scale) ** -0.5  # nn.Linear's own
+
+
+class Assorted(nn.Module):
+    """Tensors that transformers' own initialisation overwrites, or never reaches."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((size,), 0.25))
+        self.closed = nn.Linear(size, size)
+        nn.init.zeros_(self.closed.weight)
+        self.recurrent = nn.GRU(4, 4)
+        self.register_buffer("count", torch.tensor([3.0, 4.0]))
+        self.register_buffer("table", torch.arange(5.0), persistent=False)
+
+
+def assert_as_made(assorted: Assorted) -> None:
+    assert torch.equal(assorted.alpha.detach(), torch.full_like(assorted.alpha, 0.25))
+    assert not assorted.closed.weight.any()
+    for weight in assorted.recurrent.parameters():
+        assert 0 < float(weight.detach().abs().max()) <= 0.5  # uniform within 1 / sqrt(4)
+    assert torch.equal(assorted.count, torch.tensor([3.0, 4.0]))
+    assert torch.equal(assorted.table, torch.arange(5.0))
+
+
+def with_assorted(model_class: Any, **body: Any) -> Any:
+    def __init__(self: Any, config: Any) -> None:
+        model_class.__init__(self, config)
+        self.assorted = Assorted(8)
+        self.level = nn.Parameter(torch.tensor(7.0))
+        self.post_init()
+
+    names = {"__init__": __init__, "__module__": __name__, "__qualname__": "WithAssorted", **body}
+    return hfcustom.register(type("WithAssorted", (model_class,), names))
+
+
+def test_what_a_class_adds_starts_as_its_init_made_it(family: Family, tmp_path: Path) -> None:
+    family.model(family.stock_class).save_pretrained(tmp_path / "stock")
+    model_class = with_assorted(family.model_class)
+    for model in (family.model(model_class), model_class.from_pretrained(tmp_path / "stock", dtype=torch.bfloat16)):
+        assert_as_made(model.assorted)
+        assert float(model.level) == 7
+    model.save_pretrained(tmp_path / "own")
+    assert_as_made(model_class.from_pretrained(tmp_path / "own").assorted)
+
+
+def test_init_weights_is_asked_for_added_modules_where_a_class_overrides_it(internvl: Family, tmp_path: Path) -> None:
+    def _init_weights(self: Any, module: nn.Module) -> None:
+        internvl.model_class._init_weights(self, module)
+        if isinstance(module, Assorted):
+            nn.init.ones_(module.alpha)
+
+    internvl.model(internvl.stock_class).save_pretrained(tmp_path)
+    model_class = with_assorted(internvl.model_class, _init_weights=_init_weights)
+    for model in (internvl.model(model_class), model_class.from_pretrained(tmp_path)):
+        assert torch.equal(model.assorted.alpha.detach(), torch.ones(8))
+
+
+def test_an_init_that_reads_stock_weights_is_told_when_to(internvl: Family, tmp_path: Path) -> None:
+    class Copying(internvl.model_class):  # type: ignore[misc, name-defined]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.copied = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+            self.copied.weight.data.copy_(self.lm_head.weight.data)
+            self.post_init()
+
+    internvl.model(internvl.stock_class).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Copying.__init__ reads weights of the stock parts.*after from_pretrained"):
+        Copying.from_pretrained(tmp_path)
+
+
+def test_a_class_brings_its_own_defaults_to_another_classs_checkpoint(internvl: Family, tmp_path: Path) -> None:
+    internvl.model().save_pretrained(tmp_path / "plain")
+    internvl.model(loss="z_loss").save_pretrained(tmp_path / "chosen")
+
+    class Focused(internvl.model_class):  # type: ignore[misc, name-defined]
+        default_loss = "focal"
+        default_connector = "average_pool"
+
+    for model_class in (Focused, hfcustom.register(Focused)):
+        config = model_class.from_pretrained(tmp_path / "plain").config
+        assert (config.loss, config.connector) == ("focal", "average_pool")
+        assert model_class.from_pretrained(tmp_path / "plain", loss="cross_entropy").config.loss == "cross_entropy"
+        assert model_class.from_pretrained(tmp_path / "chosen").config.loss == "z_loss"
+
+
+def test_what_is_not_registered_is_not_saved(internvl: Family, tmp_path: Path) -> None:
+    class Nameless(internvl.model_class):  # type: ignore[misc, name-defined]
+        pass
+
+    with pytest.raises(ValueError, match=r"Nameless is not registered: .* as CustomInternVLFor.*@hfcustom.register"):
+        internvl.model(Nameless).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_new_module_survives_saving_buffers_included(family: Family, tmp_path: Path) -> None:

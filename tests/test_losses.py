@@ -14,7 +14,7 @@ from conftest import Family
 from torch.nn import functional as F
 
 import hfcustom
-from hfcustom.losses import LOSSES, find_loss, parse_losses
+from hfcustom.losses import LOSSES, find_loss, import_losses, parse_losses
 
 SHIPPED = sorted(LOSSES)
 
@@ -199,8 +199,9 @@ def test_a_class_carries_its_loss_and_the_config_wins(internvl: Family, tmp_path
 
     assert internvl.model(Focal).config.loss == "focal"
     assert internvl.model(Focal, loss="z_loss").config.loss == "z_loss"
+    hfcustom.register(Focal)
     internvl.model(Focal).save_pretrained(tmp_path)
-    assert internvl.model_class.from_pretrained(tmp_path).config.loss == "focal"
+    assert Focal.from_pretrained(tmp_path).config.loss == "focal"
     assert Focal.from_pretrained(tmp_path, loss={"z_loss": 1.0}).config.loss == {"z_loss": 1.0}
 
 
@@ -285,10 +286,91 @@ def test_a_loss_from_a_file_needs_no_decorator(internvl: Family, tmp_path: Path)
     file = tmp_path / "my_losses_for_test.py"
     file.write_text("def squared(logits, targets):\n    return logits.gather(-1, targets[:, None])[:, 0] ** 2\n")
     try:
-        loss_of(internvl, f"{file}:squared")
+        assert import_losses({f"{file}:squared": 0.5, "z_loss": 1.0}) == {"squared": 0.5, "z_loss": 1.0}
+        loss_of(internvl, import_losses(f"{file}:squared"))
         with pytest.raises(AttributeError, match=r"Unknown loss 'squarred'. Did you mean 'squared'"):
-            find_loss(f"{file}:squarred")
+            import_losses(f"{file}:squarred")
         with pytest.raises(FileNotFoundError, match="there is no file"):
-            find_loss(f"{tmp_path}/none.py:squared")
+            import_losses(f"{tmp_path}/none.py:squared")
     finally:
         sys.modules.pop("my_losses_for_test", None)
+
+
+def test_a_config_imports_no_file(internvl: Family, tmp_path: Path) -> None:
+    """A checkpoint's config.json must not be able to run code."""
+    file = tmp_path / "hostile.py"
+    file.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef fn(logits, targets): return logits[:, 0]\n")
+    with pytest.raises(ValueError, match="Unknown loss .*hostile.py:fn.*import its file first"):
+        loss_of(internvl, f"{file}:fn")
+    assert not (tmp_path / "ran").exists()
+
+
+WRONG_TERMS: dict[str, Any] = {
+    "float": (lambda context: (1.0, len(context.labels)), "a sum of float; it must be a scalar tensor"),
+    "no count": (lambda context: (context.hidden_states.sum(), None), "summed over None items"),
+    "half a count": (lambda context: (context.hidden_states.sum(), 1.5), "summed over 1.5 items"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_TERMS)
+def test_a_term_that_returns_something_else_is_told(wrong: str, internvl: Family) -> None:
+    function, message = WRONG_TERMS[wrong]
+    function.__name__ = f"term_{wrong.replace(' ', '_')}"
+    hfcustom.term(count="rows")(function)
+    with pytest.raises(ValueError, match=message):
+        loss_of(internvl, function.__name__)
+
+
+def test_a_token_loss_without_a_gradient_is_told(internvl: Family) -> None:
+    @hfcustom.token_loss
+    def detached(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return logits.detach().logsumexp(-1)
+
+    with pytest.raises(ValueError, match="'detached' returned values without a gradient"):
+        internvl.model(loss="detached").train()(**internvl.batch([1]))
+
+
+def test_options_are_checked_before_the_first_batch() -> None:
+    @hfcustom.token_loss
+    def needy(logits: torch.Tensor, targets: torch.Tensor, power: float) -> torch.Tensor:
+        return logits[:, 0] ** power
+
+    @hfcustom.token_loss
+    def open_ended(logits: torch.Tensor, targets: torch.Tensor, **options: float) -> torch.Tensor:
+        return logits[:, 0] * options["scale"]
+
+    with pytest.raises(ValueError, match="Loss 'needy' needs its option 'power'"):
+        parse_losses("needy")
+    assert parse_losses({"open_ended": {"scale": 2.0}})[0].options == {"scale": 2.0}
+    with pytest.raises(ValueError, match="stands alone: loss='stock'"):
+        parse_losses({"stock": 1.0, "z_loss": 1e-4})
+
+
+def test_names_and_forms_that_cannot_be_registered() -> None:
+    def lr(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return logits[:, 0]
+
+    def weighted(logits: torch.Tensor, targets: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+        return logits[:, 0]
+
+    with pytest.raises(ValueError, match="cannot be named 'lr', which the log has already"):
+        hfcustom.token_loss(lr)
+    with pytest.raises(ValueError, match="'weighted' has an option 'weight'"):
+        hfcustom.token_loss(weighted)
+    with pytest.raises(TypeError, match=r"Write @hfcustom.term\(count='tokens'\)"):
+        hfcustom.term(lambda context: (0, 0))
+
+
+@pytest.mark.parametrize("loss", ["stock", "cross_entropy", {"cross_entropy": 1.0, "shipped_term": 1.0}], ids=str)
+def test_nothing_supervised_is_zero_for_a_divisor_of_any_kind(internvl: Family, loss: Any) -> None:
+    @hfcustom.term(count="image_tokens")
+    def shipped_term(context: hfcustom.LossContext) -> Any:
+        return context.image_features.float().sum(), context.image_features[..., 0].numel()
+
+    batch = internvl.batch([0, 0])
+    batch["labels"][:] = -100
+    for divisor in (None, 0, torch.tensor(0)):
+        model = internvl.model(loss=loss).train()
+        value = model(**batch, num_items_in_batch=divisor).loss
+        value.backward()
+        assert float(value.detach()) == 0.0

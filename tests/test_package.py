@@ -83,6 +83,8 @@ def public_definitions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple
     for node in body:
         if not isinstance(node, Function | ast.ClassDef) or node.name.startswith("_"):
             continue
+        if any(ast.unparse(decorator) == "overload" for decorator in node.decorator_list):
+            continue
         yield prefix + node.name, node
         if isinstance(node, ast.ClassDef):
             yield from public_definitions(node.body, f"{prefix}{node.name}.")

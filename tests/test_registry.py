@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,10 @@ from transformers import (
     AutoProcessor,
     Idefics3Config,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import hfcustom
 from hfcustom.registry import REGISTERED
-
-
-@pytest.fixture(autouse=True)
-def restore_registry() -> Iterator[None]:
-    before = dict(REGISTERED), dict(CONFIG_MAPPING._extra_content)
-    yield
-    for mapping, content in zip((REGISTERED, CONFIG_MAPPING._extra_content), before, strict=True):
-        mapping.clear()
-        mapping.update(content)
 
 
 def make_class(parent: Any, name: str, **body: Any) -> Any:
@@ -133,3 +123,25 @@ def test_a_checkpoint_of_another_family_is_refused(families: dict[str, Family], 
     message = r"model_type 'custom_aria', but CustomInternVLConfig takes custom_internvl, internvl"
     with pytest.raises(ValueError, match=message):
         families["internvl"].model_class.from_pretrained(tmp_path)
+
+
+def test_a_refusal_changes_nothing(internvl: Family, tmp_path: Path) -> None:
+    native = get_checkpoint_conversion_mapping("mixtral")
+    refused = make_class(internvl.model_class, "Refused")
+    with pytest.raises(ValueError, match="'mixtral' .* is native to transformers"):
+        hfcustom.register(refused, model_type="mixtral")
+    assert get_checkpoint_conversion_mapping("mixtral") is native or str(native) == str(
+        get_checkpoint_conversion_mapping("mixtral")
+    )
+    assert refused.config_class is internvl.model_class.config_class
+    hfcustom.register(refused)
+    internvl.model(refused).save_pretrained(tmp_path)
+    assert type(AutoModelForImageTextToText.from_pretrained(tmp_path)) is refused
+
+
+def test_it_is_a_decorator_with_a_model_type_too(internvl: Family) -> None:
+    @hfcustom.register(model_type="by_decorator")
+    class Decorated(internvl.model_class):  # type: ignore[misc, name-defined]
+        pass
+
+    assert REGISTERED["by_decorator"] is Decorated

@@ -69,6 +69,22 @@ def encode(image: Image.Image, kind: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
+def test_a_json_file_holds_one_list(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([TEXT_ROW, TEXT_ROW], indent=1))
+    rows = load_rows(str(file))
+    assert [row.name for row in rows[:2]] == ["rows.json row 0", "rows.json row 1"]
+    for text, message in (
+        (json.dumps(TEXT_ROW) + "\n" + json.dumps(TEXT_ROW), "rows.json: Extra data.*belongs into a .jsonl file"),
+        (json.dumps(TEXT_ROW), "rows.json: the top level is dict, not a list of rows"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_rows(str(file))
+    with pytest.raises(ValueError, match="has no splits, so split='test' has no effect"):
+        load_rows(str(file), "test")
+
+
 # ---- JSONL ----------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +189,11 @@ FOLDERS = [saved_dataset, saved_splits, parquet_files, jsonl_files, image_folder
 @pytest.mark.parametrize("make", FOLDERS)
 def test_a_folder_gives_the_same_rows_however_it_was_written(make: Any, tmp_path: Path) -> None:
     split, name = make(tmp_path / "digits")
-    rows = load_rows(str(tmp_path / "digits"), split)
+    single = make is saved_dataset
+    if single:
+        with pytest.raises(ValueError, match=r"digits has no splits, so split='train' has no effect; leave it out"):
+            load_rows(str(tmp_path / "digits"), "train")
+    rows = load_rows(str(tmp_path / "digits"), None if single else split)
     assert [row.name for row in rows] == [f"{name} 0", f"{name} 1"]
     assert [answer_of(row) for row in rows] == ["Number 0.", "Number 1."]
     assert [image.tobytes() for image in rows[0].images] == [picture(3).tobytes()]

@@ -1,4 +1,4 @@
-"""fit(): however a step is cut the training is the same; rates, decay, clipping and precision are what was asked for."""
+"""fit(): however a step is cut the training is the same; rates, decay, clipping and precision are as asked for."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_a_connector_rate_is_for_new_modules_too(internvl: Family) -> None:
 
 def test_nothing_trainable_is_an_error(internvl: Family, tmp_path: Path) -> None:
     model = internvl.model().requires_grad_(False)
-    with pytest.raises(ValueError, match="No parameter is trainable: unfreeze a part or attach LoRA"):
+    with pytest.raises(ValueError, match="No parameter is trainable: unfreeze a part, attach LoRA"):
         train(model, internvl, tmp_path)
 
 
@@ -335,3 +335,42 @@ def test_a_loss_that_is_no_number_stops_before_the_step(
         train(model, internvl, tmp_path / "broken", schedule="constant")
     assert len(calls) == 2
     assert all(torch.equal(weights(once)[name], value) for name, value in weights(model).items())
+
+
+def test_a_forward_that_computes_its_own_loss_is_told(internvl: Family, tmp_path: Path) -> None:
+    @hfcustom.register
+    class OwnLoss(internvl.model_class):  # type: ignore[misc, name-defined]
+        def forward(self, *args: Any, labels: Any = None, loss_divisors: Any = None, **kwargs: Any) -> Any:
+            outputs = super().forward(*args, **kwargs)
+            outputs.loss = outputs.logits.square().mean()
+            return outputs
+
+    with pytest.raises(ValueError, match=r"OwnLoss.forward computed its loss without .*super\(\).forward\(labels="):
+        train(internvl.model(OwnLoss), internvl, tmp_path)
+
+
+WRONG_ARGUMENTS = {
+    "a class that is not registered": ({}, "is not registered: what it saves would load as CustomInternVL"),
+    "schedule": ({"schedule": "cosin"}, "schedule='cosin'.*'cosine', 'linear' or 'constant'"),
+    "precision": ({"precision": "fp16"}, "precision='fp16'.*'fp32' or 'bf16'"),
+    "a number in quotes": ({"lr": [1e-4]}, "lr=.0.0001.*number"),
+    "both": ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
+    "no evaluate": ({"eval_steps": 2}, "eval_steps=2 and evaluate=None have an effect only together"),
+    "no steps": ({"evaluate": lambda model, step: {}}, "eval_steps=None and evaluate=.* only together"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_ARGUMENTS)
+def test_arguments_without_effect_or_sense_are_errors(wrong: str, internvl: Family, tmp_path: Path) -> None:
+    options, message = WRONG_ARGUMENTS[wrong]
+    bare = type("Bare", (internvl.model_class,), {"__module__": __name__})
+    model = internvl.model(None if options else bare)
+    with pytest.raises(ValueError, match=message):
+        train(model, internvl, tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rows", ["rows.jsonl", iter([])], ids=["path", "iterator"])
+def test_rows_that_are_no_sequence_are_told(rows: Any, internvl: Family, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="rows is a .*pass hfcustom.load_rows"):
+        train(internvl.model(), internvl, tmp_path, rows)

@@ -1,4 +1,4 @@
-"""What the training tests share: rows whose answers differ much in length, short configs, runs, distances of weights."""
+"""What the training tests share: rows with answers of very unequal length, short configs, runs, distances."""
 
 from __future__ import annotations
 

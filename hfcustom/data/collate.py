@@ -117,6 +117,8 @@ def process(
     processor: Any, texts: list[str], examples: Sequence[Example], padding_side: str, with_offsets: bool = False
 ) -> dict[str, Any]:
     """Run the processor over rendered texts and their images (nested by row, as every family accepts them)."""
+    for example in examples:
+        _refuse_placeholders(processor, example)
     options: dict[str, Any] = {"padding": True, "padding_side": padding_side}
     bos = processor.tokenizer.bos_token
     if bos is not None and texts[0].startswith(bos):
@@ -129,6 +131,17 @@ def process(
     replaced = features.pop("text_replacement_offsets", None)
     batch = dict(features.convert_to_tensors("pt"))
     return batch | ({"text_replacement_offsets": replaced} if with_offsets else {})
+
+
+def _refuse_placeholders(processor: Any, example: Example) -> None:
+    """A placeholder written out in a text would be taken for an image."""
+    texts = (block["text"] for message in example.messages for block in message["content"] if block["type"] == "text")
+    for text in texts:
+        if processor.image_token in text:
+            raise RowError(
+                f"{example.name}: a text holds {processor.image_token!r}, this processor's mark of an image; write images as "
+                "{'type': 'image'} blocks, and the mark itself in other words."
+            )
 
 
 def expanded_position(char: int, replacements: Sequence[Mapping[str, Any]]) -> int:

@@ -41,6 +41,8 @@ def read_row(row: Mapping[str, Any], name: str, root: Path | None = None) -> Exa
     if not isinstance(row.get("messages"), list) or not row["messages"]:
         found = ", ".join(row) or "nothing"
         raise RowError(f"{name}: no list of messages (columns: {found}); a row is {FORM}.")
+    if isinstance(row["messages"][0], Mapping) and row["messages"][0].get("role") == "assistant":
+        raise RowError(f"{name}, message 0: a conversation starts with a user or system turn, not the assistant's.")
     images = row.get("images") or []
     if not isinstance(images, list | tuple):
         raise RowError(f"{name}: images is {type(images).__name__}; it must be a list, also of one image.")

@@ -27,6 +27,8 @@ class Examples(Sequence[Example]):
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
         row = self.rows[index]
         return row if isinstance(row, Example) else read_row(row, f"{self.name} {index}", self.root)
 
@@ -54,24 +56,31 @@ class JsonlRows(Sequence[Mapping[str, Any]]):
             line = file.readline()
         try:
             row = json.loads(line)
-        except ValueError as error:  # not JSON, or not UTF-8
+        except json.JSONDecodeError as error:
+            raise RowError(
+                f"{self.path.name}, line {number}: {error.msg} (column {error.colno}); a line holds one row as JSON."
+            ) from error
+        except ValueError as error:  # not UTF-8
             raise RowError(f"{self.path.name}, line {number}: {error}") from error
         if not isinstance(row, dict):
             raise RowError(f"{self.path.name}, line {number}: {type(row).__name__}, not an object with 'messages'.")
         return read_row(row, f"{self.path.name}, line {number}", self.path.parent)
 
 
-def load_rows(source: str, split: str = "train") -> Examples:
-    """Return the rows of a .jsonl file, a folder that `datasets` saved or can read, or a data set's name on the hub.
+def load_rows(source: str, split: str | None = None) -> Examples:
+    """Return the rows of a file, of a folder that `datasets` saved or can read, or of a data set's name on the hub.
 
-    Image paths are read below the file's (or folder's) own folder only. Raises FileNotFoundError for a path that does
-    not exist and ValueError for an unknown split or a source without rows.
+    A file is .jsonl, or .json with one list. `split` is for sources that have several, "train" where none is given. Image
+    paths are read below the file's (or folder's) own folder only. Raises FileNotFoundError for a path that does not exist
+    and ValueError for an unknown split, a split of a source that has none, or a source without rows.
     """
     path = Path(source)
     if path.suffix in (".json", ".jsonl"):
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {source}.")
-        examples = Examples(JsonlRows(path))
+        _no_split(source, split)
+        rows = JsonlRows(path) if path.suffix == ".jsonl" else _read_list(path)
+        examples = Examples(rows, f"{path.name} row", path.parent)
     else:
         examples = _load_dataset(source, path, split)
     if not len(examples):
@@ -79,25 +88,42 @@ def load_rows(source: str, split: str = "train") -> Examples:
     return examples
 
 
-def _load_dataset(source: str, path: Path, split: str) -> Examples:
+def _no_split(source: str, split: str | None) -> None:
+    if split is not None:
+        raise ValueError(f"{source} has no splits, so split={split!r} has no effect; leave it out.")
+
+
+def _read_list(path: Path) -> list[Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}. One row a line belongs into a .jsonl file.") from error
+    if not isinstance(content, list):
+        raise ValueError(f"{path}: the top level is {type(content).__name__}, not a list of rows.")
+    return content
+
+
+def _load_dataset(source: str, path: Path, split: str | None) -> Examples:
     import datasets
 
     if path.is_file():
         raise ValueError(f"{source} is no .jsonl file; give the folder that holds it, which `datasets` can read.")
-    name, root = f"{source} {split} row", path
+    chosen = split or "train"
+    name, root = f"{source} {chosen} row", path
     if (path / "dataset_info.json").is_file():
+        _no_split(source, split)
         rows, name = datasets.load_from_disk(source), f"{path.name} row"
     elif (path / "dataset_dict.json").is_file():
         splits = datasets.load_from_disk(source)
-        if split not in splits:
-            raise ValueError(f"{source}: {unknown('split', split, splits)}")
-        rows, name = splits[split], f"{path.name} {split} row"
+        if chosen not in splits:
+            raise ValueError(f"{source}: {unknown('split', chosen, splits)}")
+        rows, name = splits[chosen], f"{path.name} {chosen} row"
     elif path.is_dir():
-        rows = datasets.load_dataset(source, split=split)
+        rows = datasets.load_dataset(source, split=chosen)
     else:
         root = Path(datasets.config.HF_CACHE_HOME)  # where `datasets` puts the images that it downloads as files
         try:
-            rows = datasets.load_dataset(source, split=split)
+            rows = datasets.load_dataset(source, split=chosen)
         except OSError as error:
             raise FileNotFoundError(
                 f"{source} is no folder here, and the hub gave no data set of that name: {error}"
