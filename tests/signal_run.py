@@ -5,6 +5,7 @@ python tests/signal_run.py FOLDER NUM_WORKERS
 
 from __future__ import annotations
 
+import select
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ def run(folder: Path, wait: bool = False, **options: Any) -> tuple[TrainResult, 
     def evaluate(model: Any, step: int) -> dict[str, float]:
         if wait and step == 2:
             print(WAITING, flush=True)
+            while not select.select([sys.stdin], [], [], 0.05)[0]:
+                pass  # Python handles signals here: one that comes just before a blocking read would go unseen
             sys.stdin.readline()
         return {}
 
