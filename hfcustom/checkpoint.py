@@ -4,7 +4,7 @@ output_dir/checkpoints/step-000100/
     model/                what from_pretrained (or PeftModel.from_pretrained) loads, with its processor
     optimizer.safetensors, optimizer.json
     rng-0.safetensors     one a rank: torch, CUDA, numpy and Python generators
-    state.json            step, log, losses since the last log line
+    state.json            step, log, losses since the last log line, what decides the order of rows
     manifest.json         SHA-256 of every other file; a folder without a true manifest is no checkpoint
 A folder is written beside its place, flushed to disk, and renamed; the newest valid one is resumed from, and an old one
 is deleted only after its successor is in place.
@@ -79,11 +79,20 @@ class Checkpoints:
             self.accelerator.print(f"Nothing to resume in {self.folder}; starting at step 0.")
             return 0
         state = json.loads((self.resumed / "state.json").read_text())
+        if state["order"] != self._order():
+            raise ValueError(
+                f"{self.resumed} was trained with {state['order']}, this run has {self._order()}: the rows already seen "
+                "would be others. Resume with those values, or start afresh with --overwrite."
+            )
         load_model(unwrapped(self.model), self.resumed / "model")
         load_optimizer(self.optimizer, self.resumed)
         self.history, self.pending = state["history"], state["pending"]
         self.accelerator.print(f"Resuming from {self.resumed}, step {state['step']}.")
         return state["step"]
+
+    def _order(self) -> dict[str, int]:
+        """What, with the step, decides which rows come next."""
+        return {"batch_size": self.config.batch_size, "seed": self.config.seed}
 
     def restore_rng(self) -> None:
         """Set this rank's random generators to where the resumed run had them; a rank it lacked keeps its own seed."""
@@ -103,7 +112,8 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 save_model(unwrapped(self.model), self.processor, partial / "model")
                 save_optimizer(self.optimizer, partial)
-                write_json(partial / "state.json", {"step": step, "history": history, "pending": pending})
+                state = {"step": step, "history": history, "pending": pending, "order": self._order()}
+                write_json(partial / "state.json", state)
             save_rng(partial / f"rng-{self.accelerator.process_index}.safetensors")
         if self.accelerator.is_main_process:
             for old in complete_checkpoints(self.folder)[: -self.config.keep_checkpoints]:

@@ -2,7 +2,7 @@
 
     accelerate launch recipes/quickstart.py
 
-Offline, on two CPU cores, in about 4 minutes and 1.5 GiB: build a small InternVL with a token-reducing connector and a
+Offline, on two CPU cores, in about 3 minutes: build a small InternVL with a token-reducing connector and a
 two-term loss (both below), train it on grids of scanned digits, score it by generation on scans it has never seen, load
 it in 8 bits, add LoRA to its language model and teach it to read backwards, merge the adapter into the full-precision
 weights, and load the result in a fresh process. Writes outputs/quickstart/report.html and result.png.

@@ -408,3 +408,14 @@ def test_a_checkpoint_is_a_model_that_loads(internvl: Family, tmp_path: Path) ->
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
     save_file({"x": torch.ones(1)}, folder / "model" / "model.safetensors")
     assert not checkpoint.manifest_holds(folder)
+
+
+@pytest.mark.parametrize("changed", [{"batch_size": 4}, {"seed": 1}], ids=str)
+def test_a_resumed_run_sees_the_rows_it_has_not_seen(
+    changed: dict[str, int], internvl: Family, tmp_path: Path
+) -> None:
+    train(internvl.model(), internvl, tmp_path, max_steps=1)
+    with pytest.raises(
+        ValueError, match=rf"was trained with .*, this run has .*'{next(iter(changed))}': .*--overwrite"
+    ):
+        train(internvl.model(), internvl, tmp_path, max_steps=2, resume=True, **changed)
