@@ -48,7 +48,8 @@ class TrainResult:
     def exit_if_interrupted(self) -> None:
         """After a signal has stopped the run, say how to go on and leave with EXIT_PREEMPTED."""
         if self.interrupted:
-            out.print(f"Stopped after step {self.step}, which is saved; continue with --resume.")
+            if process_state().is_main_process:
+                out.print(f"Stopped after step {self.step}, which is saved; continue with --resume.")
             raise SystemExit(EXIT_PREEMPTED)
 
 

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -42,7 +43,7 @@ from hfcustom.registry import REGISTERED
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
 sys.path.append(str(RECIPES))  # recipes import each other by name, as they do when run
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models: a second thread costs more than it does, the more on a busy machine
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,6 @@ from hfcustom.losses import LOSSES
 from hfcustom.train import TrainResult, fit
 from hfcustom.train_config import TrainConfig
 
-torch.set_num_threads(1)  # a second thread gains nothing here and, on a busy machine, waits ten times as long
-
 IMAGES = (1, 0, 2, 1, 0, 0, 1, 0)
 ANSWER_WORDS = (1, 40, 2, 30, 1, 1, 50, 3)
 TERMS = {"cross_entropy": 1.0, "z_loss": 1e-3, "image_size": 0.1}  # two token losses and a term
