@@ -10,10 +10,11 @@ and what no checkpoint holds is taken from there: it starts as its __init__ made
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from logging import Filter, LogRecord
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,25 +37,31 @@ def load_strictly(
 ) -> Any:
     """Call the stock `from_pretrained` and check what it loaded; see CustomVLM.from_pretrained."""
     wants_info = kwargs.pop("output_loading_info", False)
+    source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+    check_source(source)
     if kwargs.get("loss", "stock") != "stock":
         losses.parse_losses(kwargs["loss"])  # a mistyped name is an error before gigabytes are read
     if kwargs.get("config") is None:
-        kwargs |= _own_defaults(cls, *args, **kwargs)
+        kwargs |= _own_defaults(cls, source, kwargs)
     with _report_in_error():
         model, info = load(*args, output_loading_info=True, **kwargs)
-    source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
     fresh = _check_missing(model, sorted(info["missing_keys"]), tuple(new_modules), source)
     _say_unexpected(model, sorted(info["unexpected_keys"]), source)
     _fill(model, fresh)
     return (model, info) if wants_info else model
 
 
-def _own_defaults(cls: type[CustomVLM], *args: Any, **kwargs: Any) -> dict[str, Any]:
+def check_source(source: Any) -> None:
+    """Raise FileNotFoundError for what can only be a folder and is none; the hub's own message speaks of connections."""
+    if str(source).startswith((".", "/", "~")) and not Path(str(source)).is_dir():
+        raise FileNotFoundError(f"There is no folder {source}; give an existing one, or a name on the hub.")
+
+
+def _own_defaults(cls: type[CustomVLM], source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the class's own connector and loss where the checkpoint recorded only the defaults of another class."""
     from hfcustom.registry import REGISTERED
 
     hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-    source: Any = args[0] if args else kwargs.get("pretrained_model_name_or_path")
     stored = PretrainedConfig.get_config_dict(source, **hub)[0]
     writer = REGISTERED.get(stored.get("model_type", ""))
     own: dict[str, Any] = {}

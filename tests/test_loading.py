@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hfcustom
+from hfcustom.families import class_of
 
 
 def gated(model_class: Any) -> Any:
@@ -216,3 +217,10 @@ def test_sharded_checkpoints_and_16_bit_weights_load(internvl: Family, tmp_path:
     assert again.dtype == torch.bfloat16
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
     assert internvl.model_class.from_pretrained(tmp_path, dtype="float32").dtype == torch.float32
+
+
+@pytest.mark.parametrize("folder", ["./missing", "/missing/model", "../missing"])
+def test_a_missing_folder_is_no_question_of_the_hub(internvl: Family, folder: str) -> None:
+    for load in (internvl.model_class.from_pretrained, class_of):
+        with pytest.raises(FileNotFoundError, match=f"There is no folder {folder}"):
+            load(folder)

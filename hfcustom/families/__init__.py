@@ -39,12 +39,14 @@ def load_family(name: str) -> ModuleType:
 def class_of(checkpoint: str, **hub: Any) -> type[CustomVLM]:
     """Return the custom class of a checkpoint's family, from its config.json; `hub` goes to the config's download.
 
-    Raises ValueError for a model_type that is no family's, naming the families.
+    Raises ValueError for a model_type that is no family's, naming the families, FileNotFoundError for a missing folder.
     """
     from transformers import PretrainedConfig
 
+    from hfcustom.loading import check_source
     from hfcustom.registry import REGISTERED
 
+    check_source(checkpoint)
     model_type = PretrainedConfig.get_config_dict(checkpoint, **hub)[0].get("model_type", "")
     name = model_type.removeprefix("custom_")
     if name in family_names():
