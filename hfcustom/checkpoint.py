@@ -43,12 +43,14 @@ class Checkpoints:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         processor: Any,
+        num_rows: int,
     ) -> None:
         self.config = config
         self.accelerator = accelerator
         self.model = model
         self.optimizer = optimizer
         self.processor = processor
+        self.num_rows = num_rows
         self.output_dir = Path(config.output_dir)
         self.folder = self.output_dir / "checkpoints"
         self.resumed: Path | None = None
@@ -92,7 +94,7 @@ class Checkpoints:
 
     def _order(self) -> dict[str, int]:
         """What, with the step, decides which rows come next."""
-        return {"batch_size": self.config.batch_size, "seed": self.config.seed}
+        return {"batch_size": self.config.batch_size, "rows": self.num_rows, "seed": self.config.seed}
 
     def restore_rng(self) -> None:
         """Set this rank's random generators to where the resumed run had them; a rank it lacked keeps its own seed."""

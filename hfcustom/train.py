@@ -78,8 +78,8 @@ def fit(
     """Train a custom model, bare or wrapped by peft, on rows of messages and images (hfcustom/data/messages.py).
 
     `evaluate(model, step)` returns named numbers for the log every `eval_steps`. Raises TypeError for a model that is not
-    custom, ValueError for a config out of range, a class that is not registered, no rows, a batch size that the processes cannot share and a model of which nothing is trainable, RowError for a
-    row that cannot be used.
+    custom, ValueError for a config out of range, a class that is not registered, no rows, a batch size that the processes
+    cannot share and a model of which nothing is trainable, RowError for a row that cannot be used.
     """
     config = _checked(model, rows, config, evaluate)
     accelerator = make_accelerator(config)
@@ -91,7 +91,7 @@ def fit(
     if config.gradient_checkpointing:
         checkpoint_activations(unwrap(model))
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
-    state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor)
+    state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, len(rows))
     start = state.resume() if config.resume else state.begin()
     batches = iter(
         step_loader(
@@ -167,9 +167,8 @@ def train_step(
                     f"{type(core).__name__}.forward computed its loss without the configured {', '.join(divisors)}. Call "
                     "super().forward(labels=...) in it, and write the loss as a token loss or a term."
                 )
-            accelerator.backward(
-                loss * accelerator.num_processes
-            )  # DDP averages gradients; the divisors count all ranks
+            # DDP averages gradients over ranks, the divisors count all of them.
+            accelerator.backward(loss * accelerator.num_processes)
         for name, value in core.loss_values.items():
             report.losses[name] = report.losses.get(name, 0.0) + value.sum / divisors[name]
     report.grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
@@ -251,8 +250,9 @@ def set_precision(model: nn.Module, config: TrainConfig) -> None:
             f"{len(low)} parameters are 16-bit ({low[0]} first) but precision is fp32: train with precision='bf16', or "
             "load the model with dtype='float32'."
         )
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name in set(low):
+    for name in low:
+        parameter = model.get_parameter(name)
+        if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from conftest import Family
 from safetensors.torch import load_file, save_file
 from torch import nn
-from training import add_dropout, curve, short_config, train, weights
+from training import add_dropout, curve, short_config, train, uneven_rows, weights
 
 import hfcustom
 from hfcustom import checkpoint
@@ -400,7 +400,7 @@ def test_a_checkpoint_is_a_model_that_loads(internvl: Family, tmp_path: Path) ->
     model = internvl.model()
     config: TrainConfig = short_config(tmp_path)
     state = checkpoint.Checkpoints(
-        config, Accelerator(), model, torch.optim.SGD(model.parameters()), internvl.processor
+        config, Accelerator(), model, torch.optim.SGD(model.parameters()), internvl.processor, 8
     )
     folder = state.save(7, [], [])
     assert folder.name == "step-000007" and checkpoint.manifest_holds(folder)
@@ -410,9 +410,11 @@ def test_a_checkpoint_is_a_model_that_loads(internvl: Family, tmp_path: Path) ->
     assert not checkpoint.manifest_holds(folder)
 
 
-@pytest.mark.parametrize("changed", [{"batch_size": 4}, {"seed": 1}], ids=str)
+@pytest.mark.parametrize(
+    "changed", [{"batch_size": 4}, {"seed": 1}, {"rows": uneven_rows()[:6]}], ids=["batch size", "seed", "rows"]
+)
 def test_a_resumed_run_sees_the_rows_it_has_not_seen(
-    changed: dict[str, int], internvl: Family, tmp_path: Path
+    changed: dict[str, Any], internvl: Family, tmp_path: Path
 ) -> None:
     train(internvl.model(), internvl, tmp_path, max_steps=1)
     with pytest.raises(
