@@ -37,6 +37,7 @@ class CustomVLM(PreTrainedModel):
     default_connector: ClassVar[str | dict[str, Any] | None] = None
     default_loss: ClassVar[str | dict[str, Any]] = "cross_entropy"
     _input_names: ClassVar[tuple[str, ...]]
+    _stock_parts: parts.PartMap | None = None  # until the stock part is built
     accepts_loss_kwargs = True  # transformers.Trainer then passes num_items_in_batch and does not divide again
 
     # ---- the five seams: what a user overrides ----------------------------------------------------------------------
@@ -103,7 +104,7 @@ class CustomVLM(PreTrainedModel):
     def post_init(self) -> None:
         """Initialise new weights and put the seams on the parts; call it at the end of your own __init__."""
         super().post_init()
-        if hasattr(self, "_stock_parts"):  # the stock __init__ calls this before there is anything to hook
+        if self._stock_parts is not None:  # the stock __init__ calls this before there is anything to hook
             seams.install(self)
 
     def initialize_weights(self) -> None:
@@ -111,7 +112,7 @@ class CustomVLM(PreTrainedModel):
 
         A subclass that overrides `_init_weights` is asked for its own modules too, as transformers does.
         """
-        if hasattr(self, "_stock_parts") and type(self)._init_weights is self.stock_class()._init_weights:
+        if self._stock_parts is not None and type(self)._init_weights is self.stock_class()._init_weights:
             for name in self.new_tensor_names():
                 cast(Any, self.get_submodule(name.rpartition(".")[0]))._is_hf_initialized = True
         super().initialize_weights()
@@ -224,11 +225,12 @@ class CustomVLM(PreTrainedModel):
 
     def stock_parts(self) -> parts.PartMap:
         """Return the part map of the stock graph."""
+        assert self._stock_parts is not None, "asked for inside the stock __init__"
         return self._stock_parts
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Return (module path, hook registrar, method, options) for each seam."""
-        connector, language = (self._stock_parts.paths[part][0] for part in ("connector", "language"))
+        connector, language = (self.stock_parts().paths[part][0] for part in ("connector", "language"))
         return [
             (self.base_model_prefix, "register_forward_pre_hook", "_begin_pass", {"with_kwargs": True}),
             (self.base_model_prefix, "register_forward_hook", "_end_pass", {"always_call": True}),
@@ -312,8 +314,11 @@ class CustomVLM(PreTrainedModel):
     # ---- image tokens -------------------------------------------------------------------------------------------------
 
     def stock_tokens_per_crop(self) -> int:
-        """Return the tokens that the family's own connector makes of one image crop."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how many tokens its connector makes.")
+        """Return the tokens that the family's own connector makes of one image crop; each family says so in its file."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say how many tokens its connector makes: define stock_tokens_per_crop() and "
+            "placeholder_field, as hfcustom/families/idefics3.py does, or match_processor()."
+        )
 
     def tokens_per_crop(self, num_tokens: int | None = None) -> int:
         """Return the tokens that reach the language model for one image crop."""
@@ -333,8 +338,8 @@ class CustomVLM(PreTrainedModel):
         """Load strictly: a tensor missing from the checkpoint is a ValueError that names it.
 
         Modules that this class adds to its stock parent may be missing from a checkpoint of the stock class, and from
-        one of this class when `new_modules` names them; they are initialised, and that is printed. Otherwise as
-        `PreTrainedModel.from_pretrained`.
+        one of this class when `new_modules` names them; they start as their __init__ made them, and that is printed.
+        Otherwise as `PreTrainedModel.from_pretrained`.
         """
         return loading.load_strictly(cls, super().from_pretrained, *args, new_modules=new_modules, **kwargs)
 

@@ -137,7 +137,9 @@ def _fill(model: CustomVLM, fresh: list[str]) -> None:
     token = STOCK_ON_META.set(True)
     try:
         built = type(model)(copy.deepcopy(model.config))
-    except NotImplementedError as error:  # a tensor on the meta device has no values
+    except NotImplementedError as error:
+        if "meta tensor" not in str(error):  # torch's own, for a tensor that has no values
+            raise
         raise ValueError(
             f"{type(model).__name__}.__init__ reads weights of the stock parts, which are not loaded while it runs "
             f"({error}). Set what depends on them after from_pretrained."
