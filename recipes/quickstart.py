@@ -59,7 +59,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import hfcustom
 from hfcustom import console
 from hfcustom.data.digits import ORDINALS, TASKS, digit_rows
-from hfcustom.families import tiny
+from hfcustom.families import internvl, tiny
 from hfcustom.families.internvl import CustomInternVLForConditionalGeneration, CustomInternVLProcessor
 from hfcustom.report import Report, draw_result
 from hfcustom.train import process_state
@@ -106,22 +106,19 @@ IMAGE_SIZE = 32  # pixels: one tile shows a 2 x 2 grid of digits
 
 def build_processor() -> CustomInternVLProcessor:
     """Return InternVL's own processor around a tokenizer trained on the prompts."""
-    named = {
-        "start_image_token": "<img>",
-        "end_image_token": "</img>",
-        "context_image_token": "<IMG_CONTEXT>",
-        "video_token": "<video>",
-    }
     prompts = ["user\nassistant\n", *ORDINALS, *(question for question, _ in TASKS.values())]
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *named.values()]
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return CustomInternVLProcessor(
         image_processor=tiny.image_processor("GotOcr2ImageProcessor")(size=size, max_patches=1),
         tokenizer=tiny.train_tokenizer(
-            specials, eos="<|im_end|>", pad="<|endoftext|>", named=named, sentences=prompts
+            internvl.SPECIAL_TOKENS,
+            eos="<|im_end|>",
+            pad="<|endoftext|>",
+            named=internvl.NAMED_TOKENS,
+            sentences=prompts,
         ),
         video_processor=tiny.video_processor("InternVLVideoProcessor", size=size),
-        chat_template=tiny.chat_template("<IMG_CONTEXT>\n", "<|im_start|>{role}\n", "<|im_end|>\n"),
+        chat_template=internvl.CHAT_TEMPLATE,
     )
 
 

@@ -65,21 +65,24 @@ class CustomInternVLForConditionalGeneration(CustomVLM, InternVLForConditionalGe
         return outputs
 
 
+NAMED_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *NAMED_TOKENS.values())
+CHAT_TEMPLATE = tiny.chat_template("<IMG_CONTEXT>\n", "<|im_start|>{role}\n", "<|im_end|>\n")
+
+
 def tiny_processor() -> CustomInternVLProcessor:
     """Return a processor for 28 px tiles of 4 tokens, with a tokenizer trained on the spot."""
-    named = {
-        "start_image_token": "<img>",
-        "end_image_token": "</img>",
-        "context_image_token": "<IMG_CONTEXT>",
-        "video_token": "<video>",
-    }
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *named.values()]
     return CustomInternVLProcessor(
         image_processor=tiny.image_processor("GotOcr2ImageProcessor")(size={"height": 28, "width": 28}),
-        tokenizer=tiny.train_tokenizer(specials, eos="<|im_end|>", pad="<|endoftext|>", named=named),
+        tokenizer=tiny.train_tokenizer(SPECIAL_TOKENS, eos="<|im_end|>", pad="<|endoftext|>", named=NAMED_TOKENS),
         video_processor=tiny.video_processor("InternVLVideoProcessor", size={"height": 28, "width": 28}),
         image_seq_length=4,
-        chat_template=tiny.chat_template("<IMG_CONTEXT>\n", "<|im_start|>{role}\n", "<|im_end|>\n"),
+        chat_template=CHAT_TEMPLATE,
     )
 
 
