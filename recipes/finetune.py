@@ -120,6 +120,7 @@ def choose_what_trains(model: Any, config: FinetuneConfig) -> Any:
 
 
 def main(config: FinetuneConfig) -> None:
+    console.out.quiet = not process_state().is_main_process  # every fact is printed once, not once a rank
     rows = hfcustom.load_rows(config.data, config.split)
     held_out = None
     if config.eval_data:
@@ -127,8 +128,7 @@ def main(config: FinetuneConfig) -> None:
         held_out = [held_out[at] for at in range(min(config.eval_rows, len(held_out)))]
     model, processor = load_model(config)
     model = choose_what_trains(model, config)
-    if process_state().is_main_process:
-        console.show_start(model, processor, rows[0], config)
+    console.show_start(model, processor, rows[0], config)
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
         answers = hfcustom.generate_answers(model, processor, held_out, max_new_tokens=config.max_new_tokens)
