@@ -19,12 +19,10 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 TORCHVISION = os.environ.get("HFCUSTOM_TORCHVISION")  # a folder with torchvision, for tests/test_torchvision.py
 if TORCHVISION:
-    import torch
+    from torch import library
 
     sys.path.append(TORCHVISION)
-    OPERATORS = torch.library.Library(
-        "torchvision", "DEF"
-    )  # a CPU torch lacks the two that torchvision's import wants
+    OPERATORS = library.Library("torchvision", "DEF")  # a CPU torch lacks the two that torchvision's import wants
     for operator in ("nms", "qnms"):
         OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 

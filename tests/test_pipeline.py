@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import training  # noqa: F401  (one thread)
 from conftest import Family, picture
 from transformers import pipeline
 
