@@ -4,7 +4,7 @@
 
 Override a transform_* method, name a connector, name a loss. With nothing overridden, logits are bit-equal to the stock
 class. The stock parent computes; the seams intervene at the borders of its parts (hfcustom/seams.py); the loss is
-evaluated from hidden states, so that training never builds the (B, T, V) logits (hfcustom/losses.py). Loading is
+evaluated from hidden states, so that training never builds the (B, T, V) logits (hfcustom/losses/). Loading is
 strict and saving is faithful (hfcustom/loading.py).
 Letters: B rows, T text tokens, N image tokens, P crops, D hidden, V vocabulary.
 """
@@ -58,7 +58,7 @@ class CustomVLM(PreTrainedModel):
         return hidden_states
 
     # The connector seam is `default_connector` or `config.connector` (hfcustom/connectors.py), the loss seam is
-    # `default_loss` or `config.loss` (hfcustom/losses.py). The config wins; both are written into it.
+    # `default_loss` or `config.loss` (hfcustom/losses/). The config wins; both are written into it.
 
     # ---- construction -----------------------------------------------------------------------------------------------
 
@@ -92,6 +92,8 @@ class CustomVLM(PreTrainedModel):
         stock = self.stock_class().__name__  # transformers reads the kind of loss out of the class name
         self.loss_type = next((kind for kind in LOSS_MAPPING if kind in stock), "ForCausalLM")
         self.loss_values: dict[str, losses.LossValue] = {}  # what the last forward with labels computed, by name
+        self.loss_step: int | None = None  # the optimiser step, for scheduled weights; fit() and LossCallback set it
+        self.companions: dict[str, CustomVLM] = {}  # frozen models beside this one, no part of it
         self._parsed_losses: tuple[Any, list[losses.WeightedLoss]] | None = None
         self._pass: seams.ForwardPass | None = None
         config.connector = copy.deepcopy(self.default_connector if config.connector is None else config.connector)
@@ -142,7 +144,8 @@ class CustomVLM(PreTrainedModel):
         *args: Any,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        loss_divisors: Mapping[str, torch.Tensor | float] | None = None,
+        loss_divisors: losses.Divisors | None = None,
+        step_summaries: Mapping[str, losses.StepSummary] | None = None,
         return_logits: bool | None = None,
         **inputs: Any,
     ) -> Any:
@@ -150,35 +153,60 @@ class CustomVLM(PreTrainedModel):
 
         `loss_divisors` (one count a loss, as `loss_counts` finds them) or `num_items_in_batch` (supervised tokens, as
         transformers.Trainer passes it) are counted over the whole optimiser step; without either, this batch is the
-        step. Logits are returned outside training, with `logits_to_keep`, or with `return_logits=True`.
+        step. `step_summaries` are for terms across the rows of a step (`loss_summaries`). Logits are returned outside
+        training, with `logits_to_keep`, or with `return_logits=True`.
         """
         if not torch.compiler.is_compiling():
             seams.install(self)  # a part may have been replaced since
         inputs.update(zip(self._input_names, args, strict=False))
         labels = inputs.pop("labels", labels)
         if labels is None:
-            return super().forward(**inputs)
+            return super().forward(**self._stock_inputs(inputs))
         if self.config.loss == "stock":
-            return self._forward_stock(inputs, labels, num_items_in_batch, loss_divisors)
+            return self._forward_stock(self._stock_inputs(inputs), labels, num_items_in_batch, loss_divisors)
         if return_logits is None:
             return_logits = not self.training or "logits_to_keep" in inputs
-        call = dict(inputs)
+        context = self.loss_context(inputs, labels, return_logits)
+        if step_summaries:
+            context.summaries = step_summaries
+        if loss_divisors is None and num_items_in_batch is not None:
+            loss_divisors = self._divisors_from_tokens(context.batch, num_items_in_batch)
+        self._check_schedule()
+        loss, self.loss_values = losses.evaluate(context, self.losses(), loss_divisors, self.loss_step)
+        fields = {**context.outputs, "loss": loss, "logits": context.outputs.logits if return_logits else None}
+        return type(context.outputs)(**fields)
+
+    def loss_context(
+        self, batch: Mapping[str, Any], labels: torch.Tensor, return_logits: bool = False
+    ) -> losses.LossContext:
+        """Run the stock forward up to the head and return all that a loss may look at."""
+        call = self._stock_inputs(batch)
         if self.training:
             call.setdefault("use_cache", False)
         if not return_logits:
             call["logits_to_keep"] = labels.new_empty(0)  # the head runs on no position: (B, 0, V)
+        for item in self.losses():
+            call |= {f"output_{name}": True for name in item.loss.outputs}
         self._pass = passed = seams.ForwardPass(records=True)
         try:
             outputs = super().forward(**call, return_dict=True)
         finally:
             self._pass = None
-        batch = {**inputs, "labels": labels}
-        context = losses.LossContext(model=self, batch=batch, labels=labels, outputs=outputs, **passed.tensors())
-        if loss_divisors is None and num_items_in_batch is not None:
-            loss_divisors = self._divisors_from_tokens(batch, num_items_in_batch)
-        loss, self.loss_values = losses.evaluate(context, self.losses(), loss_divisors)
-        fields = {**outputs, "loss": loss, "logits": outputs.logits if return_logits else None}
-        return type(outputs)(**fields)
+        batch = {**batch, "labels": labels}
+        return losses.LossContext(model=self, batch=batch, labels=labels, outputs=outputs, **passed.tensors())
+
+    def _stock_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Leave out the tensors that are for losses only."""
+        own = {"labels", "preference", "token_weights"}.union(*(item.loss.tensors for item in self.losses()))
+        return {name: value for name, value in inputs.items() if name not in own}
+
+    def _check_schedule(self) -> None:
+        scheduled = [item.loss.name for item in self.losses() if item.is_scheduled]
+        if scheduled and self.training and self.loss_step is None:
+            raise ValueError(
+                f"The weight of {', '.join(scheduled)} is scheduled, but nothing says which step this is. fit() does; pass "
+                "callbacks=[hfcustom.LossCallback()] to transformers.Trainer, or set model.loss_step in a loop of your own."
+            )
 
     def _forward_stock(self, inputs: dict[str, Any], labels: torch.Tensor, num_items: Any, divisors: Any) -> Any:
         """Run the parent's own path, logits and loss included; seams before the head stay in effect."""
@@ -189,12 +217,27 @@ class CustomVLM(PreTrainedModel):
         if not count:  # stock divides by it
             outputs.loss = outputs.logits[:0].sum()
         total = outputs.loss.detach() * (count if num_items is None else num_items)
-        self.loss_values = {"stock": losses.LossValue(total, count, 1.0)}
+        self.loss_values = {"stock": losses.LossValue(total, count, 1.0, outputs.loss.detach())}
         return outputs
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Apply the head: (..., D) -> (..., V); families that scale or cap their logits override this."""
         return self.get_output_embeddings()(hidden_states)
+
+    def loss_head(self) -> losses.Head:
+        """Return the head as losses use it: a plain Linear is multiplied by directly, anything else is called."""
+        overridden = type(self).compute_logits is not CustomVLM.compute_logits
+        return losses.Head(self.compute_logits) if overridden else losses.Head.of(self.get_output_embeddings())
+
+    def set_teacher(self, teacher: CustomVLM) -> None:
+        """Distil from this model: it sees the same batches, frozen, and is no part of what is trained and saved."""
+        losses.check_companion(self, teacher, "teacher")
+        self.companions["teacher"] = teacher.eval().requires_grad_(False)
+
+    def set_reference(self, reference: CustomVLM) -> None:
+        """Compare with this frozen model, instead of this one with its adapter off, in preference losses and the like."""
+        losses.check_companion(self, reference, "reference")
+        self.companions["reference"] = reference.eval().requires_grad_(False)
 
     def losses(self) -> list[losses.WeightedLoss]:
         """Return the configured losses; ValueError when a name or an option in `config.loss` is unknown."""
@@ -204,22 +247,27 @@ class CustomVLM(PreTrainedModel):
             self._parsed_losses = (copy.deepcopy(self.config.loss), parsed)
         return self._parsed_losses[1]
 
-    def loss_counts(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    def loss_counts(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """Return each loss's count over several batches: what forward() wants as `loss_divisors`."""
-        token = self.config.image_token_id
-        registered = [item.loss for item in self.losses()]
-        return {loss.name: sum(loss.count_in(batch, token) for batch in batches) for loss in registered}
+        token, batches = self.config.image_token_id, list(batches)
+        return {
+            item.loss.name: sum(item.loss.count_in(batch, token, item.options) for batch in batches)
+            for item in self.losses()
+        }
+
+    def loss_summaries(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Return what terms across the rows of a step want to know of one batch beforehand, {name: (n, ...)}."""
+        with torch.no_grad():
+            return losses.summarise(self.loss_context(batch, batch["labels"]), self.losses())
 
     def _divisors_from_tokens(self, batch: Mapping[str, Any], num_items: torch.Tensor | int) -> dict[str, Any]:
-        """Spread a step's supervised-token count, all that transformers.Trainer knows, over every loss.
+        """Spread a step's count of labels, all that transformers.Trainer knows, over every loss.
 
-        Exact for token losses. A term's own count over the step is unknown there, so each batch's mean is weighted by
-        the batch's share of the supervised tokens.
+        Exact for losses that count supervised tokens. Another's own count over the step is unknown there, so each batch's
+        mean is weighted by the batch's share of the labels.
         """
-        tokens = max(losses.count_tokens(batch), 1)
-        counts = self.loss_counts([batch])
-        terms = {item.loss.name for item in self.losses() if item.loss.is_term}
-        return {name: num_items * count / tokens if name in terms else num_items for name, count in counts.items()}
+        labels = max(int((batch["labels"][:, 1:] != losses.IGNORE).sum()), 1)
+        return {name: num_items * (count / labels) for name, count in self.loss_counts([batch]).items()}
 
     # ---- what the hooks call (hfcustom/seams.py) ----------------------------------------------------------------------
 

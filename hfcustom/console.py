@@ -42,7 +42,8 @@ class TrainLog:
     ) -> None:
         self.config = config
         self.accelerator = accelerator
-        self.weights = {item.loss.name: item.weight for item in losses}
+        self.losses = list(losses)
+        self.names = [item.loss.name for item in losses]
         self.start = start
         self.max_steps = max_steps
         self.history = [dict(entry) for entry in history]
@@ -76,7 +77,7 @@ class TrainLog:
         self.window.append(report)
         self.bar.update(self.task, completed=step)
         if step % self.config.log_steps == 0 or step == self.max_steps:
-            self.metrics(step, self._close_window(optimizer), progress=True)
+            self.metrics(step, self._close_window(step, optimizer), progress=True)
 
     def metrics(self, step: int, values: Mapping[str, float], progress: bool = False) -> None:
         """Record named numbers of a step; `progress` keeps them in the bar where there is one."""
@@ -95,8 +96,7 @@ class TrainLog:
 
     def pending(self) -> list[dict[str, float]]:
         """Return the losses of each step since the last log line, over all ranks; every rank has to ask."""
-        local = [[float(report.losses[name]) for name in self.weights] for report in self.window]
-        return [dict(zip(self.weights, values, strict=True)) for values in self._sum_over_ranks(local)]
+        return [dict(zip(self.names, values, strict=True)) for values in self._window_losses()]
 
     def restore_window(self, pending: Iterable[Mapping[str, float]]) -> None:
         """Take back what `pending` returned, so that the next log line of a resumed run is that of an unbroken one."""
@@ -104,7 +104,7 @@ class TrainLog:
 
         share = torch.tensor(float(self.accelerator.is_main_process), dtype=torch.float64)  # the sum is over ranks
         for losses in pending:
-            if losses.keys() == self.weights.keys():  # else the run goes on with another loss
+            if list(losses) == self.names:  # else the run goes on with another loss
                 self.window.append(StepReport({name: share * value for name, value in losses.items()}))
 
     def _sum_over_ranks(self, values: list[Any]) -> list[Any]:
@@ -113,15 +113,28 @@ class TrainLog:
         local = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
         return self.accelerator.reduce(local, "sum").tolist()
 
-    def _close_window(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        names = list(self.weights)
-        sums = [sum(float(report.losses[name]) for report in self.window) for name in names]
+    def _window_losses(self) -> list[list[float]]:
+        """Return each loss's mean over the rows of a step, of all ranks, for each step of the window."""
+        return self._sum_over_ranks([[float(report.losses[name]) for name in self.names] for report in self.window])
+
+    def _close_window(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """Return the window's means: the total, each loss raw and, where there are several, weighted; rates; speed."""
+        steps = range(step - len(self.window), step)
+        raw: dict[str, float] = dict.fromkeys(self.names, 0.0)
+        weighted: dict[str, float] = dict.fromkeys(self.names, 0.0)
+        for at, values in zip(steps, self._window_losses(), strict=True):
+            for item, value in zip(self.losses, values, strict=True):
+                raw[item.loss.name] += value / len(steps)
+                weighted[item.loss.name] += item.weight_at(at) * value / len(steps)
         work = [sum(report.tokens for report in self.window), sum(report.images for report in self.window)]
-        *sums, tokens, images = self._sum_over_ranks([*sums, *work])
-        seconds, steps = time.perf_counter() - self.window_began, len(self.window)
-        values = dict(zip(names, (total / steps for total in sums), strict=True))
-        total = sum(self.weights[name] * value for name, value in values.items())
-        entry = {"loss": total} | (values if len(values) > 1 else {})
+        tokens, images = self._sum_over_ranks(work)
+        seconds = time.perf_counter() - self.window_began
+        entry = {"loss": sum(weighted.values())}
+        for item in self.losses if len(self.losses) > 1 else ():
+            name = item.loss.name
+            entry[name] = raw[name]
+            if item.weight != 1 or item.is_scheduled:
+                entry[f"{name}_weighted"] = weighted[name]
         rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
         same = len(set(rates.values())) == 1
         entry |= {"lr": next(iter(rates.values()))} if same else {f"lr_{part}": rate for part, rate in rates.items()}

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, parse_flag_from_env, send_to_device, set_seed
+from accelerate.utils import LoggerType, gather_object, parse_flag_from_env, send_to_device, set_seed
 from torch import nn
 
 from hfcustom import checkpoint
@@ -28,6 +28,7 @@ from hfcustom.console import TrainLog, out
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.order import step_loader
 from hfcustom.data.sources import Examples
+from hfcustom.losses import NonFiniteError, StepSummary
 from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.signals import EXIT_PREEMPTED, StopRequest
@@ -55,16 +56,12 @@ class TrainResult:
 
 @dataclass
 class StepReport:
-    """This rank's share of one step: each loss's sum / (count over the whole step), tokens and images processed."""
+    """This rank's share of one step: each loss's sum / (count over the whole step)."""
 
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: int = 0
     images: int = 0
     grad_norm: torch.Tensor | float = 0.0
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss or a gradient is NaN or infinite; the weights are those of the step before."""
 
 
 def fit(
@@ -85,11 +82,14 @@ def fit(
     accelerator = make_accelerator(config)
     micro_batch_size, accumulation = split_batch(config, accelerator.num_processes)
     max_steps = config.max_steps or math.ceil(config.epochs * len(rows) / config.batch_size)
-    weighted = unwrap(model).losses()  # an unknown loss is an error now, not after the first batch
+    core = unwrap(model)
+    weighted = core.losses()  # an unknown loss is an error now, not after the first batch
     set_seed(config.seed, device_specific=True)
     set_precision(model, config)
     if config.gradient_checkpointing:
-        checkpoint_activations(unwrap(model))
+        checkpoint_activations(core)
+    for companion in core.companions.values():
+        companion.to(accelerator.device)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, len(rows))
     start = state.resume() if config.resume else state.begin()
@@ -113,6 +113,7 @@ def fit(
         log.restore_window(state.pending)
         while step < max_steps and not stopped:
             set_lr(optimizer, step, max_steps, config)
+            core.loss_step = step
             report = train_step(model, [next(batches) for _ in range(accumulation)], optimizer, accelerator, config)
             step += 1
             log.step(step, report, optimizer)
@@ -154,6 +155,7 @@ def train_step(
     """Run one optimiser step over micro-batches: count, forward and backward each, clip, update."""
     report, core = StepReport(), unwrap(model)
     divisors = step_divisors(model, batches, accelerator)
+    summaries = step_summaries(core, batches, accelerator)
     for micro, batch in enumerate(batches):
         report.tokens += int(batch["attention_mask"].sum())
         report.images += batch.images if isinstance(batch, Batch) else 0
@@ -161,7 +163,7 @@ def train_step(
         last = micro == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             core.loss_values = {}
-            loss = model(**batch, loss_divisors=divisors).loss
+            loss = model(**batch, loss_divisors=divisors, **summaries[micro]).loss
             if core.loss_values.keys() != divisors.keys():
                 raise ValueError(
                     f"{type(core).__name__}.forward computed its loss without the configured {', '.join(divisors)}. Call "
@@ -184,11 +186,36 @@ def train_step(
 def step_divisors(
     model: nn.Module, batches: Sequence[Mapping[str, Any]], accelerator: Accelerator
 ) -> dict[str, torch.Tensor]:
-    """Return each loss's count over the micro-batches of all ranks, at least 1, so that nothing counted adds nothing."""
+    """Return each loss's count over the micro-batches of all ranks, 1 where nothing counts."""
     counts = unwrap(model).loss_counts(batches)
     local = torch.tensor(list(counts.values()), dtype=torch.float32, device=accelerator.device)  # exact up to 2**24
-    total = accelerator.reduce(local, "sum").clamp(min=1)
-    return dict(zip(counts, total, strict=True))
+    total = accelerator.reduce(local, "sum")
+    return dict(zip(counts, total.where(total != 0, 1), strict=True))
+
+
+def step_summaries(core: Any, batches: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> list[dict[str, Any]]:
+    """Return forward's `step_summaries` for each micro-batch, from a first look at the step where a term asks for one.
+
+    A term across rows, such as a contrastive loss, has its negatives in all micro-batches and ranks (the idea of GradCache,
+    Gao et al. 2021, https://arxiv.org/abs/2101.06983). Random numbers are drawn again, so that dropout is the same.
+    """
+    alone = len(batches) == 1 and accelerator.num_processes == 1
+    if alone or not any(item.loss.summary for item in core.losses()):
+        return [{} for _ in batches]
+    state = checkpoint.rng_state()
+    own = [core.loss_summaries(send_to_device(dict(batch), accelerator.device)) for batch in batches]
+    checkpoint.set_rng_state(state)
+    everyone = gather_object([{name: value.cpu() for name, value in found.items()} for found in own])
+    first = accelerator.process_index * len(batches)
+    places: list[dict[str, Any]] = []
+    for at in range(first, first + len(batches)):
+        summaries = {}
+        for name in everyone[at]:
+            parts = [found[name] for found in everyone if name in found]
+            start = sum(len(found[name]) for found in everyone[:at] if name in found)
+            summaries[name] = StepSummary(torch.cat(parts).to(accelerator.device), start)
+        places.append({"step_summaries": summaries})
+    return places
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hfcustom import chunked
-from hfcustom.losses import parse_losses
+from hfcustom.losses import chunked, parse_losses
 
 D, V, M = 8, 50, 70
 
@@ -32,8 +31,10 @@ def frozen() -> nn.Module:
 HEADS: dict[str, Any] = {"plain": lambda: nn.Linear(D, V, bias=False), "biased and capped": Biased, "frozen": frozen}
 
 
-def sums(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return chunked.token_loss_sums(head, hidden, targets, parse_losses({"cross_entropy": 1.0, "z_loss": 1e-4}))
+def total_of(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    items = parse_losses({"cross_entropy": 1.0, "z_loss": 1e-4})
+    work = chunked.Work(targets, items, torch.tensor([1.0, 1e-4]))
+    return chunked.token_loss_total(chunked.Head.of(head), hidden, work)[0]
 
 
 @pytest.mark.parametrize("make_head", HEADS.values(), ids=HEADS)
@@ -41,14 +42,14 @@ def test_chunks_equal_one_product(make_head: Any, monkeypatch: pytest.MonkeyPatc
     head = make_head()
     hidden = torch.randn(M, D, requires_grad=True)
     targets = torch.randint(0, V, (M,))
-    whole = sums(head, hidden, targets)
-    whole.sum().backward()
+    whole = total_of(head, hidden, targets)
+    whole.backward()
     expected = [hidden.grad, *(p.grad for p in head.parameters())]
     hidden.grad = None
     head.zero_grad()
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1)
-    cut = sums(head, hidden, targets)
-    cut.sum().backward()
+    cut = total_of(head, hidden, targets)
+    cut.backward()
     torch.testing.assert_close(cut, whole, rtol=1e-6, atol=1e-5)
     for got, want in zip([hidden.grad, *(p.grad for p in head.parameters())], expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
@@ -66,7 +67,7 @@ def test_no_more_logits_live_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> No
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        total = sums(head, torch.randn(M, D, requires_grad=True), torch.randint(0, V, (M,))).sum()
+        total = total_of(head, torch.randn(M, D, requires_grad=True), torch.randint(0, V, (M,)))
     assert max(widest) == 20
     assert max(saved) < 20 * V, "a chunk's logits were kept for the backward pass"
     total.backward()
@@ -74,5 +75,5 @@ def test_no_more_logits_live_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_nothing_supervised_keeps_the_graph() -> None:
     hidden = torch.randn(0, D, requires_grad=True)
-    total = sums(nn.Linear(D, V), hidden, torch.empty(0, dtype=torch.long))
-    assert total.tolist() == [0.0, 0.0] and total.requires_grad
+    total = total_of(nn.Linear(D, V), hidden, torch.empty(0, dtype=torch.long))
+    assert float(total.detach()) == 0.0 and total.requires_grad

@@ -89,7 +89,7 @@ def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_in_training_it_equals_the_full_logits_reference(internvl: Family, name: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr("hfcustom.chunked.CHUNK_ELEMENTS", 1)  # many chunks of 16 tokens
+    monkeypatch.setattr("hfcustom.losses.chunked.CHUNK_ELEMENTS", 1)  # many chunks of 16 tokens
     batch = internvl.batch([2, 1, 0])
     model, reference = internvl.model(loss=name).train(), internvl.model().train()
     loss = model(**batch).loss
@@ -275,7 +275,9 @@ def test_a_taken_name_names_both_functions_and_the_same_function_is_harmless() -
     def focal(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return logits.sum(-1)
 
-    with pytest.raises(ValueError, match=r"'focal' belongs to hfcustom.losses.focal; rename .*test_losses.*focal"):
+    with pytest.raises(
+        ValueError, match=r"'focal' belongs to hfcustom.losses.token_losses.focal; rename .*test_losses.*focal"
+    ):
         hfcustom.token_loss(focal)
     hfcustom.token_loss(find_loss("focal").function)
     with pytest.raises(TypeError, match="must take"):

@@ -1,0 +1,28 @@
+"""Losses: the contract (contract.py), how it is evaluated (evaluate.py, chunked.py), and those that come along.
+
+A loss of your own needs none of these files: decorate it with `hfcustom.token_loss` or `hfcustom.term`. One that is to
+come along goes into the file of its kind, and is found by the tests.
+"""
+
+from hfcustom.losses.chunked import Head, token_log_probs, token_loss_total
+from hfcustom.losses.config import WeightedLoss, find_loss, import_losses, parse_losses
+from hfcustom.losses.context import LossContext, StepSummary, Supervised
+from hfcustom.losses.contract import (
+    COUNTS,
+    IGNORE,
+    LOSSES,
+    Loss,
+    NonFiniteError,
+    count_all_tokens,
+    count_rows,
+    count_tokens,
+    row_ids,
+    term,
+    token_loss,
+)
+from hfcustom.losses.evaluate import Divisors, LossValue, evaluate, summarise
+from hfcustom.losses.frozen import adapters_off, check_companion, frozen_context
+from hfcustom.losses.inputs import INPUTS, Teacher
+from hfcustom.losses.token_losses import cross_entropy
+
+STOCK = Loss("stock", cross_entropy)  # the parent's own path, for its name and its count only

@@ -1,0 +1,146 @@
+"""LossContext: what a term may look at, and what it may ask for at the price of one chunk of logits.
+
+hidden (B, T, D), labels (B, T) -> log-probabilities of the supervised tokens (M,), sums a row of data (R,), logits of a
+few tokens of the vocabulary (M, K), and the same of a frozen reference.
+Letters: B rows of a tensor, R rows of data, T text tokens, M supervised tokens, N image tokens, P crops, D hidden, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hfcustom.losses.chunked import Head, accumulation_dtype, token_log_probs
+from hfcustom.losses.contract import IGNORE, Batch, count_rows, row_ids
+from hfcustom.losses.frozen import frozen_context
+
+if TYPE_CHECKING:
+    from hfcustom.base import CustomVLM
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """The M supervised tokens of a batch, in reading order."""
+
+    hidden: torch.Tensor  # (M, D) that predicts each
+    targets: torch.Tensor  # (M,)
+    rows: torch.Tensor  # (M,) row of data of each
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """What a term's `summary` returned for every row of the optimiser step, and where this batch's rows stand in it."""
+
+    values: torch.Tensor  # (n of the step, ...), without gradient
+    start: int
+
+    def with_own(self, own: torch.Tensor) -> torch.Tensor:
+        """Return the step's values with this batch's own, which carry gradients, in their place."""
+        return torch.cat([self.values[: self.start].to(own), own, self.values[self.start + len(own) :].to(own)])
+
+
+@dataclass
+class LossContext:
+    """What a term may look at; tensors carry gradients."""
+
+    model: CustomVLM
+    batch: Batch  # what forward() was given
+    labels: torch.Tensor  # (B, T), -100 where nothing is supervised
+    hidden_states: torch.Tensor  # (B, T, D) as the head gets them
+    outputs: Any  # the stock class's output object
+    image_mask: torch.Tensor | None = None  # (B, T)
+    vision_features: torch.Tensor | None = None  # (P, patches, D_vision)
+    image_features: torch.Tensor | None = None  # (P, N, D), after the connector
+    summaries: Mapping[str, StepSummary] = field(default_factory=dict)
+    running: str = ""  # the name of the term that is being evaluated
+    frozen: Callable[[], AbstractContextManager[Any]] = nullcontext  # in which this context's head computes
+
+    @cached_property
+    def supervised(self) -> Supervised:
+        """The supervised tokens: position t predicts token t + 1."""
+        return self.select(self.labels)
+
+    def select(self, labels: torch.Tensor) -> Supervised:
+        """Return the tokens that `labels` (B, T) supervise."""
+        targets = labels[:, 1:].to(self.hidden_states.device)  # (B, T-1)
+        keep = targets != IGNORE
+        rows = row_ids(self.batch).to(targets.device)[:, 1:]
+        return Supervised(self.hidden_states[:, :-1][keep], targets[keep], rows[keep])
+
+    @cached_property
+    def head(self) -> Head:
+        """The model's head."""
+        return self.model.loss_head()
+
+    @cached_property
+    def token_log_probs(self) -> torch.Tensor:
+        """Log p of each supervised token, (M,), without the logits of the whole batch."""
+        with self.frozen():
+            return token_log_probs(self.head, self.supervised.hidden, self.supervised.targets)
+
+    @property
+    def num_rows(self) -> int:
+        """R, the rows of data in this batch."""
+        return count_rows(self.batch)
+
+    def sum_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Add up a value a supervised token for each row of data: (M,) -> (R,)."""
+        return values.new_zeros(self.num_rows).index_add(0, self.supervised.rows, values)
+
+    def logits_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the supervised tokens' logits of K tokens of the vocabulary: (K,) -> (M, K), float32 or better."""
+        with self.frozen():
+            return self._logits_of(ids)
+
+    def _logits_of(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden, linear = self.supervised.hidden, self.head.linear
+        ids = ids.to(hidden.device)
+        if linear is None:
+            logits = self.head.logits(hidden)
+            logits = logits[:, ids]  # (M, K)
+        else:
+            bias = None if linear.bias is None else linear.bias[ids]
+            logits = torch.nn.functional.linear(hidden, linear.weight[ids], bias)  # (M, K)
+        return logits.to(accumulation_dtype(logits))
+
+    @cached_property
+    def reference(self) -> LossContext:
+        """The same batch seen by the frozen reference: the model given as such, else this one with its adapter off."""
+        return frozen_context(self.model, "reference", self.batch, self.labels)
+
+    @cached_property
+    def reference_log_probs(self) -> torch.Tensor:
+        """Log p of each row's supervised tokens under the reference, (R,): the batch's cached column, else computed."""
+        cached = self.batch.get("reference_log_probs")
+        if cached is not None:
+            return cached.to(self.hidden_states.device)
+        with torch.no_grad():
+            return self.sum_rows(self.reference.token_log_probs)
+
+    @property
+    def router_logits(self) -> tuple[torch.Tensor, ...]:
+        """The router logits (B * T, experts) of each mixture-of-experts layer; ValueError for a dense model."""
+        found = self.outputs.get("router_logits")
+        if not found:
+            raise ValueError(
+                f"Term {self.running!r} needs router logits, but {self.model.stock_class().__name__} returned none: it is no "
+                "mixture of experts, or this version of transformers does not record them."
+            )
+        return tuple(found)
+
+    @property
+    def features(self) -> torch.Tensor:
+        """image_features; ValueError when the batch has no image."""
+        if self.image_features is None:
+            raise ValueError(f"Term {self.running!r} needs image features, but no row of this batch has an image.")
+        return self.image_features
+
+    def step_summary(self) -> StepSummary | None:
+        """Return what the running term's `summary` gave for the whole step; None where this batch is the step."""
+        return self.summaries.get(self.running)

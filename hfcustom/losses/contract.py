@@ -1,0 +1,278 @@
+"""The loss contract: what a user writes, and what it says about itself.
+
+A token loss is a plain function of supervised positions only, float32 whatever the model's dtype:
+
+    (logits (M, V), targets (M,), **options) -> (M,)          one value a target, not a mean
+
+A term is a function of a LossContext (hidden states, image features, the batch) that returns a sum and a count:
+
+    (context, **options) -> (sum (), count)
+
+Dividing is the toolkit's work (hfcustom/losses/evaluate.py): each loss's sum over all micro-batches and ranks of one
+optimiser step is divided by its count over the same, so that 8x1 == 4x2 == 2 processes, in value and in gradient. The
+divisor must be known before the first backward, so a count is a function of the batch alone.
+Letters: B rows of a tensor, R rows of data (more than B when packed), T text tokens, M supervised tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from hfcustom.naming import unknown
+
+IGNORE = -100
+
+Batch = Mapping[str, Any]
+Count = Callable[..., float]
+TokenFunction = Callable[..., torch.Tensor]
+TermFunction = Callable[..., tuple[torch.Tensor, float | torch.Tensor]]
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient is NaN or infinite; the weights are those of the step before."""
+
+
+# ---- what a loss may be divided by: each is known from the batch alone ----------------------------------------------
+
+
+def row_ids(batch: Batch) -> torch.Tensor:
+    """Return which row of data each position belongs to, (B, T); rows packed into one restart their position_ids.
+
+    A batch with an attention_mask is not packed: transformers builds its block mask only where none is given.
+    """
+    labels, positions = batch["labels"], batch.get("position_ids")
+    if positions is None or batch.get("attention_mask") is not None or positions.shape != labels.shape:
+        return torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
+    starts = positions == 0  # (B, T)
+    starts[:, 0] = True
+    return starts.flatten().cumsum(0).view_as(labels) - 1
+
+
+def count_rows(batch: Batch) -> int:
+    """Count rows of data, those packed into one row of the batch each."""
+    if batch.get("position_ids") is None or batch.get("attention_mask") is not None:
+        return len(batch["labels"])
+    return int(row_ids(batch).max()) + 1
+
+
+def liked_labels(batch: Batch) -> torch.Tensor:
+    """Return the labels with those of rejected answers ignored: a token loss imitates only what is preferred."""
+    labels = batch["labels"]
+    if batch.get("preference") is None:
+        return labels
+    rejected = batch["preference"].to(labels.device) < 0  # (R,)
+    return labels.masked_fill(rejected[row_ids(batch)], IGNORE)
+
+
+def count_tokens(batch: Batch) -> int:
+    """Count supervised tokens: labels that are not -100, the first position left out because nothing predicts it."""
+    return int((liked_labels(batch)[:, 1:] != IGNORE).sum())
+
+
+def count_all_tokens(batch: Batch) -> int:
+    """Count tokens that are no padding, supervised or not."""
+    mask = batch.get("attention_mask")
+    return batch["labels"].numel() if mask is None else int(mask.sum())
+
+
+def count_token_weights(batch: Batch) -> float:
+    """Sum the weights of supervised tokens."""
+    if "token_weights" not in batch:
+        raise ValueError(
+            "The batch has no token_weights (B, T): Collator(processor, columns=['token_weights']) makes them from the "
+            "rows' weights, as fit() does by itself."
+        )
+    supervised = liked_labels(batch)[:, 1:] != IGNORE
+    return float(batch["token_weights"][:, 1:][supervised].sum())
+
+
+COUNTS: dict[str, Callable[[Batch], float]] = {
+    "all_tokens": count_all_tokens,
+    "rows": count_rows,
+    "token_weights": count_token_weights,
+    "tokens": count_tokens,
+}
+
+
+# ---- what a loss says about itself ----------------------------------------------------------------------------------
+
+RESERVED = ("grad_norm", "images_per_s", "loss", "lr", "step", "stock", "tokens_per_s")  # names in the log
+SCHEDULE = ("weight", "warmup_steps", "decay_steps", "final_weight")  # what a config says beside a loss's own options
+
+LOSSES: dict[str, Loss] = {}  # filled by the decorators below; the shipped ones stand in the files of this package
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A registered loss; the decorators `token_loss` and `term` explain the fields."""
+
+    name: str
+    function: Callable[..., Any]  # a TokenFunction or a TermFunction
+    kind: Literal["token", "term"] = "token"
+    count: str | Count = "tokens"
+    inputs: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    optional_columns: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    summary: Callable[..., torch.Tensor] | None = None
+    surrogate: bool = False
+    example: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_term(self) -> bool:
+        """Whether this is a term, a function of a LossContext."""
+        return self.kind == "term"
+
+    def count_in(self, batch: Batch, image_token_id: int, options: Mapping[str, Any] | None = None) -> float:
+        """Return this loss's divisor for one batch."""
+        if self.count == "image_tokens":
+            if "input_ids" not in batch:
+                raise ValueError(f"Term {self.name!r} counts image tokens, which needs input_ids in the batch.")
+            return int((batch["input_ids"] == image_token_id).sum())
+        if isinstance(self.count, str):
+            return COUNTS[self.count](batch)
+        wanted = list(inspect.signature(self.count).parameters)[1:]
+        values = {name: parameter.default for name, parameter in self.options().items()} | dict(options or {})
+        return self.count(batch, **{name: values[name] for name in wanted})
+
+    def options(self) -> dict[str, inspect.Parameter]:
+        """Return the options that the function takes beyond its tensors, by name."""
+        named = list(inspect.signature(self.function).parameters.items())[1 if self.is_term else 2 :]
+        variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        return {name: option for name, option in named if option.kind not in variadic and name not in self.inputs}
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """Names of tensors of the batch that are this loss's own, none of the stock forward's business."""
+        return frozenset((*self.inputs, *self.columns, *self.optional_columns))
+
+    @property
+    def takes_any_option(self) -> bool:
+        """Whether the function has **options."""
+        kinds = {parameter.kind for parameter in inspect.signature(self.function).parameters.values()}
+        return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+# ---- registering ----------------------------------------------------------------------------------------------------
+
+
+def token_loss(
+    function: TokenFunction | None = None,
+    *,
+    inputs: tuple[str, ...] = (),
+    count: str = "tokens",
+    columns: tuple[str, ...] = (),
+    optional_columns: tuple[str, ...] = (),
+    surrogate: bool = False,
+    example: Mapping[str, Any] | None = None,
+) -> Any:
+    """Register a function (logits (M, V) float32, targets (M,), **options) -> (M,) under its own name.
+
+    Bare, or with what the function needs besides: `inputs` are arguments that it gets for the same M tokens, the name of a
+    (B, T, ...) tensor of the batch or one of hfcustom.losses.INPUTS; `columns` are columns of the rows that `fit` must
+    put into the batch, `optional_columns` those it does where rows have them; `count` is what the sum is divided by.
+    `surrogate` says that the gradient is meant not to be the value's derivative; `example` holds options to test with.
+    Raises ValueError when the name belongs to another function, TypeError when it does not take what it should.
+    """
+    if function is None:
+        return lambda decorated: token_loss(
+            decorated,
+            inputs=inputs,
+            count=count,
+            columns=columns,
+            optional_columns=optional_columns,
+            surrogate=surrogate,
+            example=example,
+        )
+    taken = list(inspect.signature(function).parameters)
+    if len(taken) < 2:
+        raise TypeError(f"{function.__qualname__} must take (logits, targets, **options) to be a token loss.")
+    if missing := set(inputs).difference(taken[2:]):
+        raise TypeError(f"{function.__qualname__} must take an argument {sorted(missing)[0]!r}, which inputs= names.")
+    _check_count(count)
+    loss = Loss(
+        function.__name__,
+        function,
+        count=count,
+        inputs=tuple(inputs),
+        columns=tuple(columns),
+        optional_columns=tuple(optional_columns),
+        surrogate=surrogate,
+        example=example or {},
+    )
+    _register(loss)
+    return function
+
+
+def term(
+    *bare: Any,
+    count: str | Count | None = None,
+    columns: tuple[str, ...] = (),
+    optional_columns: tuple[str, ...] = (),
+    outputs: tuple[str, ...] = (),
+    summary: Callable[..., torch.Tensor] | None = None,
+    surrogate: bool = False,
+    example: Mapping[str, Any] | None = None,
+) -> Callable[[TermFunction], TermFunction]:
+    """Register a function (context, **options) -> (sum, count) under its own name: `@term(count="tokens")`.
+
+    `count` says what the sum is divided by: "tokens", "rows", "image_tokens", "all_tokens", or a function of the batch
+    (and of the term's options that it names). `outputs` are what the stock forward is to return besides, such as
+    "router_logits" (asked for by output_router_logits=True). A term whose value for one row depends on the other rows of the step, as
+    contrastive losses do, gives `summary`, (context, **options) -> (n, ...): `fit` runs it over the whole step first, and
+    the term finds the result in `context.step_summary()`. The other arguments are those of `token_loss`.
+    Raises TypeError without a count, ValueError for an unknown one or a name that is taken.
+    """
+    if bare or count is None:
+        raise TypeError(
+            "Write @hfcustom.term(count='tokens'): a term says what its sum is divided by, one of "
+            f"{', '.join([*COUNTS, 'image_tokens'])}, or a function of the batch."
+        )
+    _check_count(count)
+
+    def register(function: TermFunction) -> TermFunction:
+        loss = Loss(
+            function.__name__,
+            function,
+            kind="term",
+            count=count,
+            columns=tuple(columns),
+            optional_columns=tuple(optional_columns),
+            outputs=tuple(outputs),
+            summary=summary,
+            surrogate=surrogate,
+            example=example or {},
+        )
+        _register(loss)
+        return function
+
+    return register
+
+
+def _check_count(count: str | Count) -> None:
+    if isinstance(count, str) and count not in (*COUNTS, "image_tokens"):
+        cure = "Pass a function of the batch for another count."
+        raise ValueError(unknown("count", count, [*COUNTS, "image_tokens"], cure))
+
+
+def _register(loss: Loss) -> None:
+    if loss.name in RESERVED or loss.name.startswith("lr_") or loss.name.endswith("_weighted"):
+        raise ValueError(f"A loss cannot be named {loss.name!r}, which the log has already; rename the function.")
+    if taken_options := set(SCHEDULE).intersection(loss.options()):
+        option = sorted(taken_options)[0]
+        raise ValueError(f"Loss {loss.name!r} has an option {option!r}, by which a config sets its weight; rename it.")
+    taken = LOSSES.get(loss.name)
+    if taken is not None and _origin(taken.function) != _origin(loss.function):
+        raise ValueError(
+            f"The loss name {loss.name!r} belongs to {_origin(taken.function)}; rename {_origin(loss.function)}."
+        )
+    LOSSES[loss.name] = loss
+
+
+def _origin(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"

@@ -1,0 +1,114 @@
+"""Which code evaluates plain cross entropy through a plain Linear head: ours, torch's, Liger's or Cut Cross-Entropy's.
+
+They agree to float32 rounding (tests/test_kernels.py); the choice is printed once. "auto" is ours on a CPU, where it was
+measured faster than torch's (benchmarks/README.md), and on a GPU Liger's, then Cut Cross-Entropy's where they are
+installed, else ours. A config names another one: {"cross_entropy": {"kernel": "torch"}}.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.utils import logging
+
+from hfcustom.losses.chunked import Head, Work, accumulation_dtype, product_dtype
+from hfcustom.naming import unknown
+
+logger = logging.get_logger("hfcustom")
+
+TORCH_CHUNK = 128  # rows; torch's own choice was measured 8 to 35 times slower
+PACKAGES = {"cce": "cut_cross_entropy", "liger": "liger_kernel"}
+PIP_NAMES = {"cce": "cut-cross-entropy", "liger": "liger-kernel"}
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
+
+
+def fused_cross_entropy(head: Head, hidden: torch.Tensor, work: Work) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return total and sums as `token_loss_total` does, or None where this is not plain cross entropy, or is ours."""
+    if len(work.losses) != 1 or work.losses[0].loss.name != "cross_entropy" or not len(work.targets):
+        return None
+    asked = work.losses[0].options.get("kernel", "auto")
+    name = choose_kernel(asked, hidden.device, head.linear is not None)
+    if name == "chunked":
+        return None
+    assert head.linear is not None
+    dtype = product_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        bias = None if head.linear.bias is None else head.linear.bias.to(dtype)
+        sum_ = KERNELS[name](hidden.to(dtype), head.linear.weight.to(dtype), bias, work.targets)
+        sum_ = sum_.to(accumulation_dtype(hidden))
+    return sum_ * work.scales[0], sum_.detach()[None]
+
+
+def choose_kernel(asked: str, device: torch.device, plain_head: bool = True) -> str:
+    """Return the kernel to use and say so once.
+
+    Raises ValueError for an unknown name, one that is not installed, and one that cannot do what this head or device needs.
+    """
+    if asked not in ("auto", "chunked", *KERNELS):
+        raise ValueError(unknown("kernel of cross_entropy:", asked, ["auto", "chunked", *KERNELS]))
+    on_gpu = device.type == "cuda"
+    if asked == "auto":
+        present = [name for name in ("liger", "cce") if on_gpu and plain_head and is_installed(name)]
+        name = present[0] if present else "chunked"
+    else:
+        name = asked
+        if name in PACKAGES and not is_installed(name):
+            raise ValueError(f"kernel={name!r} needs a package: pip install {PIP_NAMES[name]}. Or choose 'chunked'.")
+        if name in PACKAGES and not on_gpu:
+            raise ValueError(
+                f"kernel={name!r} runs on a CUDA device, not on {device.type}. Choose 'auto' or 'chunked'."
+            )
+        if name == "torch" and "linear_cross_entropy" not in vars(F):
+            raise ValueError(
+                f"kernel='torch' needs torch 2.13, this is {torch.__version__}. Choose 'auto' or 'chunked'."
+            )
+        if name != "chunked" and not plain_head:
+            raise ValueError(
+                f"kernel={name!r} needs a head that is a plain Linear; this one is adapted, quantised, capped or scaled, "
+                "which 'chunked' handles."
+            )
+    if name != "chunked":
+        logger.warning_once(f"cross_entropy is evaluated by {DESCRIPTIONS[name]}.")
+    return name
+
+
+def is_installed(name: str) -> bool:
+    """Whether a kernel's package can be imported."""
+    return importlib.util.find_spec(PACKAGES[name]) is not None
+
+
+def _torch(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> torch.Tensor:
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=TORCH_CHUNK)
+    call: Any = F.linear_cross_entropy
+    return call(hidden, weight, targets, linear_bias=bias, reduction="sum", options=options)
+
+
+def _liger(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> torch.Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(hidden, weight, targets, bias, reduction="sum")
+
+
+def _cce(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(hidden, weight, targets, bias=bias, reduction="sum")
+
+
+KERNELS: dict[str, Kernel] = {"cce": _cce, "liger": _liger, "torch": _torch}
+DESCRIPTIONS = {
+    "cce": "Cut Cross-Entropy's kernel",
+    "chunked": "hfcustom's chunked product (hfcustom/losses/chunked.py)",
+    "liger": "Liger's fused kernel",
+    "torch": "torch.nn.functional.linear_cross_entropy",
+}
