@@ -1,4 +1,4 @@
-"""Losses: the contract (contract.py), how it is evaluated (evaluate.py, chunked.py), and those that come along.
+"""Losses: the contract (contract.py), how it is evaluated (total.py, chunked.py), and those that come along.
 
 A loss of your own needs none of these files: decorate it with `hfcustom.token_loss` or `hfcustom.term`. One that is to
 come along goes into the file of its kind, and is found by the tests.
@@ -20,9 +20,9 @@ from hfcustom.losses.contract import (
     term,
     token_loss,
 )
-from hfcustom.losses.evaluate import Divisors, LossValue, evaluate, summarise
 from hfcustom.losses.frozen import adapters_off, check_companion, frozen_context
 from hfcustom.losses.inputs import INPUTS, Teacher
 from hfcustom.losses.token_losses import cross_entropy
+from hfcustom.losses.total import Divisors, LossValue, evaluate, summarise
 
 STOCK = Loss("stock", cross_entropy)  # the parent's own path, for its name and its count only

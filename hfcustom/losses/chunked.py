@@ -25,7 +25,7 @@ from hfcustom.losses.config import WeightedLoss
 from hfcustom.losses.values import token_values
 
 CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32
-SLICE_ELEMENTS = 2**18  # logits that a function sees at once on a CPU: 1 MiB, which stays in cache
+SLICE_ELEMENTS = 2**20  # logits that a function sees at once on a CPU: 4 MiB, which stays in cache
 
 Module = Callable[[torch.Tensor], torch.Tensor]
 Inputs = Mapping[str, Any]  # name -> (M, ...), or what can be sliced like it

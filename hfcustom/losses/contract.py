@@ -8,7 +8,7 @@ A term is a function of a LossContext (hidden states, image features, the batch)
 
     (context, **options) -> (sum (), count)
 
-Dividing is the toolkit's work (hfcustom/losses/evaluate.py): each loss's sum over all micro-batches and ranks of one
+Dividing is the toolkit's work (hfcustom/losses/total.py): each loss's sum over all micro-batches and ranks of one
 optimiser step is divided by its count over the same, so that 8x1 == 4x2 == 2 processes, in value and in gradient. The
 divisor must be known before the first backward, so a count is a function of the batch alone.
 Letters: B rows of a tensor, R rows of data (more than B when packed), T text tokens, M supervised tokens, V vocabulary.
