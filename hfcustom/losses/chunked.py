@@ -225,18 +225,20 @@ class _TileLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.dtype = logits.dtype
         with torch.autocast(logits.device.type, enabled=False):
             tile = logits.to(accumulation_dtype(logits), copy=True)  # the head's backward may need its output
             sums = torch.zeros(len(work.losses), dtype=tile.dtype, device=tile.device)
             factors = token_values(tile, work, sums, ctx.needs_input_grad[0], SLICE_ELEMENTS)
-        ctx.slopes = tile if factors is None else tile.mul_(factors[:, None])
+        ctx.save_for_backward(tile if factors is None else tile.mul_(factors[:, None]))  # which checkpoint() drops
         ctx.mark_non_differentiable(sums)
         return (sums * work.scales.to(sums)).sum(), sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.slopes * scale, None  # (C, V)
+        (slopes,) = ctx.saved_tensors
+        return (slopes * scale).to(ctx.dtype), None  # (C, V)
 
 
 def _any_head_loss(head: Head, hidden: torch.Tensor, work: Work) -> tuple[torch.Tensor, torch.Tensor]:

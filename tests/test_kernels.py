@@ -1,0 +1,76 @@
+"""Which code evaluates cross entropy: all that are present agree, and one that cannot is refused with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import Family
+from torch import nn
+
+from hfcustom.losses import chunked, kernels, parse_losses
+
+D, V, M = 16, 60, 200
+
+
+def grads_of(kernel: str, head: nn.Linear) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(M, D, generator=generator).requires_grad_()
+    targets = torch.randint(0, V, (M,), generator=generator)
+    work = chunked.Work(targets, parse_losses({"cross_entropy": {"kernel": kernel}}), torch.tensor([0.5 / M]))
+    found = kernels.fused_cross_entropy(chunked.Head.of(head), hidden, work)
+    total, sums = chunked.token_loss_total(chunked.Head.of(head), hidden, work) if found is None else found
+    head.zero_grad()
+    total.backward()
+    assert hidden.grad is not None
+    return [total.detach(), sums, hidden.grad, *(p.grad.clone() for p in head.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("kernel", sorted(kernels.KERNELS))
+def test_kernels_agree_with_ours(kernel: str, trains: bool, bias: bool) -> None:
+    if kernel in kernels.PACKAGES and not (torch.cuda.is_available() and kernels.is_installed(kernel)):
+        pytest.skip(f"{kernel} needs a CUDA device and pip install {kernels.PIP_NAMES[kernel]}")
+    head = nn.Linear(D, V, bias=bias).requires_grad_(trains)
+    for mine, theirs in zip(grads_of("chunked", head), grads_of(kernel, head), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_on_a_cpu_ours_is_chosen_and_nothing_is_said(capsys: Any) -> None:
+    assert kernels.choose_kernel("auto", torch.device("cpu")) == "chunked"
+    assert capsys.readouterr() == ("", "")
+
+
+def test_on_a_gpu_what_is_installed_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    for installed, expected in (((), "chunked"), (("cce",), "cce"), (("cce", "liger"), "liger")):
+        monkeypatch.setattr(kernels, "is_installed", lambda name, present=installed: name in present)
+        assert kernels.choose_kernel("auto", gpu) == expected
+        assert kernels.choose_kernel("auto", gpu, plain_head=False) == "chunked"
+
+
+REFUSALS = {
+    "unknown": ("torhc", "cpu", True, r"Unknown kernel of cross_entropy: 'torhc'. Did you mean 'torch'"),
+    "not installed": ("liger", "cuda", True, "pip install liger-kernel"),
+    "no GPU": ("cce", "cpu", True, "runs on a CUDA device, not on cpu"),
+    "head": ("torch", "cpu", False, "needs a head that is a plain Linear"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_kernel_that_cannot_is_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, device, plain, message = REFUSALS[case]
+    monkeypatch.setattr(kernels, "is_installed", lambda name: name == "cce")
+    with pytest.raises(ValueError, match=message):
+        kernels.choose_kernel(asked, torch.device(device), plain)
+
+
+def test_a_config_chooses_it(internvl: Family) -> None:
+    batch = internvl.batch([1, 0])
+    ours, theirs = (
+        internvl.model(loss={"cross_entropy": {"kernel": kernel}}).train()(**batch).loss
+        for kernel in ("auto", "torch")
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
