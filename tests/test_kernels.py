@@ -1,4 +1,7 @@
-"""Which code evaluates cross entropy: all that are present agree, and one that cannot is refused with the reason."""
+"""Which code evaluates cross entropy: all that are present agree, and one that cannot is refused with the reason.
+
+With liger-kernel and triton installed, TRITON_INTERPRET=1 runs Liger's kernel here, on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +34,16 @@ def grads_of(kernel: str, head: nn.Linear) -> list[torch.Tensor]:
 @pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("kernel", sorted(kernels.KERNELS))
 def test_kernels_agree_with_ours(kernel: str, trains: bool, bias: bool) -> None:
-    if kernel in kernels.PACKAGES and not (torch.cuda.is_available() and kernels.is_installed(kernel)):
-        pytest.skip(f"{kernel} needs a CUDA device and pip install {kernels.PIP_NAMES[kernel]}")
     head = nn.Linear(D, V, bias=bias).requires_grad_(trains)
+    reason = kernels.hindrance(kernel, torch.device("cpu"), head, torch.float32)
+    if kernel in kernels.PACKAGES and reason:
+        pytest.skip(f"{kernel} {reason}")
     for mine, theirs in zip(grads_of("chunked", head), grads_of(kernel, head), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_on_a_cpu_ours_is_chosen_and_nothing_is_said(capsys: Any) -> None:
-    assert kernels.choose_kernel("auto", torch.device("cpu")) == "chunked"
+    assert kernels.choose_kernel("auto", torch.device("cpu"), nn.Linear(D, V), torch.float32) == "chunked"
     assert capsys.readouterr() == ("", "")
 
 
@@ -47,24 +51,28 @@ def test_on_a_gpu_what_is_installed_is_chosen(monkeypatch: pytest.MonkeyPatch) -
     gpu = torch.device("cuda")
     for installed, expected in (((), "chunked"), (("cce",), "cce"), (("cce", "liger"), "liger")):
         monkeypatch.setattr(kernels, "is_installed", lambda name, present=installed: name in present)
-        assert kernels.choose_kernel("auto", gpu) == expected
-        assert kernels.choose_kernel("auto", gpu, plain_head=False) == "chunked"
+        assert kernels.choose_kernel("auto", gpu, nn.Linear(D, V, bias=False), torch.bfloat16) == expected
+        assert kernels.choose_kernel("auto", gpu, None, torch.bfloat16) == "chunked"
 
 
 REFUSALS = {
-    "unknown": ("torhc", "cpu", True, r"Unknown kernel of cross_entropy: 'torhc'. Did you mean 'torch'"),
-    "not installed": ("liger", "cuda", True, "pip install liger-kernel"),
-    "no GPU": ("cce", "cpu", True, "runs on a CUDA device, not on cpu"),
-    "head": ("torch", "cpu", False, "needs a head that is a plain Linear"),
+    "unknown": ("torhc", "cpu", "plain", r"Unknown kernel of cross_entropy: 'torhc'. Did you mean 'torch'"),
+    "not installed": ("liger", "cuda", "plain", "pip install liger-kernel"),
+    "no GPU": ("cce", "cpu", "plain", "runs on a CUDA device, not on cpu"),
+    "head": ("torch", "cpu", "adapted", "needs a head that is a plain Linear"),
+    "bias": ("cce", "cuda", "with a bias", "knows no bias"),
+    "float32": ("cce", "cuda", "plain", "trains in 16 bits, not in float32"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_a_kernel_that_cannot_is_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, device, plain, message = REFUSALS[case]
+    asked, device, head, message = REFUSALS[case]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(kernels, "is_installed", lambda name: name == "cce")
     with pytest.raises(ValueError, match=message):
-        kernels.choose_kernel(asked, torch.device(device), plain)
+        linear = None if head == "adapted" else nn.Linear(D, V, bias=head == "with a bias")
+        kernels.choose_kernel(asked, torch.device(device), linear, torch.float32)
 
 
 def test_a_config_chooses_it(internvl: Family) -> None:

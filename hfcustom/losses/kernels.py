@@ -1,13 +1,14 @@
 """Which code evaluates plain cross entropy through a plain Linear head: ours, torch's, Liger's or Cut Cross-Entropy's.
 
 They agree to float32 rounding (tests/test_kernels.py); the choice is printed once. "auto" is ours on a CPU, where it was
-measured faster than torch's (benchmarks/README.md), and on a GPU Liger's, then Cut Cross-Entropy's where they are
+measured faster than torch's (benchmarks/README.md), and on a CUDA device Liger's, then Cut Cross-Entropy's where they are
 installed, else ours. A config names another one: {"cross_entropy": {"kernel": "torch"}}.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -33,11 +34,11 @@ def fused_cross_entropy(head: Head, hidden: torch.Tensor, work: Work) -> tuple[t
     if len(work.losses) != 1 or work.losses[0].loss.name != "cross_entropy" or not len(work.targets):
         return None
     asked = work.losses[0].options.get("kernel", "auto")
-    name = choose_kernel(asked, hidden.device, head.linear is not None)
+    dtype = product_dtype(hidden)
+    name = choose_kernel(asked, hidden.device, head.linear, dtype)
     if name == "chunked":
         return None
     assert head.linear is not None
-    dtype = product_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         bias = None if head.linear.bias is None else head.linear.bias.to(dtype)
         sum_ = KERNELS[name](hidden.to(dtype), head.linear.weight.to(dtype), bias, work.targets)
@@ -45,37 +46,41 @@ def fused_cross_entropy(head: Head, hidden: torch.Tensor, work: Work) -> tuple[t
     return sum_ * work.scales[0], sum_.detach()[None]
 
 
-def choose_kernel(asked: str, device: torch.device, plain_head: bool = True) -> str:
-    """Return the kernel to use and say so once.
+def choose_kernel(asked: str, device: torch.device, linear: nn.Linear | None, dtype: torch.dtype) -> str:
+    """Return the kernel to use for a head, `linear` where it is a plain one; one that is not ours is printed once.
 
     Raises ValueError for an unknown name, one that is not installed, and one that cannot do what this head or device needs.
     """
     if asked not in ("auto", "chunked", *KERNELS):
         raise ValueError(unknown("kernel of cross_entropy:", asked, ["auto", "chunked", *KERNELS]))
-    on_gpu = device.type == "cuda"
     if asked == "auto":
-        present = [name for name in ("liger", "cce") if on_gpu and plain_head and is_installed(name)]
-        name = present[0] if present else "chunked"
+        present = [name for name in ("liger", "cce") if not hindrance(name, device, linear, dtype)]
+        name = present[0] if present and device.type == "cuda" else "chunked"
+    elif reason := "" if asked == "chunked" else hindrance(asked, device, linear, dtype):
+        raise ValueError(f"kernel={asked!r} {reason}. Choose 'auto' or 'chunked', which handles it.")
     else:
         name = asked
-        if name in PACKAGES and not is_installed(name):
-            raise ValueError(f"kernel={name!r} needs a package: pip install {PIP_NAMES[name]}. Or choose 'chunked'.")
-        if name in PACKAGES and not on_gpu:
-            raise ValueError(
-                f"kernel={name!r} runs on a CUDA device, not on {device.type}. Choose 'auto' or 'chunked'."
-            )
-        if name == "torch" and "linear_cross_entropy" not in vars(F):
-            raise ValueError(
-                f"kernel='torch' needs torch 2.13, this is {torch.__version__}. Choose 'auto' or 'chunked'."
-            )
-        if name != "chunked" and not plain_head:
-            raise ValueError(
-                f"kernel={name!r} needs a head that is a plain Linear; this one is adapted, quantised, capped or scaled, "
-                "which 'chunked' handles."
-            )
     if name != "chunked":
         logger.warning_once(f"cross_entropy is evaluated by {DESCRIPTIONS[name]}.")
     return name
+
+
+def hindrance(name: str, device: torch.device, linear: nn.Linear | None, dtype: torch.dtype) -> str:
+    """Return why a kernel cannot be used, or nothing."""
+    if name in PACKAGES and not is_installed(name):
+        return f"needs a package: pip install {PIP_NAMES[name]}"
+    interpreted = name == "liger" and os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, to compare with
+    if name in PACKAGES and device.type != "cuda" and not interpreted:
+        return f"runs on a CUDA device, not on {device.type}"
+    if name == "torch" and "linear_cross_entropy" not in vars(F):
+        return f"needs torch 2.13, this is {torch.__version__}"
+    if linear is None:
+        return "needs a head that is a plain Linear; this one is adapted, quantised, capped, scaled or hooked"
+    if name == "cce" and linear.bias is not None:
+        return "knows no bias, which this head has"
+    if name == "cce" and dtype not in (torch.bfloat16, torch.float16):
+        return f"trains in 16 bits, not in {str(dtype).removeprefix('torch.')}"
+    return ""
 
 
 def is_installed(name: str) -> bool:
@@ -102,7 +107,10 @@ def _liger(
 def _cce(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    return linear_cross_entropy(hidden, weight, targets, bias=bias, reduction="sum")
+    assert bias is None
+    return linear_cross_entropy(
+        hidden, weight, targets, reduction="sum", filter_eps=None
+    )  # it would drop small gradients
 
 
 KERNELS: dict[str, Kernel] = {"cce": _cce, "liger": _liger, "torch": _torch}
