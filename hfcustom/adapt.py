@@ -21,7 +21,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import cached_file
 
-from hfcustom.parts import PartMap, check_parts, find_parts, unwrap, wrapped_by_peft
+from hfcustom.parts import PartMap, check_parts, expert_matrices, find_parts, unwrap, wrapped_by_peft
 
 Bits = Literal["8bit", "4bit"]
 
@@ -268,15 +268,13 @@ def linear_table(model: nn.Module) -> list[LinearRow]:
     core = unwrap(model)
     counts: dict[tuple[str, str, str], int] = {}
     part_map = find_parts(core)
-    for name, module in core.named_modules():
-        kinds = {name: type(module).__name__} if isinstance(module, nn.Linear) else {}
-        for own, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 and parameter.shape[0] > 1 and not isinstance(module, nn.Conv1d):
-                dtype = str(parameter.dtype).removeprefix("torch.")
-                kinds[f"{name}.{own}"] = f"3-D Parameter, not a Linear: stays {dtype}"
-        for path, kind in kinds.items():
-            key = (part_map.part_of(path), re.sub(r"(?<=\.)\d+(?=\.)", "*", path.removesuffix(".base_layer")), kind)
-            counts[key] = counts.get(key, 0) + 1
+    kinds = {name: type(module).__name__ for name, module in core.named_modules() if isinstance(module, nn.Linear)}
+    for name, parameter in expert_matrices(core):
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        kinds[name] = f"3-D Parameter, not a Linear: stays {dtype}"
+    for path, kind in kinds.items():
+        key = (part_map.part_of(path), re.sub(r"(?<=\.)\d+(?=\.)", "*", path.removesuffix(".base_layer")), kind)
+        counts[key] = counts.get(key, 0) + 1
     return [LinearRow(*key, count) for key, count in counts.items()]
 
 

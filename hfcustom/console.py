@@ -17,7 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hfcustom.losses import WeightedLoss
-from hfcustom.parts import part_table, unwrap
+from hfcustom.losses.chunked import product_dtype
+from hfcustom.losses.kernels import DESCRIPTIONS, choose_kernel
+from hfcustom.parts import expert_matrices, part_table, unwrap
 from hfcustom.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -232,5 +234,35 @@ def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> Non
         f"first row: {batch['input_ids'].shape[1]} tokens, {batch.images} images as {image_tokens} of them, "
         f"{supervised} supervised"
     )
+    for fact in execution_facts(core):
+        out.print(fact)
     for name, source in config.sources.items():
         out.print(f"  {name} = {getattr(config, name)!r}  ({source})")
+
+
+def execution_facts(core: Any) -> list[str]:
+    """Say what code runs the losses, the attention and the experts, in words: what is chosen silently can be slow."""
+    head = core.loss_head()
+    names = ", ".join(item.loss.name for item in core.losses())
+    facts = [f"losses: {names}; the head is {'a plain Linear' if head.linear is not None else 'called as a module'}"]
+    if names == "cross_entropy":
+        hidden = core.get_output_embeddings().weight
+        asked = core.losses()[0].options.get("kernel", "auto")
+        kernel = choose_kernel(asked, hidden.device, head.linear, product_dtype(hidden))
+        facts[0] += f"; evaluated by {DESCRIPTIONS[kernel]}"
+    text = core.config.get_text_config()
+    facts.append(f"attention: {text._attn_implementation}")
+    if experts := expert_matrices(core):
+        holders = tuple(name.rpartition(".")[0].removesuffix(".base_layer") + "." for name, _ in experts)
+        adapted = any(name.startswith(holders) and ".lora_" in name for name, _ in core.named_parameters())
+        facts.append(
+            f"experts: {len(experts)} stacked matrices, run by {text._experts_implementation}"
+            f"{_slow_experts(experts[0][1])}; {'LoRA' if adapted else 'no LoRA'} and no 8 bits on them"
+        )
+    return facts
+
+
+def _slow_experts(weight: torch.Tensor) -> str:
+    """Say where grouped_mm has no kernel and transformers runs a loop instead (integrations/moe.py, 5.23.0)."""
+    old = weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0)
+    return " (in a loop: this GPU is older than compute capability 8.0)" if old else ""

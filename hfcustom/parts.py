@@ -153,6 +153,16 @@ def without_wrappers(name: str) -> str:
     return ".".join(pieces)
 
 
+def expert_matrices(core: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the 3-D Parameters in which a mixture of experts keeps one matrix an expert."""
+    return [
+        (f"{name}.{own}", parameter)
+        for name, module in core.named_modules()
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and parameter.shape[0] > 1 and not isinstance(module, nn.Conv1d)
+    ]
+
+
 @dataclass(frozen=True)
 class PartRow:
     """One line of the part table; bytes are of everything in memory, the frozen copies that peft keeps included."""

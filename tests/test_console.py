@@ -247,7 +247,15 @@ def test_the_start_shows_seams_image_tokens_and_where_values_came_from(
 def test_a_stock_model_and_a_plain_config_are_told_so(family: Family, screen: io.StringIO) -> None:
     console.show_start(family.model(), family.processor, chat_row(1), TrainConfig())
     assert "seams in effect: none (stock)\n" in screen.getvalue()
-    assert screen.getvalue().splitlines()[-1].startswith("first row: ")
+    facts = screen.getvalue().splitlines()
+    kernel = "hfcustom's chunked product (hfcustom/losses/chunked.py)"
+    at = next(at for at, line in enumerate(facts) if line.startswith("first row: "))
+    assert facts[at + 1 : at + 3] == [
+        f"losses: cross_entropy; the head is a plain Linear; evaluated by {kernel}",
+        "attention: sdpa",
+    ]
+    experts = ["experts: 4 stacked matrices, run by grouped_mm; no LoRA and no 8 bits on them"]
+    assert facts[at + 3 :] == (experts if family.name == "aria" else [])
 
 
 # ---- tables and stages ----------------------------------------------------------------------------------------------
