@@ -39,6 +39,7 @@ _HOME = {
     "part_table": "hfcustom.parts",
     "quantization_config": "hfcustom.adapt",
     "register": "hfcustom.registry",
+    "show_losses": "hfcustom.console",
     "show_parts": "hfcustom.console",
     "term": "hfcustom.losses",
     "token_loss": "hfcustom.losses",
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from hfcustom.base import CustomVLM
     from hfcustom.configuration import CustomConfig
     from hfcustom.connectors import connector
-    from hfcustom.console import show_parts
+    from hfcustom.console import show_losses, show_parts
     from hfcustom.data.collate import Collator
     from hfcustom.data.messages import RowError
     from hfcustom.data.sources import Examples, load_rows

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hfcustom.losses import WeightedLoss
+from hfcustom.losses import LOSSES, WeightedLoss
 from hfcustom.losses.chunked import product_dtype
 from hfcustom.losses.kernels import DESCRIPTIONS, choose_kernel
 from hfcustom.parts import expert_matrices, part_table, unwrap
@@ -266,3 +266,20 @@ def _slow_experts(weight: torch.Tensor) -> str:
     """Say where grouped_mm has no kernel and transformers runs a loop instead (integrations/moe.py, 5.23.0)."""
     old = weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0)
     return " (in a loop: this GPU is older than compute capability 8.0)" if old else ""
+
+
+# ---- what there is to choose from -----------------------------------------------------------------------------------
+
+
+def show_losses() -> None:
+    """Print every registered loss: its kind, what it is divided by, its options with their defaults, its formula."""
+    rows = []
+    for name, loss in sorted(LOSSES.items()):
+        options = [
+            option if parameter.default is parameter.empty else f"{option}={parameter.default}"
+            for option, parameter in loss.options().items()
+        ]
+        count = loss.count if isinstance(loss.count, str) else loss.count.__name__.removeprefix("count_")
+        formula = (loss.function.__doc__ or "").partition("\n\n")[0].partition(">>>")[0]
+        rows.append((name, loss.kind, count, ", ".join(options), " ".join(formula.split())))
+    show_table(("loss", "kind", "divided by", "options", "formula and source"), rows)

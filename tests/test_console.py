@@ -16,7 +16,7 @@ from rich.console import Console
 
 import hfcustom
 from hfcustom import console
-from hfcustom.losses import parse_losses
+from hfcustom.losses import LOSSES, parse_losses
 from hfcustom.options import read
 from hfcustom.train import StepReport
 from hfcustom.train_config import TrainConfig
@@ -256,6 +256,15 @@ def test_a_stock_model_and_a_plain_config_are_told_so(family: Family, screen: io
     ]
     experts = ["experts: 4 stacked matrices, run by grouped_mm; no LoRA and no 8 bits on them"]
     assert facts[at + 3 :] == (experts if family.name == "aria" else [])
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_every_loss_is_listed_with_its_options_and_formula(name: str, screen: io.StringIO) -> None:
+    console.show_losses()
+    line = next(line for line in screen.getvalue().splitlines() if line.split()[:1] == [name])
+    assert line.split()[1] == LOSSES[name].kind
+    text = " ".join(screen.getvalue().split())
+    assert all(option in text for option in LOSSES[name].options())
 
 
 # ---- tables and stages ----------------------------------------------------------------------------------------------
