@@ -31,6 +31,10 @@ class FinetuneConfig(TrainConfig):
     custom: Annotated[str | None, "your own class, my_file.py:MyModel; by default the family's"] = None
     connector: Annotated[str | dict[str, Any] | None, "token-reduction module, a name or a JSON mapping"] = None
     loss: Annotated[str | dict[str, Any] | None, "a name, my_file.py:my_loss, or a JSON mapping of weights"] = None
+    teacher: Annotated[str | None, "a frozen checkpoint to distil from, with the same tokenizer"] = None
+    reference: Annotated[
+        str | None, "a frozen checkpoint to compare with in preference losses; by default the model without its adapter"
+    ] = None
     freeze: Annotated[list[str], "parts to keep as they are: vision, connector, language, head"] = field(
         default_factory=list
     )
@@ -104,8 +108,18 @@ def load_model(config: FinetuneConfig) -> tuple[Any, Any]:
     if config.load_in:
         rows = [(row.part, row.name, row.kind, row.count) for row in hfcustom.check_quantization(model)]
         console.show_table(("part", "weight matrix", "class after loading", "layers"), rows)
+    add_companions(model, config)
     processor = model_class.processor_class.from_pretrained(config.model)
     return model, model.match_processor(processor)
+
+
+def add_companions(model: Any, config: FinetuneConfig) -> None:
+    """Give the model its frozen teacher and reference."""
+    if config.teacher and not any("teacher" in item.loss.inputs for item in model.losses()):
+        raise ValueError(f"teacher={config.teacher} has no effect: none of {model.config.loss!r} distils.")
+    for path, take in ((config.teacher, model.set_teacher), (config.reference, model.set_reference)):
+        if path:
+            take(class_of(path).from_pretrained(path, dtype=config.dtype or "auto"))
 
 
 def choose_what_trains(model: Any, config: FinetuneConfig) -> Any:
