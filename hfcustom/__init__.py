@@ -18,6 +18,7 @@ _HOME = {
     "CustomConfig": "hfcustom.configuration",
     "CustomVLM": "hfcustom.base",
     "Examples": "hfcustom.data.sources",
+    "LossCallback": "hfcustom.trainer_callback",
     "LossContext": "hfcustom.losses",
     "RowError": "hfcustom.data.messages",
     "TrainConfig": "hfcustom.train_config",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from hfcustom.registry import register
     from hfcustom.train import fit
     from hfcustom.train_config import TrainConfig
+    from hfcustom.trainer_callback import LossCallback
 
 __all__ = [*_HOME, "__version__"]
 
