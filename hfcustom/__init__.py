@@ -18,6 +18,7 @@ _HOME = {
     "CustomConfig": "hfcustom.configuration",
     "CustomVLM": "hfcustom.base",
     "Examples": "hfcustom.data.sources",
+    "LossCallback": "hfcustom.trainer_callback",
     "LossContext": "hfcustom.losses",
     "RowError": "hfcustom.data.messages",
     "TrainConfig": "hfcustom.train_config",
@@ -30,6 +31,7 @@ _HOME = {
     "fit": "hfcustom.train",
     "freeze": "hfcustom.adapt",
     "generate_answers": "hfcustom.evaluate",
+    "honour_model": "hfcustom.trl_adapter",
     "linear_table": "hfcustom.adapt",
     "load_adapter": "hfcustom.adapt",
     "load_family": "hfcustom.families",
@@ -43,6 +45,7 @@ _HOME = {
     "show_parts": "hfcustom.console",
     "term": "hfcustom.losses",
     "token_loss": "hfcustom.losses",
+    "why_bypassed": "hfcustom.trl_adapter",
 }
 
 if TYPE_CHECKING:
@@ -69,6 +72,8 @@ if TYPE_CHECKING:
     from hfcustom.registry import register
     from hfcustom.train import fit
     from hfcustom.train_config import TrainConfig
+    from hfcustom.trainer_callback import LossCallback
+    from hfcustom.trl_adapter import honour_model, why_bypassed
 
 __all__ = [*_HOME, "__version__"]
 

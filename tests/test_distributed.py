@@ -29,11 +29,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def torchrun(folder: Path) -> str:
-    """Run distributed_run.py in two processes; return what they printed."""
+def torchrun(folder: Path, script: str = "distributed_run.py") -> str:
+    """Run a file of tests/ in two processes; return what they printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master-port", free_port()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command += [ROOT / "tests" / "distributed_run.py", folder]
+    command += [ROOT / "tests" / script, folder]
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, env=environment, timeout=300
     )

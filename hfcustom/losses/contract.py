@@ -101,7 +101,10 @@ COUNTS: dict[str, Callable[[Batch], float]] = {
 
 # ---- what a loss says about itself ----------------------------------------------------------------------------------
 
-RESERVED = ("grad_norm", "images_per_s", "loss", "lr", "step", "stock", "tokens_per_s")  # names in the log
+RESERVED = (  # names in the logs of fit() and of transformers.Trainer
+    *("epoch", "grad_norm", "images_per_s", "learning_rate", "loss", "lr", "num_tokens"),
+    *("step", "stock", "tokens_per_s"),
+)
 SCHEDULE = ("weight", "warmup_steps", "decay_steps", "final_weight")  # what a config says beside a loss's own options
 
 LOSSES: dict[str, Loss] = {}  # filled by the decorators below; the shipped ones stand in the files of this package

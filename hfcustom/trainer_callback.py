@@ -1,0 +1,140 @@
+"""LossCallback: named losses in the logs of transformers.Trainer and of trl, and the step that scheduled weights read.
+
+Each micro-batch's `model.loss_values` -> {name: mean, f"{name}_weighted": share of the loss} beside "loss", averaged over
+the logged steps and the ranks as Trainer averages "loss" itself, so that the weighted ones sum to it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hfcustom.base import CustomVLM
+from hfcustom.losses import LossValue
+from hfcustom.parts import unwrap
+
+
+class LossCallback(TrainerCallback):
+    """Add every named loss to a Trainer's logs: `LossCallback.add_to(trainer)`.
+
+    Trainer calls trackers (wandb, tensorboard) before the callbacks that it is given, so `callbacks=[LossCallback()]`
+    reaches the printed log and `state.log_history` only; `add_to` puts it before them. A loss of weight 0 is left out.
+    """
+
+    def __init__(self) -> None:
+        self._is_first = False
+        self._taken: dict[str, LossValue] = {}  # what an earlier forward left on the model
+        self._in_step: set[str] = set()
+        self._begin_window()
+
+    @classmethod
+    def add_to(cls, trainer: Trainer) -> LossCallback:
+        """Put the callback before the trainer's trackers and return it; one that the trainer has already is moved."""
+        callbacks = trainer.callback_handler.callbacks
+        found = next((callback for callback in callbacks if isinstance(callback, cls)), None)
+        if found is not None:
+            callbacks.remove(found)
+        chosen = found or cls()
+        chosen._is_first = True
+        callbacks.insert(0, chosen)
+        return chosen
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Refuse a model without named losses; say when trackers would not see them."""
+        _core(model)
+        if args.report_to and not self._is_first:
+            warnings.warn(
+                f"report_to={args.report_to} will not see the named losses: use LossCallback.add_to(trainer) in place of "
+                "callbacks=[LossCallback()].",
+                stacklevel=2,
+            )
+        self._begin_window()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Tell the model the optimiser step, which scheduled weights read."""
+        core = _core(model)
+        core.loss_step = state.global_step
+        self._taken, self._in_step = core.loss_values, set()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Take the losses of a micro-batch that is not the step's last."""
+        self._take(_core(model))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Take the losses of the step's last micro-batch."""
+        core = _core(model)
+        self._take(core)
+        if not self._shares:
+            raise RuntimeError(
+                f"The trainer did not compute the losses of {type(core).__name__}. With trl's SFTTrainer call "
+                "hfcustom.honour_model(trainer) before train(); hfcustom.why_bypassed(trainer) says what replaces them. A "
+                "forward of your own must call super().forward(labels=...)."
+            )
+        self._steps += 1
+        for name in self._in_step:
+            self._steps_with[name] = self._steps_with.get(name, 0) + 1
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the means since the last log line, over all ranks, to a line of training."""
+        if logs is None or "loss" not in logs or not self._steps:
+            return
+        local = torch.stack([*self._shares.values(), *self._means.values()]).float()
+        # Trainer counts the tokens of all ranks and multiplies by their number, or each rank counts its own.
+        values = reduce(local, "sum" if args.average_tokens_across_devices else "mean").tolist()
+        shares = dict(zip(self._shares, values, strict=False))
+        means = dict(zip(self._means, values[len(shares) :], strict=True))
+        found = {name: mean / self._steps_with[name] for name, mean in means.items()}
+        if len(shares) > 1:
+            found |= {f"{name}_weighted": share / self._steps for name, share in shares.items()}
+        logs.update(found)
+        state.log_history[-1].update(found)  # the line that Trainer has just appended
+        self._begin_window()
+
+    def _begin_window(self) -> None:
+        self._steps = 0
+        self._shares: dict[str, torch.Tensor] = {}  # sums over the window's micro-batches, on this rank
+        self._means: dict[str, torch.Tensor] = {}
+        self._steps_with: dict[str, int] = {}  # steps in which a loss had a weight
+
+    def _take(self, core: CustomVLM) -> None:
+        if core.loss_values is self._taken:
+            return
+        self._taken = core.loss_values
+        for name, value in self._taken.items():
+            _add(self._shares, name, value.share)
+            if value.weight:
+                _add(self._means, name, value.share / value.weight)
+                self._in_step.add(name)
+
+
+def _add(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value
+
+
+def _core(model: Any) -> CustomVLM:
+    core = unwrap(model)
+    if not isinstance(core, CustomVLM):
+        raise TypeError(
+            f"LossCallback reads the named losses of a custom model; load the {type(core).__name__} with its family's "
+            "custom class."
+        )
+    return core
