@@ -7,28 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Family, chat_row, picture
+from conftest import Family, chat_row
+from conversations import IMAGE, conversation, end_of_turn, labelled, placeholder_text, text, turn, with_markers
 from tokenizers.processors import TemplateProcessing
 
-from hfcustom.data.collate import Collator, expanded_position
+from hfcustom.data.collate import Collator
 from hfcustom.data.messages import RowError, read_row
 from hfcustom.losses import IGNORE
-
-IMAGE = {"type": "image"}
-
-
-def text(words: str) -> dict[str, str]:
-    return {"type": "text", "text": words}
-
-
-def turn(role: str, *blocks: Any) -> dict[str, Any]:
-    return {"role": role, "content": [text(block) if isinstance(block, str) else block for block in blocks]}
-
-
-def conversation(*turns: dict[str, Any]) -> dict[str, Any]:
-    images = sum(block == IMAGE for message in turns for block in message["content"])
-    return {"messages": list(turns), "images": [picture(seed, (50 + 9 * seed, 30)) for seed in range(images)]}
-
 
 ROWS = {
     "one turn": chat_row(1),
@@ -64,30 +49,6 @@ ROWS = {
 }
 
 
-def labelled(processor: Any, labels: torch.Tensor) -> list[str]:
-    """Return the text of each run of labelled tokens."""
-    runs: list[list[int]] = [[]]
-    for label in labels.tolist():
-        if label != IGNORE:
-            runs[-1].append(label)
-        elif runs[-1]:
-            runs.append([])
-    return [processor.tokenizer.decode(run) for run in runs if run]
-
-
-def end_of_turn(processor: Any) -> str:
-    """Return what the template writes after an answer."""
-    row = {"messages": [{"role": "user", "content": [text("q")]}, {"role": "assistant", "content": [text("ANSWER")]}]}
-    return processor.apply_chat_template(row["messages"]).split("ANSWER")[1]
-
-
-def placeholder_text(processor: Any) -> str:
-    """Return what the template writes for an image, less the placeholder that the processor expands."""
-    messages = [{"role": "user", "content": [text("BEFORE"), IMAGE, text("AFTER")]}]
-    rendered = processor.apply_chat_template(messages).split("BEFORE")[1].split("AFTER")[0]
-    return rendered.replace(processor.image_token, "")
-
-
 def answers(row: dict[str, Any], processor: Any) -> str:
     """Return what the model is to learn: each answer, and the marker that ends its turn."""
     words = {"image": placeholder_text(processor)}
@@ -99,18 +60,6 @@ def answers(row: dict[str, Any], processor: Any) -> str:
             learned += "".join(words.get(block["type"], block.get("text")) for block in blocks)
             learned += end_of_turn(processor)
     return learned
-
-
-def with_markers(processor: Any) -> Any:
-    """Return a copy whose template marks the assistant's part, as training templates on the hub do."""
-    template = processor.chat_template
-    begin = template.index("{% if message['content'] is string %}")
-    end = template.index("{% endfor %}{% if add_generation_prompt %}")
-    body = template[begin:end]
-    marked = "{% if message['role'] == 'assistant' %}{%- generation -%}" + body + "{% endgeneration %}{% else %}"
-    processor = copy.copy(processor)
-    processor.chat_template = template[:begin] + marked + body + "{% endif %}" + template[end:]
-    return processor
 
 
 # ---- where labels are -----------------------------------------------------------------------------------------------
@@ -177,6 +126,93 @@ def test_mappings_and_examples_give_the_same_batch(internvl: Family) -> None:
     collator = Collator(internvl.processor)
     first, second = collator([chat_row(1)]), collator([read_row(chat_row(1), "row")])
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+# ---- preferences ----------------------------------------------------------------------------------------------------
+
+
+def as_pair(row: dict[str, Any], other: str = "Something else.") -> dict[str, Any]:
+    """Return a row as a pair, its own last answer chosen."""
+    prompt, last = row["messages"][:-1], row["messages"][-1]
+    return {"prompt": prompt, "chosen": [last], "rejected": other, "images": row["images"]}
+
+
+def as_ordinary(row: dict[str, Any], answer: Any) -> dict[str, Any]:
+    """Return what a side of a pair must be like: earlier answers are not trained on."""
+    prompt = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in row["messages"][:-1]]
+    return {"messages": [*prompt, {"role": "assistant", "content": answer}], "images": row["images"]}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_pair_is_two_rows_of_the_batch_chosen_first(family: Family, whole: bool) -> None:
+    rows = [chat_row(1, seed=1), chat_row(2, seed=2, turns=3), chat_row(0, seed=3)]
+    pairs = [as_pair(row) for row in rows]
+    if whole:
+        for row, pair in zip(rows, pairs, strict=True):
+            pair["chosen"] = row["messages"]
+            pair["rejected"] = [*pair.pop("prompt"), {"role": "assistant", "content": pair["rejected"]}]
+    sides = [
+        as_ordinary(row, answer) for row in rows for answer in (row["messages"][-1]["content"], "Something else.")
+    ]
+    batch, expected = Collator(family.processor)(pairs), Collator(family.processor)(sides)
+    preference = batch.pop("preference")
+    assert (preference.dtype, preference.tolist()) == (torch.float32, [1, -1, 1, -1, 1, -1])
+    assert batch.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(value, batch[key]), key
+    assert batch.images == expected.images == 6
+    end = end_of_turn(family.processor)
+    for at, answer in enumerate(["It is 1 of 0.", "Something else.", "It is 2 of 2.", "Something else."]):
+        assert labelled(family.processor, batch["labels"][at]) == [answer + end]
+
+
+def test_answers_with_a_label_are_preferred_or_not(family: Family) -> None:
+    prompt = [*chat_row(1, turns=1)["messages"], turn("user", "Sure?")]
+    rows = [
+        {"prompt": prompt, "completion": answer, "label": label, "images": chat_row(1)["images"]}
+        for answer, label in (("Yes.", True), ("No.", False), ("Oh.", False))
+    ]
+    rows.append({**chat_row(0), "label": True})
+    batch = Collator(family.processor)(rows)
+    assert batch["preference"].tolist() == [1, -1, -1, 1]
+    end = end_of_turn(family.processor)
+    said = ["".join(labelled(family.processor, labels)) for labels in batch["labels"]]
+    assert said == [f"{answer}{end}" for answer in ("Yes.", "No.", "Oh.", "It is 0 of 0.")]
+    assert batch.images == 3
+
+
+@pytest.mark.parametrize("row", [chat_row(1), {**chat_row(1), "label": 1}], ids=["plain", "label 1"])
+def test_ordinary_rows_have_no_preference(internvl: Family, row: dict[str, Any]) -> None:
+    assert "preference" not in Collator(internvl.processor)([row])
+
+
+PAIR, JUDGED = as_pair(chat_row(1)), {**chat_row(1), "label": False}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (chat_row(1), PAIR, r"row 1 is a pair \(chosen, rejected\), but row 0 .* is an ordinary row \(messages\)"),
+        (PAIR, chat_row(1), r"row 1 is an ordinary row \(messages\), but row 0 .* is a pair"),
+        (chat_row(0), JUDGED, r"row 1 is an answer with a label \(true or false\), but row 0 .* an ordinary row"),
+        (JUDGED, PAIR, r"row 1 is a pair .* but row 0 of the same batch is an answer with a label"),
+    ],
+    ids=["pair after ordinary", "ordinary after pair", "label after ordinary", "pair after label"],
+)
+def test_rows_of_two_kinds_in_one_batch_are_named(internvl: Family, first: Any, second: Any, message: str) -> None:
+    with pytest.raises(RowError, match=f"{message}.*; train on rows of one kind"):
+        Collator(internvl.processor)([first, second])
+
+
+def test_a_side_that_is_too_long_is_named(internvl: Family) -> None:
+    pair = as_pair(chat_row(0), other="What is number? " * 9)
+    length = Collator(internvl.processor)([pair])["attention_mask"].sum(1).tolist()
+    assert length[1] > length[0]
+    with pytest.raises(RowError, match=rf"row 0, rejected: {length[1]} tokens, more than max_length={length[0]}"):
+        Collator(internvl.processor, max_length=length[0])([pair])
+
+
+# ---- a tokenizer's own beginning ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "in_template"), [("aria", False), ("idefics3", True), ("smolvlm", True)])
@@ -256,17 +292,6 @@ def test_markers_are_trusted_where_rendering_turn_by_turn_would_fail(internvl: F
     )
     labels = Collator(processor)([chat_row(0, seed=3, turns=2)])["labels"][0]
     assert labelled(processor, labels) == ["It is 3 of 0.", "It is 3 of 1.<last>"]
-
-
-# ---- the map from rendered to expanded text -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("char", "position"), [(0, 0), (4, 4), (5, 5), (8, 25), (9, 26), (12, 29), (15, 40), (16, 41)]
-)
-def test_characters_after_a_placeholder_move_by_its_growth(char: int, position: int) -> None:
-    replaced = [{"span": (5, 8), "new_span": (5, 25)}, {"span": (12, 15), "new_span": (29, 40)}]
-    assert expanded_position(char, replaced) == position
 
 
 def test_a_placeholder_written_out_in_a_text_is_named(family: Family) -> None:

@@ -119,5 +119,22 @@ def test_a_row_that_ends_without_an_answer_is_named(internvl: Family) -> None:
         said(internvl, rows)
 
 
+def test_a_pair_is_asked_like_its_chosen_conversation(family: Family) -> None:
+    row, model = chat_row(2, turns=2), family.model()
+    other = {"role": "assistant", "content": "Something else, at length."}
+    pair = {"chosen": row["messages"], "rejected": [*row["messages"][:-1], other], "images": row["images"]}
+    plain, chosen = generate_answers(model, family.processor, [row, pair], max_new_tokens=3)
+    assert chosen.answer == plain.answer
+    assert chosen.question == plain.question
+    assert chosen.truth == plain.truth == "It is 0 of 1."
+
+
+def test_an_answer_marked_as_not_preferred_is_named(internvl: Family) -> None:
+    rows = [{**chat_row(0), "label": True}, {**chat_row(0), "label": False}]
+    assert len(said(internvl, rows[:1])) == 1
+    with pytest.raises(RowError, match=r"row 1: label is False, so its answer is not the right one"):
+        said(internvl, rows)
+
+
 def test_no_rows_no_answers(internvl: Family) -> None:
     assert said(internvl, []) == []

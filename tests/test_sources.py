@@ -275,6 +275,53 @@ def test_images_that_datasets_downloaded_are_read_below_its_cache(tmp_path: Path
         rows[1]
 
 
+# ---- columns, weights and preferences -------------------------------------------------------------------------------
+
+
+def write_rows(folder: Path, kind: str, rows: list[dict[str, Any]]) -> str:
+    """Write rows as a source of some kind; `datasets` fills the keys that a row lacks with None."""
+    if kind in ("jsonl", "json"):
+        folder.mkdir()
+        file = folder / f"rows.{kind}"
+        file.write_text(json.dumps(rows)) if kind == "json" else write_jsonl(file, *rows)
+        return str(file)
+    if kind == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(folder)
+        return str(folder)
+    folder.mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "saved", "parquet"])
+def test_columns_and_weights_come_through_every_source(kind: str, tmp_path: Path) -> None:
+    question, answer = TEXT_ROW["messages"]
+    blocks = [{"type": "text", "text": "Ho", "weight": 3.0}, {"type": "text", "text": "."}]
+    extra = {"score": 0.5, "teacher_ids": [[1, 2], [3, 4]], "tags": {"source": "web"}}
+    rows = [
+        {"messages": [question, {**answer, "weight": 0.5}], **extra},
+        {"messages": [question, answer], "score": 1.0},
+    ]
+    first, second = load_rows(write_rows(tmp_path / "rows", kind, rows))
+    assert (first.columns, second.columns) == (extra, {"score": 1.0})
+    assert (first.messages[1]["weight"], "weight" in second.messages[1]) == (0.5, False)
+    weighted = {"messages": [{"role": "user", "content": blocks[1:]}, {"role": "assistant", "content": blocks}]}
+    (example,) = load_rows(write_rows(tmp_path / "blocks", kind, [weighted]))
+    assert example.messages[1]["content"] == blocks
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "saved", "parquet"])
+def test_preferences_come_through_every_source(kind: str, tmp_path: Path) -> None:
+    question, answer = TEXT_ROW["messages"]
+    pair = {"prompt": [question], "chosen": [answer], "rejected": [{**answer, "content": "No."}], "margin": 2}
+    (example,) = load_rows(write_rows(tmp_path / "pairs", kind, [pair]))
+    assert example.rejected is not None
+    assert [side[-1]["content"][0]["text"] for side in (example.messages, example.rejected)] == ["Ho.", "No."]
+    assert example.columns == {"margin": 2}
+    rows = [{"prompt": "Hi?", "completion": "Ho.", "label": label} for label in (True, False)]
+    assert [row.preferred for row in load_rows(write_rows(tmp_path / "judged", kind, rows))] == [True, False]
+
+
 # ---- rows in memory -------------------------------------------------------------------------------------------------
 
 

@@ -1,28 +1,27 @@
 """Rows -> batch: the family's own processor makes the tensors, this adds labels on assistant turns only.
 
-[Example, ...] -> {"input_ids": (B, T), "attention_mask": (B, T), "labels": (B, T), "pixel_values": ..., ...}. Where an
-assistant turn begins and ends is found in the rendered text: from the template's {% generation %} markers where it has
-them, else by rendering up to each turn and taking the difference; the processor's record of expanded placeholders then
-maps characters to tokens. Image placeholders never carry a label, whatever the template does.
+[Example, ...] -> {"input_ids": (B, T), "attention_mask": (B, T), "labels": (B, T), "pixel_values": ..., ...}. A pair of
+answers is two rows of the batch, chosen then rejected; "preference" (B,) is 1 for an answer that is preferred, -1 for one
+that is not. What a token weighs and where it lies is found in hfcustom/data/labels.py; columns of the rows that a loss
+asks for become tensors in hfcustom/data/columns.py.
 Letters: B rows, T text tokens.
 """
 
 from __future__ import annotations
 
-import re
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils import logging
 
+from hfcustom.data.columns import TOKEN_WEIGHTS, check_columns, column_tensor
+from hfcustom.data.labels import render, token_weights
 from hfcustom.data.messages import Example, RowError, read_row
 from hfcustom.losses import IGNORE
 
-Span = tuple[int, int]
-
-GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+logger = logging.get_logger("hfcustom")
 
 
 class Batch(dict[str, torch.Tensor]):
@@ -34,10 +33,12 @@ class Batch(dict[str, torch.Tensor]):
 class Collator:
     """Turn rows (mappings, or Examples) into a training batch with a processor.
 
-    Raises RowError for a row that cannot be used, is longer than `max_length`, or has no assistant turn.
+    `columns` names what else of the rows becomes a tensor: "token_weights" for the loss weights of messages and blocks,
+    others are the rows' own. Raises RowError for a row that cannot be used, is longer than `max_length`, or has no
+    assistant turn.
     """
 
-    def __init__(self, processor: Any, max_length: int | None = None) -> None:
+    def __init__(self, processor: Any, max_length: int | None = None, columns: Sequence[str] = ()) -> None:
         if not isinstance(processor.chat_template, str) or not processor.chat_template:
             raise ValueError(
                 f"The processor's chat_template is {processor.chat_template!r:.60}; it must be one template, so that "
@@ -45,64 +46,38 @@ class Collator:
             )
         self.processor = processor
         self.max_length = max_length
+        self.columns = check_columns(columns, processor)
         ids = {getattr(processor, name, None) for name in ("image_token_id", "video_token_id")}
         self.placeholder_ids = torch.tensor(sorted({*ids, *processor.image_token_ids} - {None}))
 
     def __call__(self, rows: Sequence[Mapping[str, Any] | Example]) -> Batch:
         examples = [row if isinstance(row, Example) else read_row(row, f"row {at}") for at, row in enumerate(rows)]
-        rendered = [self.render(example) for example in examples]
-        texts = [text for text, _ in rendered]
-        batch = process(self.processor, texts, examples, padding_side="right", with_offsets=True)
-        offsets, replaced = (
-            batch.pop("offset_mapping"),
-            batch.pop("text_replacement_offsets", None) or [[]] * len(rows),
-        )
-        labels = torch.full_like(batch["input_ids"], IGNORE)  # (B, T)
-        for at, example in enumerate(examples):
-            self._check_length(batch["attention_mask"][at], example)
-            for span in rendered[at][1]:
-                start, end = (expanded_position(char, replaced[at]) for char in span)
-                inside = tokens_inside(offsets[at], start, end)
-                labels[at, inside] = batch["input_ids"][at, inside]
-            for placeholder in replaced[at]:  # all that the processor wrote for an image, marks of rows included
-                labels[at, tokens_inside(offsets[at], *placeholder["new_span"])] = IGNORE
-        labels[torch.isin(batch["input_ids"], self.placeholder_ids)] = IGNORE
-        batch = Batch(batch, labels=labels)
-        batch.images = sum(len(example.images) for example in examples)
+        _check_same_kind(examples)
+        answers = [answer for example in examples for answer in _answers(example)]  # B of them
+        texts, spans = zip(*(render(self.processor, answer) for answer in answers), strict=True)
+        features = process(self.processor, texts, answers, padding_side="right", with_offsets=True)
+        offsets = features.pop("offset_mapping")  # (B, T, 2)
+        replaced = features.pop("text_replacement_offsets", None) or [[]] * len(answers)
+        for answer, mask in zip(answers, features["attention_mask"], strict=True):
+            self._check_length(mask, answer)
+        ids = features["input_ids"]
+        weights = torch.stack([token_weights(*row) for row in zip(offsets, spans, replaced, strict=True)])  # (B, T)
+        weights[torch.isin(ids, self.placeholder_ids)] = 0.0
+        batch = Batch(features, labels=ids.masked_fill(weights == 0, IGNORE))
+        batch.images = sum(len(answer.images) for answer in answers)
+        if answers[0].preferred is not None:
+            batch["preference"] = torch.tensor([1.0 if answer.preferred else -1.0 for answer in answers])  # (B,)
+        self._add_columns(batch, examples, weights)
         return batch
 
-    def render(self, example: Example) -> tuple[str, list[Span]]:
-        """Return a row's text and the character spans of its assistant turns, before placeholders expand."""
-        template = self.processor.chat_template
-        spans: list[Span]
-        if GENERATION_MARKER.search(template):
-            rendered: Any = render_jinja_template(
-                conversations=[example.messages],
-                chat_template=template,
-                return_assistant_tokens_mask=True,
-                **self.processor.tokenizer.special_tokens_map,
+    def _add_columns(self, batch: Batch, examples: Sequence[Example], weights: torch.Tensor) -> None:
+        if TOKEN_WEIGHTS not in self.columns and ((weights != 0) & (weights != 1)).any():
+            logger.warning_once(
+                "Rows have weights other than 0 and 1, which have no effect with this loss; use weighted_cross_entropy, or "
+                "another that takes the column token_weights."
             )
-            text, spans = rendered[0][0], [(start, end) for start, end in rendered[1][0]]
-        else:
-            text = self.processor.apply_chat_template(example.messages)
-            spans = [
-                self._turn_span(example, turn, text)
-                for turn, message in enumerate(example.messages)
-                if message["role"] == "assistant"
-            ]
-        if not any(end > start for start, end in spans):
-            raise RowError(f"{example.name}: no assistant turn, so there is nothing to learn from it.")
-        return text, spans
-
-    def _turn_span(self, example: Example, turn: int, text: str) -> Span:
-        before = self.processor.apply_chat_template(example.messages[:turn], add_generation_prompt=True)
-        upto = self.processor.apply_chat_template(example.messages[: turn + 1])
-        if not upto.startswith(before) or not text.startswith(upto):
-            raise RowError(
-                f"{example.name}: the chat template renders message {turn} differently once later turns follow, so its "
-                "tokens cannot be told apart; add {% generation %} markers around the assistant's text in the template."
-            )
-        return len(before), len(upto)
+        for name in self.columns:
+            batch[name] = weights if name == TOKEN_WEIGHTS else column_tensor(name, examples, batch["labels"])
 
     def _check_length(self, attention_mask: torch.Tensor, example: Example) -> None:
         length = int(attention_mask.sum())
@@ -113,8 +88,32 @@ class Collator:
             )
 
 
+def _answers(example: Example) -> list[Example]:
+    """Return the rows of the batch that an example becomes: two for a pair, the chosen answer first."""
+    if example.rejected is None:
+        return [example]
+    chosen = replace(example, name=f"{example.name}, chosen", rejected=None, preferred=True)
+    return [chosen, replace(chosen, messages=example.rejected, name=f"{example.name}, rejected", preferred=False)]
+
+
+def _check_same_kind(examples: Sequence[Example]) -> None:
+    """A loss of pairs takes rows two by two, and one of ordinary rows has no use for a rejected answer."""
+    for example in examples:
+        if _kind(example) != _kind(examples[0]):
+            raise RowError(
+                f"{example.name} is {_kind(example)}, but {examples[0].name} of the same batch is {_kind(examples[0])}; "
+                "train on rows of one kind."
+            )
+
+
+def _kind(example: Example) -> str:
+    if example.rejected is not None:
+        return "a pair (chosen, rejected)"
+    return "an ordinary row (messages)" if example.preferred is None else "an answer with a label (true or false)"
+
+
 def process(
-    processor: Any, texts: list[str], examples: Sequence[Example], padding_side: str, with_offsets: bool = False
+    processor: Any, texts: Sequence[str], examples: Sequence[Example], padding_side: str, with_offsets: bool = False
 ) -> dict[str, Any]:
     """Run the processor over rendered texts and their images (nested by row, as every family accepts them)."""
     for example in examples:
@@ -142,15 +141,3 @@ def _refuse_placeholders(processor: Any, example: Example) -> None:
                 f"{example.name}: a text holds {processor.image_token!r}, this processor's mark of an image; write images as "
                 "{'type': 'image'} blocks, and the mark itself in other words."
             )
-
-
-def expanded_position(char: int, replacements: Sequence[Mapping[str, Any]]) -> int:
-    """Return where a character of the rendered text lies once placeholders before it have been expanded."""
-    ends = [replacement["span"][1] for replacement in replacements]
-    at = bisect_right(ends, char)
-    return char if at == 0 else char + replacements[at - 1]["new_span"][1] - ends[at - 1]
-
-
-def tokens_inside(offsets: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """Return which tokens begin in a span of characters: (T, 2) -> (T,)."""
-    return (offsets[:, 0] >= start) & (offsets[:, 0] < end) & (offsets[:, 1] > offsets[:, 0])

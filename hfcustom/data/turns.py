@@ -1,0 +1,135 @@
+"""Turns: a conversation checked message by message, its loss weights included, and its image blocks given their images.
+
+A checked message is {"role": ..., "content": [blocks]}, on assistant turns perhaps with "weight", the factor of its
+tokens in the loss; a text block of an assistant turn may have one too, which multiplies the turn's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hfcustom.naming import unknown
+
+ROLES = ("assistant", "system", "user")
+MAX_WEIGHT = 3e38  # float32 holds no more
+
+Message = dict[str, Any]
+Turn = tuple[str, Message]  # where it stands, for every message about it, and the checked message
+
+
+class RowError(ValueError):
+    """A row that cannot be used; the message names the row, the field and the cure."""
+
+
+def check_turns(messages: Sequence[Any], where: str) -> list[Turn]:
+    """Check messages; `where` becomes "row 3, message 0" and so on. RowError names the value, what is allowed, the cure."""
+    return [(f"{where} {at}", _check_turn(message, f"{where} {at}")) for at, message in enumerate(messages)]
+
+
+def _check_turn(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+        role = message.get("role") if isinstance(message, Mapping) else message
+        raise RowError(f"{where}: {unknown('role', role, ROLES)}")
+    turn = {"role": message["role"], "content": _blocks(message, where)}
+    if message.get("weight") is not None:  # Arrow fills missing keys with None
+        turn["weight"] = _check_weight(message["weight"], turn["role"], where)
+    for at, block in enumerate(turn["content"]):
+        if "weight" not in block:
+            continue
+        block["weight"] = _check_weight(block["weight"], turn["role"], f"{where}, block {at}")
+        if block["type"] == "image":
+            raise RowError(
+                f"{where}, block {at}: an image is never trained on, so its weight has no effect; leave it out."
+            )
+    return turn
+
+
+def _blocks(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise RowError(f"{where}: content is {type(content).__name__}; it must be a string or a list of blocks.")
+    return [_block(block, where) for block in content]
+
+
+def _block(block: Any, where: str) -> dict[str, Any]:
+    kind = block.get("type") if isinstance(block, Mapping) else block
+    if kind not in ("image", "text"):
+        raise RowError(f"{where}: {unknown('block type', kind, ('image', 'text'))}")
+    if kind == "text" and not isinstance(block.get("text"), str):
+        raise RowError(f"{where}: a text block's 'text' is {type(block.get('text')).__name__}; it must be a string.")
+    return {key: value for key, value in block.items() if value is not None}  # Arrow fills missing keys with None
+
+
+def _check_weight(weight: Any, role: str, where: str) -> float:
+    number = isinstance(weight, int | float | np.integer | np.floating) and not isinstance(weight, bool)
+    if not number or not 0 <= weight <= MAX_WEIGHT:
+        raise RowError(
+            f"{where}: weight is {weight!r:.40}; it must be a finite number of at least 0 (0: not trained on, 1: as without "
+            "it). Write such a number, or leave it out."
+        )
+    if role != "assistant":
+        raise RowError(
+            f"{where}: weight {weight!r} on a turn of the {role} has no effect, since only the assistant's are trained on; "
+            "leave it out."
+        )
+    return float(weight)
+
+
+def without_weights(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages as a chat template may see them: no weight can change a text."""
+    return [
+        {
+            "role": message["role"],
+            "content": [
+                {key: value for key, value in block.items() if key != "weight"} for block in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+
+
+def as_prompt(turns: Sequence[Turn]) -> list[Turn]:
+    """Return the turns with weight 0 on the assistant's: a preference row trains on its answers only."""
+    for where, message in turns:
+        if message.get("weight", 0) != 0 or any("weight" in block for block in message["content"]):
+            raise RowError(
+                f"{where}: a weight in the prompt of a preference row has no effect, since only what differs between the "
+                "answers is trained on; leave it out."
+            )
+    return [
+        (where, {**message, "weight": 0.0} if message["role"] == "assistant" else message) for where, message in turns
+    ]
+
+
+def place_images(turns: Sequence[Turn], images: Sequence[Any], name: str) -> tuple[list[Message], list[Any]]:
+    """Return the messages with bare image blocks, and the image source of each: the block's own, else the next of `images`."""
+    pending = list(images)
+    sources, messages = [], []
+    for where, message in turns:
+        blocks = []
+        for block in message["content"]:
+            if block["type"] == "image":
+                sources.append(_source(block, pending, len(images), where))
+                block = {"type": "image"}
+            blocks.append(block)
+        messages.append({**message, "content": blocks})
+    if pending:
+        raise RowError(
+            f"{name}: {len(images)} images, but only {len(images) - len(pending)} {{'type': 'image'}} blocks use them; "
+            "put a block where each image belongs."
+        )
+    return messages, sources
+
+
+def _source(block: dict[str, Any], pending: list[Any], given: int, where: str) -> Any:
+    inline = [block[key] for key in ("image", "path") if key in block]
+    if inline:
+        return inline[0]
+    if not pending:
+        raise RowError(f"{where}: more {{'type': 'image'}} blocks than the row's {given} images; list every image.")
+    return pending.pop(0)
