@@ -204,8 +204,8 @@ class CustomVLM(PreTrainedModel):
         scheduled = [item.loss.name for item in self.losses() if item.is_scheduled]
         if scheduled and self.training and self.loss_step is None:
             raise ValueError(
-                f"The weight of {', '.join(scheduled)} is scheduled, but nothing says which step this is. fit() does; pass "
-                "callbacks=[hfcustom.LossCallback()] to transformers.Trainer, or set model.loss_step in a loop of your own."
+                f"The weight of {', '.join(scheduled)} is scheduled, but nothing says which step this is. fit() does; call "
+                "hfcustom.LossCallback.add_to(trainer) for transformers.Trainer, or set model.loss_step in your own loop."
             )
 
     def _forward_stock(self, inputs: dict[str, Any], labels: torch.Tensor, num_items: Any, divisors: Any) -> Any:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hfcustom.losses import LOSSES, WeightedLoss
+from hfcustom.losses import LOSSES, WeightedLoss, loss_columns
 from hfcustom.losses.chunked import product_dtype
 from hfcustom.losses.kernels import DESCRIPTIONS, choose_kernel
 from hfcustom.parts import expert_matrices, part_table, unwrap
@@ -135,7 +135,7 @@ class TrainLog:
         for item in self.losses if len(self.losses) > 1 else ():
             name = item.loss.name
             entry[name] = raw[name]
-            if item.weight != 1 or item.is_scheduled:
+            if item.is_weighted:
                 entry[f"{name}_weighted"] = weighted[name]
         rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
         same = len(set(rates.values())) == 1
@@ -223,10 +223,12 @@ def show_parts(model: Any, title: str = "") -> None:
 def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> None:
     """Print what a person wants to know before a run: parts, seams in effect, image tokens, where values came from."""
     from hfcustom.data.collate import Collator
+    from hfcustom.data.sources import Examples
 
     show_parts(model)
     core = unwrap(model)
-    batch = Collator(processor)([row])
+    example = Examples([row])[0]
+    batch = Collator(processor, columns=loss_columns(core.losses(), example.columns))([example])
     image_tokens = int((batch["input_ids"] == core.config.image_token_id).sum())
     supervised = int((batch["labels"] != -100).sum())
     out.print(f"seams in effect: {', '.join(core.overridden_seams()) or 'none (stock)'}")

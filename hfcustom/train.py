@@ -28,7 +28,7 @@ from hfcustom.console import TrainLog, out
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.order import step_loader
 from hfcustom.data.sources import Examples
-from hfcustom.losses import NonFiniteError, StepSummary
+from hfcustom.losses import NonFiniteError, StepSummary, loss_columns
 from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.signals import EXIT_PREEMPTED, StopRequest
@@ -93,10 +93,12 @@ def fit(
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, len(rows))
     start = state.resume() if config.resume else state.begin()
+    examples = Examples(rows)
+    columns = loss_columns(weighted, examples[0].columns)
     batches = iter(
         step_loader(
-            Examples(rows),
-            Collator(processor, config.max_length),
+            examples,
+            Collator(processor, config.max_length, columns),
             steps=range(start, max_steps),
             micro_batch_size=micro_batch_size,
             accumulation=accumulation,
@@ -172,7 +174,7 @@ def train_step(
             # DDP averages gradients over ranks, the divisors count all of them.
             accelerator.backward(loss * accelerator.num_processes)
         for name, value in core.loss_values.items():
-            report.losses[name] = report.losses.get(name, 0.0) + value.sum / divisors[name]
+            report.losses[name] = report.losses.get(name, 0.0) + value.mean
     report.grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     losses = {name: float(value) for name, value in report.losses.items()}
     if not all(map(math.isfinite, (report.grad_norm, *losses.values()))):

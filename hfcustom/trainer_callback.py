@@ -1,7 +1,8 @@
 """LossCallback: named losses in the logs of transformers.Trainer and of trl, and the step that scheduled weights read.
 
 Each micro-batch's `model.loss_values` -> {name: mean, f"{name}_weighted": share of the loss} beside "loss", averaged over
-the logged steps and the ranks as Trainer averages "loss" itself, so that the weighted ones sum to it.
+the logged steps and the ranks as Trainer averages "loss" itself, so that they sum to it; a loss of weight 1 stands for
+its own share.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ class LossCallback(TrainerCallback):
     """Add every named loss to a Trainer's logs: `LossCallback.add_to(trainer)`.
 
     Trainer calls trackers (wandb, tensorboard) before the callbacks that it is given, so `callbacks=[LossCallback()]`
-    reaches the printed log and `state.log_history` only; `add_to` puts it before them. A loss of weight 0 is left out.
+    reaches the printed log and `state.log_history` only; `add_to` puts it before them.
     """
 
     def __init__(self) -> None:
         self._is_first = False
+        self._weighted: list[str] = []  # losses whose share is not their value
         self._taken: dict[str, LossValue] = {}  # what an earlier forward left on the model
-        self._in_step: set[str] = set()
         self._begin_window()
 
     @classmethod
@@ -62,7 +63,7 @@ class LossCallback(TrainerCallback):
         """Tell the model the optimiser step, which scheduled weights read."""
         core = _core(model)
         core.loss_step = state.global_step
-        self._taken, self._in_step = core.loss_values, set()
+        self._taken = core.loss_values
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -83,8 +84,7 @@ class LossCallback(TrainerCallback):
                 "forward of your own must call super().forward(labels=...)."
             )
         self._steps += 1
-        for name in self._in_step:
-            self._steps_with[name] = self._steps_with.get(name, 0) + 1
+        self._weighted = [item.loss.name for item in core.losses() if item.is_weighted]
 
     def on_log(
         self,
@@ -102,9 +102,9 @@ class LossCallback(TrainerCallback):
         values = reduce(local, "sum" if args.average_tokens_across_devices else "mean").tolist()
         shares = dict(zip(self._shares, values, strict=False))
         means = dict(zip(self._means, values[len(shares) :], strict=True))
-        found = {name: mean / self._steps_with[name] for name, mean in means.items()}
+        found = {name: mean / self._steps for name, mean in means.items()}
         if len(shares) > 1:
-            found |= {f"{name}_weighted": share / self._steps for name, share in shares.items()}
+            found |= {f"{name}_weighted": shares[name] / self._steps for name in self._weighted}
         logs.update(found)
         state.log_history[-1].update(found)  # the line that Trainer has just appended
         self._begin_window()
@@ -113,7 +113,7 @@ class LossCallback(TrainerCallback):
         self._steps = 0
         self._shares: dict[str, torch.Tensor] = {}  # sums over the window's micro-batches, on this rank
         self._means: dict[str, torch.Tensor] = {}
-        self._steps_with: dict[str, int] = {}  # steps in which a loss had a weight
+        self._weighted = []
 
     def _take(self, core: CustomVLM) -> None:
         if core.loss_values is self._taken:
@@ -121,9 +121,7 @@ class LossCallback(TrainerCallback):
         self._taken = core.loss_values
         for name, value in self._taken.items():
             _add(self._shares, name, value.share)
-            if value.weight:
-                _add(self._means, name, value.share / value.weight)
-                self._in_step.add(name)
+            _add(self._means, name, value.mean)
 
 
 def _add(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:

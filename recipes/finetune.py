@@ -33,7 +33,8 @@ class FinetuneConfig(TrainConfig):
     loss: Annotated[str | dict[str, Any] | None, "a name, my_file.py:my_loss, or a JSON mapping of weights"] = None
     teacher: Annotated[str | None, "a frozen checkpoint to distil from, with the same tokenizer"] = None
     reference: Annotated[
-        str | None, "a frozen checkpoint to compare with in preference losses; by default the model without its adapter"
+        str | None,
+        "a frozen checkpoint to compare with in preference losses; by default the model without its adapter",
     ] = None
     freeze: Annotated[list[str], "parts to keep as they are: vision, connector, language, head"] = field(
         default_factory=list

@@ -5,7 +5,7 @@ come along goes into the file of its kind, and is found by the tests.
 """
 
 from hfcustom.losses.chunked import Head, token_log_probs, token_loss_total
-from hfcustom.losses.config import WeightedLoss, find_loss, import_losses, parse_losses
+from hfcustom.losses.config import WeightedLoss, find_loss, import_losses, loss_columns, parse_losses
 from hfcustom.losses.context import LossContext, StepSummary, Supervised
 from hfcustom.losses.contract import (
     COUNTS,

@@ -7,7 +7,7 @@ A weight may be scheduled: it grows linearly from 0 over `warmup_steps`, and the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,11 @@ class WeightedLoss:
     def is_scheduled(self) -> bool:
         """Whether the weight depends on the step."""
         return bool(self.warmup_steps or self.decay_steps)
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether what it adds to the total differs from its own value."""
+        return self.weight != 1 or self.is_scheduled
 
     def weight_at(self, step: int | None) -> float:
         """Return the weight at an optimiser step, counted from 0; None is a step after every schedule."""
@@ -90,6 +95,16 @@ def find_loss(name: str) -> Loss:
         return LOSSES[name]
     cure = "Decorate your own with @hfcustom.token_loss or @hfcustom.term, and import its file first."
     raise ValueError(unknown("loss", name, LOSSES, cure))
+
+
+def loss_columns(losses: Iterable[WeightedLoss], given: Iterable[str]) -> list[str]:
+    """Return the columns that the collator has to make for some losses out of rows that have the columns `given`."""
+    has = set(given).union(name.partition("_")[2] for name in given if name.startswith(("chosen_", "rejected_")))
+    wanted: dict[str, None] = {}
+    for item in losses:
+        wanted |= dict.fromkeys(item.loss.columns)
+        wanted |= dict.fromkeys(name for name in item.loss.optional_columns if name in has)
+    return [name for name in wanted if name != "preference"]  # the collator makes that one of every pair
 
 
 def import_losses(spec: str | Mapping[str, Any]) -> str | dict[str, Any]:

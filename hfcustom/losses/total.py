@@ -26,12 +26,17 @@ Divisors = Mapping[str, float | torch.Tensor]
 
 @dataclass(frozen=True)
 class LossValue:
-    """One loss in one batch: `share` is what it adds to the total, weight * sum / divisor."""
+    """One loss in one batch: `mean` is sum / divisor, so that those of a step's batches add up to the loss of the step."""
 
     sum: torch.Tensor  # ()
     count: float
     weight: float
-    share: torch.Tensor  # ()
+    mean: torch.Tensor  # ()
+
+    @property
+    def share(self) -> torch.Tensor:
+        """What the loss adds to the total."""
+        return self.weight * self.mean
 
 
 def evaluate(
@@ -49,22 +54,22 @@ def evaluate(
     values: dict[str, LossValue] = {}
     total = context.hidden_states[:0].sum().float()  # zero that keeps the graph
 
-    def add(name: str, sum_: torch.Tensor, share: torch.Tensor) -> None:
-        values[name] = LossValue(sum_.detach(), counts[name], weights[name], share.detach())
-
     tokens = [item for item in losses if not item.loss.is_term]
+    units = {name: _unit(divisor, total) for name, divisor in divisors.items()}
+    sums: dict[str, torch.Tensor] = {}
     if tokens:
-        scales = torch.stack([_scale(weights[item.loss.name], divisors[item.loss.name], total) for item in tokens])
-        share, sums = _token_losses(context, tokens, scales)
+        scales = torch.stack([weights[item.loss.name] * units[item.loss.name] for item in tokens])  # (K,)
+        share, found = _token_losses(context, tokens, scales)
         total = total + share
-        for item, sum_, scale in zip(tokens, sums, scales, strict=True):
-            add(item.loss.name, sum_, sum_ * scale)
+        sums = dict(zip((item.loss.name for item in tokens), found, strict=True))
     for item in losses:
+        name = item.loss.name
         if item.loss.is_term:
-            sum_ = _term(context, item, counts[item.loss.name])
-            share = sum_ * _scale(weights[item.loss.name], divisors[item.loss.name], total)
-            total = total + share
-            add(item.loss.name, sum_, share)
+            sums[name] = _term(context, item, counts[name])
+            total = total + weights[name] * units[name] * sums[name]
+    for name, sum_ in sums.items():
+        sum_ = sum_.detach()
+        values[name] = LossValue(sum_, counts[name], weights[name], sum_ * units[name])
     return total, {item.loss.name: values[item.loss.name] for item in losses}
 
 
@@ -72,10 +77,10 @@ def _count(context: LossContext, item: WeightedLoss) -> float:
     return item.loss.count_in(context.batch, context.model.config.image_token_id, item.options)
 
 
-def _scale(weight: float, divisor: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return weight / divisor (), and 0 where nothing is counted, without asking a device for the divisor."""
+def _unit(divisor: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return 1 / divisor (), and 0 where nothing is counted, without asking a device for the divisor."""
     count = torch.as_tensor(divisor, dtype=torch.float32, device=like.device)
-    return torch.where(count == 0, 0.0, weight / count)
+    return torch.where(count == 0, 0.0, 1 / count)
 
 
 def _token_losses(
