@@ -121,7 +121,11 @@ class Loss:
     outputs: tuple[str, ...] = ()
     summary: Callable[..., torch.Tensor] | None = None
     surrogate: bool = False
-    example: Mapping[str, Any] = field(default_factory=dict)
+    example: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = field(default_factory=dict)
+
+    def example_options(self, processor: Any) -> dict[str, Any]:
+        """Return options to test this loss with; those that are ids of tokens follow the processor."""
+        return dict(self.example(processor) if callable(self.example) else self.example)
 
     @property
     def is_term(self) -> bool:
@@ -169,14 +173,15 @@ def token_loss(
     columns: tuple[str, ...] = (),
     optional_columns: tuple[str, ...] = (),
     surrogate: bool = False,
-    example: Mapping[str, Any] | None = None,
+    example: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] | None = None,
 ) -> Any:
     """Register a function (logits (M, V) float32, targets (M,), **options) -> (M,) under its own name.
 
     Bare, or with what the function needs besides: `inputs` are arguments that it gets for the same M tokens, the name of a
     (B, T, ...) tensor of the batch or one of hfcustom.losses.INPUTS; `columns` are columns of the rows that `fit` must
     put into the batch, `optional_columns` those it does where rows have them; `count` is what the sum is divided by.
-    `surrogate` says that the gradient is meant not to be the value's derivative; `example` holds options to test with.
+    `surrogate` says that the gradient is meant not to be the value's derivative; `example` holds options to test with, or
+    is a function of a processor that returns them, for options that are ids of tokens.
     Raises ValueError when the name belongs to another function, TypeError when it does not take what it should.
     """
     if function is None:
@@ -217,7 +222,7 @@ def term(
     outputs: tuple[str, ...] = (),
     summary: Callable[..., torch.Tensor] | None = None,
     surrogate: bool = False,
-    example: Mapping[str, Any] | None = None,
+    example: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] | None = None,
 ) -> Callable[[TermFunction], TermFunction]:
     """Register a function (context, **options) -> (sum, count) under its own name: `@term(count="tokens")`.
 
