@@ -181,7 +181,7 @@ class CustomVLM(PreTrainedModel):
     ) -> losses.LossContext:
         """Run the stock forward up to the head and return all that a loss may look at."""
         call = self._stock_inputs(batch)
-        if self.training:
+        if self.training or not return_logits or losses.is_packed(batch):  # a cache would undo packing
             call.setdefault("use_cache", False)
         if not return_logits:
             call["logits_to_keep"] = labels.new_empty(0)  # the head runs on no position: (B, 0, V)

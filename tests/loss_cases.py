@@ -32,7 +32,7 @@ def family_of(name: str) -> Family:
 
 def spec_of(name: str, family: Family) -> dict[str, Any]:
     """Return a config of one loss with the options that its registration says to test with."""
-    return {name: {"weight": 1.0, **LOSSES[name].example}}
+    return {name: {"weight": 1.0, **LOSSES[name].example_options(family.processor)}}
 
 
 def model_of(name: str, family: Family, loss: Any = None, dtype: torch.dtype = torch.float32) -> Any:

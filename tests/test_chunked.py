@@ -216,6 +216,36 @@ def test_nothing_supervised_keeps_the_graph() -> None:
     assert float(total.detach()) == 0.0 and total.requires_grad
 
 
+@pytest.mark.parametrize("make_head", HEADS.values(), ids=HEADS)
+def test_a_few_logits_are_columns_of_all(make_head: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 20 * V)
+    head, ids = make_head(), torch.tensor([3, 40, 7])
+    hidden, scale = torch.randn(M, D, requires_grad=True), torch.randn(M, 3)
+    found = chunked.logits_of(chunked.Head.of(head), hidden, ids)
+    gradients = torch.autograd.grad((found * scale).sum(), hidden)
+    expected = head(hidden)[:, ids]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients, torch.autograd.grad((expected * scale).sum(), hidden))
+    assert chunked.logits_of(chunked.Head.of(head), hidden[:0], ids).shape == (0, 3)
+
+
+def test_a_few_logits_of_a_head_that_is_called_cost_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 20 * V)
+    head, widest, saved = Capped(), list[int](), list[int]()
+    head.register_forward_hook(lambda module, args, out: widest.append(len(out)))
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = chunked.logits_of(chunked.Head.of(head), torch.randn(M, D, requires_grad=True), torch.tensor([1, 2]))
+    assert max(widest) == 20
+    assert max(saved, default=0) < 20 * V, "a chunk's logits were kept for the backward pass"
+    found.sum().backward()
+    assert sum(widest) == 2 * M, "each chunk is computed once more"
+
+
 # ---- in a model -----------------------------------------------------------------------------------------------------
 
 

@@ -282,6 +282,27 @@ def token_log_probs(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> 
     return torch.cat([_recomputed(evaluate, hidden[part], targets[part]) for part in rows])
 
 
+def logits_of(head: Head, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits of K tokens of the vocabulary, (M, D), (K,) -> (M, K) float32 or better, differentiable.
+
+    A plain Linear multiplies by their K rows only; any other head computes all V logits, a chunk of tokens at a time.
+    """
+    ids = ids.to(hidden.device)
+
+    def evaluate(states: torch.Tensor) -> torch.Tensor:
+        logits = head.logits(states)[:, ids]  # (C, K)
+        return logits.to(accumulation_dtype(logits))
+
+    if not len(hidden):
+        return hidden[:, :1].expand(0, len(ids)).to(accumulation_dtype(hidden))
+    if head.linear is None:
+        parts = chunks(len(hidden), head.vocabulary_size(hidden))
+        return torch.cat([_recomputed(evaluate, hidden[rows]) for rows in parts])  # (M, K)
+    bias = None if head.linear.bias is None else head.linear.bias[ids]
+    logits = nn.functional.linear(hidden, head.linear.weight[ids], bias)  # (M, K)
+    return logits.to(accumulation_dtype(logits))
+
+
 class _LinearLogProbs(torch.autograd.Function):
     """hidden (M, D), weight (V, D), bias (V,), targets (M,) -> log p(target) (M,).
 

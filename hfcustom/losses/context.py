@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfcustom.losses.chunked import Head, accumulation_dtype, token_log_probs
+from hfcustom.losses.chunked import Head, logits_of, token_log_probs
 from hfcustom.losses.contract import IGNORE, Batch, count_rows, row_ids
 from hfcustom.losses.frozen import frozen_context
 
@@ -96,18 +96,7 @@ class LossContext:
     def logits_of(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the supervised tokens' logits of K tokens of the vocabulary: (K,) -> (M, K), float32 or better."""
         with self.frozen():
-            return self._logits_of(ids)
-
-    def _logits_of(self, ids: torch.Tensor) -> torch.Tensor:
-        hidden, linear = self.supervised.hidden, self.head.linear
-        ids = ids.to(hidden.device)
-        if linear is None:
-            logits = self.head.logits(hidden)
-            logits = logits[:, ids]  # (M, K)
-        else:
-            bias = None if linear.bias is None else linear.bias[ids]
-            logits = torch.nn.functional.linear(hidden, linear.weight[ids], bias)  # (M, K)
-        return logits.to(accumulation_dtype(logits))
+            return logits_of(self.head, self.supervised.hidden, ids)
 
     @cached_property
     def reference(self) -> LossContext:

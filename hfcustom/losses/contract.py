@@ -40,24 +40,27 @@ class NonFiniteError(FloatingPointError):
 # ---- what a loss may be divided by: each is known from the batch alone ----------------------------------------------
 
 
-def row_ids(batch: Batch) -> torch.Tensor:
-    """Return which row of data each position belongs to, (B, T); rows packed into one restart their position_ids.
+def is_packed(batch: Batch) -> bool:
+    """Whether rows of data may be packed into one row of the batch, each with position_ids of its own.
 
-    A batch with an attention_mask is not packed: transformers builds its block mask only where none is given.
+    A batch with an attention_mask is not: transformers builds its block mask only where none is given.
     """
-    labels, positions = batch["labels"], batch.get("position_ids")
-    if positions is None or batch.get("attention_mask") is not None or positions.shape != labels.shape:
+    return batch.get("position_ids") is not None and batch.get("attention_mask") is None
+
+
+def row_ids(batch: Batch) -> torch.Tensor:
+    """Return which row of data each position belongs to, (B, T); rows packed into one restart their position_ids."""
+    labels = batch["labels"]
+    if not is_packed(batch) or batch["position_ids"].shape != labels.shape:
         return torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
-    starts = positions == 0  # (B, T)
+    starts: torch.Tensor = batch["position_ids"] == 0  # (B, T)
     starts[:, 0] = True
     return starts.flatten().cumsum(0).view_as(labels) - 1
 
 
 def count_rows(batch: Batch) -> int:
     """Count rows of data, those packed into one row of the batch each."""
-    if batch.get("position_ids") is None or batch.get("attention_mask") is not None:
-        return len(batch["labels"])
-    return int(row_ids(batch).max()) + 1
+    return int(row_ids(batch).max()) + 1 if is_packed(batch) else len(batch["labels"])
 
 
 def liked_labels(batch: Batch) -> torch.Tensor:
@@ -124,7 +127,11 @@ class Loss:
     outputs: tuple[str, ...] = ()
     summary: Callable[..., torch.Tensor] | None = None
     surrogate: bool = False
-    example: Mapping[str, Any] = field(default_factory=dict)
+    example: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = field(default_factory=dict)
+
+    def example_options(self, processor: Any) -> dict[str, Any]:
+        """Return options to test this loss with; those that are ids of tokens follow the processor."""
+        return dict(self.example(processor) if callable(self.example) else self.example)
 
     @property
     def is_term(self) -> bool:
@@ -172,14 +179,15 @@ def token_loss(
     columns: tuple[str, ...] = (),
     optional_columns: tuple[str, ...] = (),
     surrogate: bool = False,
-    example: Mapping[str, Any] | None = None,
+    example: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] | None = None,
 ) -> Any:
     """Register a function (logits (M, V) float32, targets (M,), **options) -> (M,) under its own name.
 
     Bare, or with what the function needs besides: `inputs` are arguments that it gets for the same M tokens, the name of a
     (B, T, ...) tensor of the batch or one of hfcustom.losses.INPUTS; `columns` are columns of the rows that `fit` must
     put into the batch, `optional_columns` those it does where rows have them; `count` is what the sum is divided by.
-    `surrogate` says that the gradient is meant not to be the value's derivative; `example` holds options to test with.
+    `surrogate` says that the gradient is meant not to be the value's derivative; `example` holds options to test with, or
+    is a function of a processor that returns them, for options that are ids of tokens.
     Raises ValueError when the name belongs to another function, TypeError when it does not take what it should.
     """
     if function is None:
@@ -220,7 +228,7 @@ def term(
     outputs: tuple[str, ...] = (),
     summary: Callable[..., torch.Tensor] | None = None,
     surrogate: bool = False,
-    example: Mapping[str, Any] | None = None,
+    example: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] | None = None,
 ) -> Callable[[TermFunction], TermFunction]:
     """Register a function (context, **options) -> (sum, count) under its own name: `@term(count="tokens")`.
 
