@@ -4,7 +4,8 @@
     python benchmarks/profile_step.py --task B --lora --steps 1
     python benchmarks/profile_step.py --variant trainer --objective focal
 
-Times are the processor's own (an operator without those it calls), on a GPU the device's. Prints to the terminal only.
+An operator's time is its own, without those it calls; on a CPU wall time, which a busy machine lengthens, on a GPU that of
+its kernels. Prints to the terminal only.
 """
 
 from __future__ import annotations

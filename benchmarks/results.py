@@ -19,7 +19,7 @@ from rounds import Settings, counts_processor_time
 from tasks import step_rows
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "hfcustom")
-BASELINES = ("trainer", "stock")  # the first one that was measured is 1x
+BASELINES = ("trainer", "stock", "trl", "trl_good")  # the first one that was measured is 1x
 COLORS = {"ours": "#c2410c", "stock": "#94a3b8", "trainer": "#64748b", "trl": "#93c5fd", "trl_good": "#2563eb"}
 
 
@@ -136,7 +136,7 @@ def heading(results: dict[str, Any]) -> list[str]:
     names = dict.fromkeys(row["variant"] for group in results["groups"] for row in group["variants"])
     return [
         f"`{machine['command']}`, {machine['date']};",
-        f"{machine['processor']}, {machine['cores']} cores, {machine['device']}, {machine['threads']} threads, "
+        f"{machine['processor']}, {machine['cores']} cores, {machine['device']}, threads: {machine['threads']}, "
         f"{machine['dtype']}; {packages};",
         f"task {task['name']}, {task['about']}: {task['rows']} rows, {task['tokens']:,} tokens ({task['padded']:,} padded), "
         f"{task['images']} images, {task['supervised']} supervised, vocabulary {task['vocabulary']:,}.",
