@@ -17,12 +17,23 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
 from hfcustom.naming import unknown
 from hfcustom.train_config import TrainConfig
 
-Config = TypeVar("Config", bound=TrainConfig)
+
+class Options(Protocol):
+    """A dataclass of options, such as TrainConfig: each annotation is a flag's help."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    sources: dict[str, str]  # field -> the flag or file that set it
+
+    def problems(self) -> list[str]:
+        """Return what is of a wrong type or out of range, in words; empty when the options are usable."""
+
+
+Config = TypeVar("Config", bound=Options)
 
 EXIT_CONFIG = 3
 

@@ -40,6 +40,7 @@ from hfcustom.registry import REGISTERED
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
+BENCHMARKS = ROOT / "benchmarks"
 sys.path.append(str(RECIPES))  # recipes import each other by name, as they do when run
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it does, the more on a busy machine
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import RECIPES, ROOT
+from conftest import BENCHMARKS, RECIPES, ROOT
 
 import hfcustom
 
@@ -94,28 +94,28 @@ def is_module_forward(name: str) -> bool:
     return name.endswith(".forward")
 
 
-@pytest.mark.parametrize("file", sources(PACKAGE))
+@pytest.mark.parametrize("file", sources(PACKAGE, BENCHMARKS))
 def test_every_public_function_class_and_method_says_what_it_does(file: str) -> None:
     found = public_definitions(tree_of(file).body)
     silent = [name for name, node in found if not ast.get_docstring(node) and not is_module_forward(name)]
     assert not silent
 
 
-@pytest.mark.parametrize("file", sources(PACKAGE, RECIPES))
+@pytest.mark.parametrize("file", sources(PACKAGE, RECIPES, BENCHMARKS))
 def test_every_file_says_what_it_is_and_stays_short(file: str) -> None:
     text = (ROOT / file).read_text(encoding="utf-8")
     assert not text or ast.get_docstring(ast.parse(text))
     assert len(text.splitlines()) <= MAX_FILE_LINES
 
 
-@pytest.mark.parametrize("file", sources(PACKAGE, RECIPES))
+@pytest.mark.parametrize("file", sources(PACKAGE, RECIPES, BENCHMARKS))
 def test_no_function_is_long(file: str) -> None:
     functions = [node for node in ast.walk(tree_of(file)) if isinstance(node, Function)]
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}  # type: ignore[operator]
     assert not {name: length for name, length in lengths.items() if length > MAX_FUNCTION_LINES}
 
 
-@pytest.mark.parametrize("file", sources(PACKAGE, RECIPES, ROOT / "tests"))
+@pytest.mark.parametrize("file", sources(PACKAGE, RECIPES, BENCHMARKS, ROOT / "tests"))
 def test_source_is_ascii(file: str) -> None:
     for number, line in enumerate((ROOT / file).read_text(encoding="utf-8").splitlines(), start=1):
         assert line.isascii(), f"line {number}: {line}"
