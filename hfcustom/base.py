@@ -181,7 +181,8 @@ class CustomVLM(PreTrainedModel):
     ) -> losses.LossContext:
         """Run the stock forward up to the head and return all that a loss may look at."""
         call = self._stock_inputs(batch)
-        if self.training:
+        packed = call.get("position_ids") is not None and call.get("attention_mask") is None
+        if self.training or packed or not return_logits:  # with a cache, transformers lets packed rows see each other
             call.setdefault("use_cache", False)
         if not return_logits:
             call["logits_to_keep"] = labels.new_empty(0)  # the head runs on no position: (B, 0, V)
@@ -192,8 +193,7 @@ class CustomVLM(PreTrainedModel):
             outputs = super().forward(**call, return_dict=True)
         finally:
             self._pass = None
-        batch = {**batch, "labels": labels}
-        return losses.LossContext(model=self, batch=batch, labels=labels, outputs=outputs, **passed.tensors())
+        return losses.LossContext(self, {**batch, "labels": labels}, labels, outputs=outputs, **passed.tensors())
 
     def _stock_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Leave out the tensors that are for losses only."""

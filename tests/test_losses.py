@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import Family
 from torch.nn import functional as F
+from training import pack
 
 import hfcustom
 from hfcustom.losses import LOSSES, find_loss, import_losses, parse_losses
@@ -166,6 +167,13 @@ def test_padding_side_and_ignored_labels_change_nothing(internvl: Family, name: 
         rolled[key] = value
     rolled["position_ids"] = (rolled["attention_mask"].cumsum(1) - 1).clamp(min=0)
     torch.testing.assert_close(model(**rolled).loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_packed_rows_do_not_see_each_other_in_evaluation_either(family: Family) -> None:
+    """With a cache, which stock evaluation makes, transformers would let them."""
+    batch, model = family.batch([1, 0, 0]), family.model()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**pack(batch)).loss, model(**batch).loss, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -14,8 +14,11 @@ from torch import nn
 from training import (
     TERMS,
     add_dropout,
+    assert_same_step,
     curve,
+    pack,
     relative_distance,
+    run_step,
     short_config,
     train,
     uneven_rows,
@@ -121,6 +124,34 @@ def test_a_step_without_supervision_is_zero_and_moves_nothing(internvl: Family, 
     report = one_step(model, [silent, silent], tmp_path)
     assert all(float(value) == 0.0 for value in report.losses.values()) and float(report.grad_norm) == 0.0
     assert all(torch.equal(start[name], value) for name, value in weights(model).items())
+
+
+def test_packed_rows_train_as_padded_ones_do(internvl: Family) -> None:
+    batches = [internvl.batch([1, 0]), internvl.batch([0, 2, 1])]
+    padded = run_step(internvl.model(), batches)
+    assert_same_step(padded, run_step(internvl.model(), [pack(batch) for batch in batches]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["head", "vision"])
+def test_the_first_look_at_a_step_sees_what_the_step_sees(internvl: Family, tmp_path: Path, frozen: str) -> None:
+    """With dropout, autocast and frozen 16-bit weights: a row must not differ from itself as others know it."""
+    looks = []
+
+    def vectors(context: hfcustom.LossContext) -> torch.Tensor:
+        return context.hidden_states.float().mean((1, 2))
+
+    @hfcustom.term(count="rows", summary=vectors)
+    def agreement(context: hfcustom.LossContext) -> tuple[torch.Tensor, int]:
+        own, step = vectors(context), context.step_summary()
+        assert step is not None and len(step.values) == 8
+        looks.append(torch.equal(step.values[step.start : step.start + len(own)], own))
+        return own.sum(), len(own)
+
+    model = internvl.model(loss="agreement").to(torch.bfloat16)
+    hfcustom.freeze(model, frozen)
+    add_dropout(model, 0.3)
+    train(model, internvl, tmp_path, micro_batch_size=2, precision="bf16", max_steps=1)
+    assert looks == [True] * 4
 
 
 @pytest.mark.parametrize(
