@@ -6,7 +6,7 @@ come along goes into the file of its kind, and is found by the tests.
 
 from hfcustom.losses.chunked import Head, token_log_probs, token_loss_total
 from hfcustom.losses.config import WeightedLoss, find_loss, import_losses, parse_losses
-from hfcustom.losses.context import LossContext, StepSummary, Supervised
+from hfcustom.losses.context import LossContext, StepSummary, Supervised, mean_rows
 from hfcustom.losses.contract import (
     COUNTS,
     IGNORE,
@@ -16,6 +16,7 @@ from hfcustom.losses.contract import (
     count_all_tokens,
     count_rows,
     count_tokens,
+    real_tokens,
     row_ids,
     term,
     token_loss,
