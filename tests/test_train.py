@@ -42,6 +42,7 @@ from hfcustom.train import (
 )
 from hfcustom.train_config import TrainConfig
 
+TOKEN_LOSSES = sorted(name for name, loss in LOSSES.items() if not loss.is_term)  # tests/test_terms.py has the terms
 CUTS = {"8x1": 8, "4x2": 4, "2x4": 2}
 FEW_IMAGES = (1, 0, 0, 0, 1, 0, 0, 0)  # Aria's are 980 px
 
@@ -55,7 +56,7 @@ def registered() -> Iterator[None]:
 # ---- the cut of a step ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", [*sorted(LOSSES), "margin", "image_size", TERMS], ids=str)
+@pytest.mark.parametrize("loss", [*TOKEN_LOSSES, "margin", "image_size", TERMS], ids=str)
 def test_however_a_step_is_cut_the_training_is_the_same(internvl: Family, tmp_path: Path, loss: Any) -> None:
     histories, ends, start = {}, {}, weights(internvl.model(loss=loss))
     for cut, size in CUTS.items():
@@ -79,7 +80,7 @@ def test_so_it_is_in_every_family(family: Family, tmp_path: Path) -> None:
     assert relative_distance(ends[2], ends[8], start) < 1e-4
 
 
-@pytest.mark.parametrize("loss", [*sorted(LOSSES), "margin", "image_size"])
+@pytest.mark.parametrize("loss", [*TOKEN_LOSSES, "margin", "image_size"])
 def test_a_mean_of_micro_batch_means_would_be_another_loss(internvl: Family, tmp_path: Path, loss: str) -> None:
     rows, first = uneven_rows(), train(internvl.model(loss=loss), internvl, tmp_path, max_steps=1).history[0]
     model = internvl.model(loss=loss).train()
@@ -101,7 +102,7 @@ def one_step(model: nn.Module, batches: Sequence[dict[str, Any]], folder: Path, 
     return train_step(model.train(), batches, optimizer, make_accelerator(config), config)
 
 
-@pytest.mark.parametrize("loss", [*sorted(LOSSES), "margin", "stock"])
+@pytest.mark.parametrize("loss", [*TOKEN_LOSSES, "margin", "stock"])
 def test_a_micro_batch_without_supervision_adds_nothing(internvl: Family, tmp_path: Path, loss: str) -> None:
     batches = [internvl.batch([1, 0]), internvl.batch([2, 1])]
     silent = {**batches[1], "labels": torch.full_like(batches[1]["labels"], -100)}
