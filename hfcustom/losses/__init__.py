@@ -4,7 +4,7 @@ A loss of your own needs none of these files: decorate it with `hfcustom.token_l
 come along goes into the file of its kind, and is found by the tests.
 """
 
-from hfcustom.losses import alignment, experts, image_text
+from hfcustom.losses import alignment, auxiliary, experts, image_text
 from hfcustom.losses.chunked import Head, token_log_probs, token_loss_total
 from hfcustom.losses.config import WeightedLoss, find_loss, import_losses, parse_losses
 from hfcustom.losses.context import LossContext, StepSummary, Supervised, mean_rows
