@@ -192,8 +192,7 @@ class CustomVLM(PreTrainedModel):
             outputs = super().forward(**call, return_dict=True)
         finally:
             self._pass = None
-        batch = {**batch, "labels": labels}
-        return losses.LossContext(model=self, batch=batch, labels=labels, outputs=outputs, **passed.tensors())
+        return losses.LossContext(self, {**batch, "labels": labels}, labels, outputs=outputs, **passed.tensors())
 
     def _stock_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Leave out the tensors that are for losses only."""

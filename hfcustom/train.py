@@ -28,7 +28,7 @@ from hfcustom.console import TrainLog, out
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.order import step_loader
 from hfcustom.data.sources import Examples
-from hfcustom.losses import NonFiniteError, StepSummary, loss_columns
+from hfcustom.losses import NonFiniteError, StepSummary, count_all_tokens, loss_columns
 from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.signals import EXIT_PREEMPTED, StopRequest
@@ -159,7 +159,7 @@ def train_step(
     divisors = step_divisors(model, batches, accelerator)
     summaries = step_summaries(core, batches, accelerator)
     for micro, batch in enumerate(batches):
-        report.tokens += int(batch["attention_mask"].sum())
+        report.tokens += count_all_tokens(batch)
         report.images += batch.images if isinstance(batch, Batch) else 0
         batch = send_to_device(dict(batch), accelerator.device)
         last = micro == len(batches) - 1
@@ -205,7 +205,8 @@ def step_summaries(core: Any, batches: Sequence[Mapping[str, Any]], accelerator:
     if alone or not any(item.loss.summary for item in core.losses()):
         return [{} for _ in batches]
     state = checkpoint.rng_state()
-    own = [core.loss_summaries(send_to_device(dict(batch), accelerator.device)) for batch in batches]
+    with accelerator.autocast():  # as accelerate wraps forward()
+        own = [core.loss_summaries(send_to_device(dict(batch), accelerator.device)) for batch in batches]
     checkpoint.set_rng_state(state)
     everyone = gather_object([{name: value.cpu() for name, value in found.items()} for found in own])
     first = accelerator.process_index * len(batches)

@@ -57,6 +57,8 @@ CASES = {
     "no image anywhere": Case(images=[0] * 8),
     "three terms": Case(loss=TERMS, options={"micro_batch_size": 2}),
     "terms without images on one rank": Case(images=[1, 1, 2, 1, 0, 0, 0, 0], loss=TERMS),
+    "contrastive": Case(loss="contrastive", options={"micro_batch_size": 2}),
+    "contrastive with all images on one rank": Case(images=[1, 1, 2, 1, 0, 0, 0, 0], loss="contrastive"),
     "gradient checkpointing": Case(options={"micro_batch_size": 2, "gradient_checkpointing": True}),
     "LoRA": Case(lora=True, options={"micro_batch_size": 2}),
 }

@@ -38,7 +38,8 @@ def spec_of(name: str, family: Family) -> dict[str, Any]:
 def model_of(name: str, family: Family, loss: Any = None, dtype: torch.dtype = torch.float32) -> Any:
     """Return a tiny model in training mode, with the teacher, reference and modules that the loss may want."""
     model = family.model(loss=spec_of(name, family) if loss is None else loss)
-    # PREPARE
+    if LOSSES[name].prepare is not None:
+        LOSSES[name].prepare(model)
     model.set_teacher(family.model(seed=1).to(dtype))
     model.set_reference(family.model(seed=2).to(dtype))
     return model.to(dtype).train()

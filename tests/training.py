@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import Family, chat_row
 from torch import nn
 from torch.nn import functional as F
 
 import hfcustom
+from hfcustom.data.collate import Collator
 from hfcustom.losses import LOSSES
-from hfcustom.train import TrainResult, fit
+from hfcustom.train import TrainResult, fit, make_accelerator, train_step
 from hfcustom.train_config import TrainConfig
 
 IMAGES = (1, 0, 2, 1, 0, 0, 1, 0)
@@ -95,3 +97,66 @@ def relative_distance(
 def _norm(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
     assert first.keys() == second.keys()
     return float(torch.stack([(first[name] - second[name]).norm() for name in first]).norm())
+
+
+# ---- one step in float64, where the cut of a step leaves no rounding to hide behind ---------------------------------
+
+Rows = Sequence[dict[str, Any]]
+Step = tuple[dict[str, float], dict[str, torch.Tensor]]
+
+
+def cut_batches(family: Family, rows: Rows, size: int, columns: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Return micro-batches of `size` rows in float64, each with its part of the columns."""
+    collate, batches = Collator(family.processor), []
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        batch = collate(rows[part]) | {name: values[part] for name, values in columns.items()}
+        batches.append({name: value.double() if value.is_floating_point() else value for name, value in batch.items()})
+    return batches
+
+
+def pad_left(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a batch with its padding on the other side."""
+    width, lengths = batch["input_ids"].shape[1], batch["attention_mask"].sum(1)
+    rolled = dict(batch)
+    for name in ("input_ids", "attention_mask", "labels"):
+        rows = zip(batch[name], lengths, strict=True)
+        rolled[name] = torch.stack([row.roll(width - int(length)) for row, length in rows])
+    rolled["position_ids"] = (rolled["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return rolled
+
+
+def pack(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a batch with all rows in one, (1, total), told apart by position_ids that restart."""
+    real, packed = batch["attention_mask"].bool(), dict(batch)
+    for name in ("input_ids", "labels"):
+        packed[name] = batch[name][real][None]
+    packed["position_ids"] = (real.cumsum(1) - 1)[real][None]
+    del packed["attention_mask"]
+    return packed
+
+
+def run_step(model: nn.Module, batches: Sequence[dict[str, Any]]) -> Step:
+    """Return each loss's value and every gradient of one step of train_step over micro-batches."""
+    config = TrainConfig(max_grad_norm=0)
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep(*_: Any) -> None:
+        named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+        gradients.update({name: gradient.clone() for name, gradient in named})
+
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    optimizer.register_step_pre_hook(keep)
+    accelerator = make_accelerator(config)
+    model, optimizer = accelerator.prepare(model.train(), optimizer)
+    report = train_step(model, batches, optimizer, accelerator, config)
+    return {name: float(value) for name, value in report.losses.items()}, gradients
+
+
+def assert_same_step(first: Step, second: Step, rtol: float = 1e-8) -> None:
+    """Values and every gradient are equal; a gradient that one step lacks is zero in the other."""
+    assert first[0] == pytest.approx(second[0], rel=rtol)
+    norm = torch.stack([gradient.norm() for gradient in first[1].values()]).norm()
+    for name in first[1].keys() | second[1].keys():
+        mine, theirs = (step[1].get(name, torch.zeros(())) for step in (first, second))
+        assert float((mine - theirs).norm()) < rtol * float(norm), name

@@ -4,10 +4,10 @@ A loss of your own needs none of these files: decorate it with `hfcustom.token_l
 come along goes into the file of its kind, and is found by the tests.
 """
 
-from hfcustom.losses import distillation, numeric  # which register their losses
+from hfcustom.losses import alignment, auxiliary, distillation, experts, image_text, numeric  # register their losses
 from hfcustom.losses.chunked import Head, token_log_probs, token_loss_total
 from hfcustom.losses.config import WeightedLoss, find_loss, import_losses, loss_columns, parse_losses
-from hfcustom.losses.context import LossContext, StepSummary, Supervised
+from hfcustom.losses.context import LossContext, StepSummary, Supervised, mean_rows
 from hfcustom.losses.contract import (
     COUNTS,
     IGNORE,
@@ -18,6 +18,7 @@ from hfcustom.losses.contract import (
     count_rows,
     count_tokens,
     is_packed,
+    real_tokens,
     row_ids,
     term,
     token_loss,

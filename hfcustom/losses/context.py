@@ -8,7 +8,7 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfcustom.losses.chunked import Head, logits_of, token_log_probs
+from hfcustom.losses.chunked import Head, accumulation_dtype, logits_of, token_log_probs
 from hfcustom.losses.contract import IGNORE, Batch, count_rows, row_ids
 from hfcustom.losses.frozen import frozen_context
 
@@ -43,6 +43,14 @@ class StepSummary:
     def with_own(self, own: torch.Tensor) -> torch.Tensor:
         """Return the step's values with this batch's own, which carry gradients, in their place."""
         return torch.cat([self.values[: self.start].to(own), own, self.values[self.start + len(own) :].to(own)])
+
+
+def mean_rows(values: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Average over each row of data, (S, ...), (S,) -> (R, ...), float32 or better; 0 for a row that has nothing."""
+    values = values.to(accumulation_dtype(values))
+    sums = values.new_zeros(num_rows, *values.shape[1:]).index_add(0, rows, values)  # (R, ...)
+    counts = torch.bincount(rows, minlength=num_rows).clamp(min=1)
+    return sums / counts.view(-1, *[1] * (values.ndim - 1)).to(sums)
 
 
 @dataclass
@@ -121,7 +129,28 @@ class LossContext:
                 f"Term {self.running!r} needs router logits, but {self.model.stock_class().__name__} returned none: it is no "
                 "mixture of experts, or this version of transformers does not record them."
             )
+        for logits in found:
+            if logits.ndim != 2 or len(logits) != self.labels.numel():
+                raise ValueError(
+                    f"Term {self.running!r} needs router logits (B * T = {self.labels.numel()}, experts) of every layer, but "
+                    f"transformers recorded {tuple(logits.shape)}. Keep adapters off the routers."
+                )
+        sums = found[0].detach().sum(-1)
+        if found[0].shape[-1] > 1 and bool((found[0] >= 0).all() & ((sums - 1).abs() < 1e-2).all()):  # so does Gemma 4
+            raise ValueError(
+                f"Term {self.running!r} needs router logits, but {self.model.stock_class().__name__} records probabilities, "
+                "which sum to 1, under that name. Leave the term out for this family."
+            )
+        self.check_trains("router logits", found)
         return tuple(found)
+
+    def check_trains(self, what: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Raise ValueError when the model is trained but none of the tensors that a term looks at is."""
+        if self.hidden_states.requires_grad and not any(tensor.requires_grad for tensor in tensors):
+            raise ValueError(
+                f"Term {self.running!r} would train nothing, because the {what} carry no gradient: train a part that they "
+                "depend on, and with gradient checkpointing choose use_reentrant=False, as fit() does."
+            )
 
     @property
     def features(self) -> torch.Tensor:

@@ -63,6 +63,12 @@ def count_rows(batch: Batch) -> int:
     return int(row_ids(batch).max()) + 1 if is_packed(batch) else len(batch["labels"])
 
 
+def real_tokens(batch: Batch) -> torch.Tensor:
+    """Return which positions are no padding, (B, T)."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["labels"], dtype=torch.bool) if mask is None else mask.bool()
+
+
 def liked_labels(batch: Batch) -> torch.Tensor:
     """Return the labels with those of rejected answers ignored: a token loss imitates only what is preferred."""
     labels = batch["labels"]
@@ -79,8 +85,7 @@ def count_tokens(batch: Batch) -> int:
 
 def count_all_tokens(batch: Batch) -> int:
     """Count tokens that are no padding, supervised or not."""
-    mask = batch.get("attention_mask")
-    return batch["labels"].numel() if mask is None else int(mask.sum())
+    return int(real_tokens(batch).sum())
 
 
 def count_token_weights(batch: Batch) -> float:
@@ -128,6 +133,7 @@ class Loss:
     summary: Callable[..., torch.Tensor] | None = None
     surrogate: bool = False
     example: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = field(default_factory=dict)
+    prepare: Callable[[Any], None] | None = None
 
     def example_options(self, processor: Any) -> dict[str, Any]:
         """Return options to test this loss with; those that are ids of tokens follow the processor."""
@@ -148,6 +154,7 @@ class Loss:
             return COUNTS[self.count](batch)
         wanted = list(inspect.signature(self.count).parameters)[1:]
         values = {name: parameter.default for name, parameter in self.options().items()} | dict(options or {})
+        values["image_token_id"] = image_token_id
         return self.count(batch, **{name: values[name] for name in wanted})
 
     def options(self) -> dict[str, inspect.Parameter]:
@@ -229,14 +236,16 @@ def term(
     summary: Callable[..., torch.Tensor] | None = None,
     surrogate: bool = False,
     example: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] | None = None,
+    prepare: Callable[[Any], None] | None = None,
 ) -> Callable[[TermFunction], TermFunction]:
     """Register a function (context, **options) -> (sum, count) under its own name: `@term(count="tokens")`.
 
     `count` says what the sum is divided by: "tokens", "rows", "image_tokens", "all_tokens", or a function of the batch
-    (and of the term's options that it names). `outputs` are what the stock forward is to return besides, such as
+    (and of `image_token_id` and the term's options, where it names them). `outputs` are what the stock forward is to return besides, such as
     "router_logits" (asked for by output_router_logits=True). A term whose value for one row depends on the other rows of the step, as
     contrastive losses do, gives `summary`, (context, **options) -> (n, ...): `fit` runs it over the whole step first, and
-    the term finds the result in `context.step_summary()`. The other arguments are those of `token_loss`.
+    the term finds the result in `context.step_summary()`. `prepare` gives a bare model what the term asks of its class, a
+    module of its own say, so that tests can run the term. The other arguments are those of `token_loss`.
     Raises TypeError without a count, ValueError for an unknown one or a name that is taken.
     """
     if bare or count is None:
@@ -258,6 +267,7 @@ def term(
             summary=summary,
             surrogate=surrogate,
             example=example or {},
+            prepare=prepare,
         )
         _register(loss)
         return function

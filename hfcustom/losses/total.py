@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hfcustom.losses.chunked import Work, token_loss_total
+from hfcustom.losses.chunked import Work, accumulation_dtype, token_loss_total
 from hfcustom.losses.config import WeightedLoss
 from hfcustom.losses.context import LossContext, Supervised
 from hfcustom.losses.contract import liked_labels
@@ -132,7 +132,8 @@ def summarise(context: LossContext, losses: Sequence[WeightedLoss]) -> dict[str,
     for item in losses:
         if item.loss.summary is not None and _count(context, item):
             context.running = item.loss.name
-            found[item.loss.name] = item.loss.summary(context, **_named(item)).float()
+            values = item.loss.summary(context, **_named(item))
+            found[item.loss.name] = values.to(accumulation_dtype(values))
     return found
 
 
