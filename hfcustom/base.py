@@ -92,6 +92,7 @@ class CustomVLM(PreTrainedModel):
         stock = self.stock_class().__name__  # transformers reads the kind of loss out of the class name
         self.loss_type = next((kind for kind in LOSS_MAPPING if kind in stock), "ForCausalLM")
         self.loss_values: dict[str, losses.LossValue] = {}  # what the last forward with labels computed, by name
+        self.loss_metrics: dict[str, torch.Tensor] = {}  # what its terms recorded besides: sum and count, (2,) each
         self.loss_step: int | None = None  # the optimiser step, for scheduled weights; fit() and LossCallback set it
         self.companions: dict[str, CustomVLM] = {}  # frozen models beside this one, no part of it
         self._parsed_losses: tuple[Any, list[losses.WeightedLoss]] | None = None
@@ -173,6 +174,7 @@ class CustomVLM(PreTrainedModel):
             loss_divisors = self._divisors_from_tokens(context.batch, num_items_in_batch)
         self._check_schedule()
         loss, self.loss_values = losses.evaluate(context, self.losses(), loss_divisors, self.loss_step)
+        self.loss_metrics = context.metrics
         fields = {**context.outputs, "loss": loss, "logits": context.outputs.logits if return_logits else None}
         return type(context.outputs)(**fields)
 
@@ -217,7 +219,7 @@ class CustomVLM(PreTrainedModel):
         if not count:  # stock divides by it
             outputs.loss = outputs.logits[:0].sum()
         total = outputs.loss.detach() * (count if num_items is None else num_items)
-        self.loss_values = {"stock": losses.LossValue(total, count, 1.0, outputs.loss.detach())}
+        self.loss_values, self.loss_metrics = {"stock": losses.LossValue(total, count, 1.0, outputs.loss.detach())}, {}
         return outputs
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ from hfcustom.console import TrainLog, out
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.order import step_loader
 from hfcustom.data.sources import Examples
-from hfcustom.losses import NonFiniteError, StepSummary, loss_columns
+from hfcustom.losses import NonFiniteError, StepSummary, count_all_tokens, loss_columns
 from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.signals import EXIT_PREEMPTED, StopRequest
@@ -56,9 +56,10 @@ class TrainResult:
 
 @dataclass
 class StepReport:
-    """This rank's share of one step: each loss's sum / (count over the whole step)."""
+    """This rank's share of one step: each loss's sum / (count over the whole step), what terms recorded besides."""
 
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # sum and count, (2,) each
     tokens: int = 0
     images: int = 0
     grad_norm: torch.Tensor | float = 0.0
@@ -159,12 +160,12 @@ def train_step(
     divisors = step_divisors(model, batches, accelerator)
     summaries = step_summaries(core, batches, accelerator)
     for micro, batch in enumerate(batches):
-        report.tokens += int(batch["attention_mask"].sum())
+        report.tokens += count_all_tokens(batch)
         report.images += batch.images if isinstance(batch, Batch) else 0
         batch = send_to_device(dict(batch), accelerator.device)
         last = micro == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            core.loss_values = {}
+            core.loss_values, core.loss_metrics = {}, {}
             loss = model(**batch, loss_divisors=divisors, **summaries[micro]).loss
             if core.loss_values.keys() != divisors.keys():
                 raise ValueError(
@@ -175,6 +176,8 @@ def train_step(
             accelerator.backward(loss * accelerator.num_processes)
         for name, value in core.loss_values.items():
             report.losses[name] = report.losses.get(name, 0.0) + value.mean
+        for name, sum_and_count in core.loss_metrics.items():
+            report.metrics[name] = report.metrics.get(name, 0.0) + sum_and_count
     report.grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     losses = {name: float(value) for name, value in report.losses.items()}
     if not all(map(math.isfinite, (report.grad_norm, *losses.values()))):

@@ -63,6 +63,13 @@ def count_rows(batch: Batch) -> int:
     return int(row_ids(batch).max()) + 1 if is_packed(batch) else len(batch["labels"])
 
 
+def row_tokens(batch: Batch) -> torch.Tensor:
+    """Return the number of supervised tokens of each row of data, (R,)."""
+    supervised = (batch["labels"][:, 1:] != IGNORE).flatten().long()
+    rows = row_ids(batch)[:, 1:].flatten().to(supervised.device)
+    return supervised.new_zeros(count_rows(batch)).index_add(0, rows, supervised)
+
+
 def liked_labels(batch: Batch) -> torch.Tensor:
     """Return the labels with those of rejected answers ignored: a token loss imitates only what is preferred."""
     labels = batch["labels"]
@@ -272,7 +279,7 @@ def _check_count(count: str | Count) -> None:
 
 
 def _register(loss: Loss) -> None:
-    if loss.name in RESERVED or loss.name.startswith("lr_") or loss.name.endswith("_weighted"):
+    if _is_reserved(loss.name):
         raise ValueError(f"A loss cannot be named {loss.name!r}, which the log has already; rename the function.")
     if taken_options := set(SCHEDULE).intersection(loss.options()):
         option = sorted(taken_options)[0]
@@ -283,6 +290,18 @@ def _register(loss: Loss) -> None:
             f"The loss name {loss.name!r} belongs to {_origin(taken.function)}; rename {_origin(loss.function)}."
         )
     LOSSES[loss.name] = loss
+
+
+def check_metric_name(name: str) -> None:
+    """Raise ValueError for a name under which the log has something else."""
+    if _is_reserved(name) or name in LOSSES:
+        raise ValueError(
+            f"A recorded number cannot be named {name!r}, which the log has already; record another name."
+        )
+
+
+def _is_reserved(name: str) -> bool:
+    return name in RESERVED or name.startswith("lr_") or name.endswith("_weighted")
 
 
 def _origin(function: Callable[..., Any]) -> str:
