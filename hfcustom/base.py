@@ -162,9 +162,9 @@ class CustomVLM(PreTrainedModel):
         inputs.update(zip(self._input_names, args, strict=False))
         labels = inputs.pop("labels", labels)
         if labels is None:
-            return super().forward(**self._stock_inputs(inputs))
+            return super().forward(**self.stock_inputs(inputs))
         if self.config.loss == "stock":
-            return self._forward_stock(self._stock_inputs(inputs), labels, num_items_in_batch, loss_divisors)
+            return self._forward_stock(self.stock_inputs(inputs), labels, num_items_in_batch, loss_divisors)
         if return_logits is None:
             return_logits = not self.training or "logits_to_keep" in inputs
         context = self.loss_context(inputs, labels, return_logits)
@@ -182,7 +182,7 @@ class CustomVLM(PreTrainedModel):
         self, batch: Mapping[str, Any], labels: torch.Tensor, return_logits: bool = False
     ) -> losses.LossContext:
         """Run the stock forward up to the head and return all that a loss may look at."""
-        call = self._stock_inputs(batch)
+        call = self.stock_inputs(batch)
         if self.training or not return_logits or losses.is_packed(batch):  # a cache would undo packing
             call.setdefault("use_cache", False)
         if not return_logits:
@@ -197,8 +197,8 @@ class CustomVLM(PreTrainedModel):
         batch = {**batch, "labels": labels}
         return losses.LossContext(model=self, batch=batch, labels=labels, outputs=outputs, **passed.tensors())
 
-    def _stock_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Leave out the tensors that are for losses only."""
+    def stock_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the stock forward takes: inputs without the tensors that are for losses only."""
         own = {"labels", "preference", "token_weights"}.union(*(item.loss.tensors for item in self.losses()))
         return {name: value for name, value in inputs.items() if name not in own}
 
@@ -425,7 +425,7 @@ def _check_shape(what: str, value: Any, expected: torch.Size, legend: str = "the
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield parameters and persistent buffers under their own names, leaving out what an adapter added."""
-    adapters = tuple(name + "." for name, module in model.named_modules() if _is_adapter(module))
+    adapters = tuple(name + "." for name, module in model.named_modules() if parts.is_adapter(module))
     kept = set(model.state_dict(keep_vars=True))
     for name, tensor in (
         *model.named_parameters(remove_duplicate=False),
@@ -433,10 +433,6 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     ):
         if name in kept and not name.startswith(adapters):
             yield parts.without_wrappers(name), tensor
-
-
-def _is_adapter(module: nn.Module) -> bool:
-    return any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)  # peft may not be installed
 
 
 def _show_inputs(forward: Callable[..., Any], stock_forward: Callable[..., Any]) -> None:

@@ -128,10 +128,13 @@ class LossContext:
     def reference_log_probs(self) -> torch.Tensor:
         """Log p of each row's supervised tokens under the reference, (R,): the batch's cached column, else computed."""
         cached = self.batch.get("reference_log_probs")
-        if cached is not None:
-            return cached.to(self.hidden_states.device)
-        with torch.no_grad():
-            return self.sum_rows(self.reference.token_log_probs)
+        found = self.reference.row_log_probs if cached is None else cached
+        if found.shape != (self.num_rows,):
+            raise ValueError(
+                f"The batch's reference_log_probs are {tuple(found.shape)} for {self.num_rows} rows; they are one number a "
+                "row, log p of all its supervised tokens: hfcustom.cache_reference makes them."
+            )
+        return found.to(self.hidden_states.device)
 
     @property
     def router_logits(self) -> tuple[torch.Tensor, ...]:
