@@ -140,7 +140,10 @@ class TrainLog:
         return means
 
     def _close_window(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """Return the window's means: the total, each loss raw and, where there are several, weighted; metrics; rates; speed."""
+        """Return the window's means: the total, each loss raw and, where there are several, weighted; rates; speed.
+
+        Between losses and rates stand the numbers that terms recorded.
+        """
         steps = range(step - len(self.window), step)
         raw: dict[str, float] = dict.fromkeys(self.names, 0.0)
         weighted: dict[str, float] = dict.fromkeys(self.names, 0.0)

@@ -84,6 +84,34 @@ def count_tokens(batch: Batch) -> int:
     return int((liked_labels(batch)[:, 1:] != IGNORE).sum())
 
 
+def count_pairs(batch: Batch) -> int:
+    """Count pairs of answers, [chosen, rejected, ...]; one of which neither answer has a supervised token is none.
+
+    Raises ValueError for rows that are no pairs, and for a pair of which only one answer has supervised tokens.
+    """
+    preference, supervised = batch.get("preference"), row_tokens(batch) > 0  # (R,)
+    if preference is None:
+        raise ValueError(f"The batch has no preference (R,), so no answer is chosen or rejected. {PAIRS}")
+    if preference.shape != supervised.shape:
+        found, wanted = tuple(preference.shape), len(supervised)
+        raise ValueError(f"The batch's preference is {found} for {wanted} rows; it must be one number a row. {PAIRS}")
+    signs, known = torch.stack([preference.to(supervised.device).double(), supervised.double()]).tolist()
+    if signs != [1.0, -1.0] * (len(signs) // 2):
+        shown = ", ".join(f"{sign:g}" for sign in signs[:8]) + (", ..." if len(signs) > 8 else "")
+        raise ValueError(
+            f"The {len(signs)} rows of the batch have preference {shown}; pairs are 1, -1, 1, -1, ... {PAIRS} Answers "
+            "that are judged one by one are for the loss 'kto'."
+        )
+    for at, both in enumerate(zip(known[::2], known[1::2], strict=True)):
+        if both[0] != both[1]:
+            empty = "rejected" if both[0] else "chosen"
+            raise ValueError(
+                f"Pair {at} of the batch has no supervised token in its {empty} answer, so there is nothing to compare with; "
+                "drop the row, or give that answer text of a weight above 0."
+            )
+    return int(sum(known[::2]))
+
+
 def count_all_tokens(batch: Batch) -> int:
     """Count tokens that are no padding, supervised or not."""
     mask = batch.get("attention_mask")
@@ -101,8 +129,11 @@ def count_token_weights(batch: Batch) -> float:
     return float(batch["token_weights"][:, 1:][supervised].sum())
 
 
+PAIRS = "Give rows with 'chosen' and 'rejected', of which the collator makes two rows of the batch each."
+
 COUNTS: dict[str, Callable[[Batch], float]] = {
     "all_tokens": count_all_tokens,
+    "pairs": count_pairs,
     "rows": count_rows,
     "token_weights": count_token_weights,
     "tokens": count_tokens,
@@ -239,8 +270,8 @@ def term(
 ) -> Callable[[TermFunction], TermFunction]:
     """Register a function (context, **options) -> (sum, count) under its own name: `@term(count="tokens")`.
 
-    `count` says what the sum is divided by: "tokens", "rows", "image_tokens", "all_tokens", or a function of the batch
-    (and of the term's options that it names). `outputs` are what the stock forward is to return besides, such as
+    `count` says what the sum is divided by: "tokens", "rows", "pairs", "image_tokens", "all_tokens", or a function of
+    the batch (and of the term's options that it names). `outputs` are what the stock forward is to return besides, such as
     "router_logits" (asked for by output_router_logits=True). A term whose value for one row depends on the other rows of the step, as
     contrastive losses do, gives `summary`, (context, **options) -> (n, ...): `fit` runs it over the whole step first, and
     the term finds the result in `context.step_summary()`. The other arguments are those of `token_loss`.
