@@ -22,6 +22,7 @@ _HOME = {
     "LossContext": "hfcustom.losses",
     "RowError": "hfcustom.data.messages",
     "TrainConfig": "hfcustom.train_config",
+    "cache_reference": "hfcustom.data.reference",
     "character_accuracy": "hfcustom.evaluate",
     "check_quantization": "hfcustom.adapt",
     "connector": "hfcustom.connectors",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from hfcustom.console import show_losses, show_parts
     from hfcustom.data.collate import Collator
     from hfcustom.data.messages import RowError
+    from hfcustom.data.reference import cache_reference
     from hfcustom.data.sources import Examples, load_rows
     from hfcustom.evaluate import character_accuracy, exact_match, generate_answers
     from hfcustom.families import family_names, load_family

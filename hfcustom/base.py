@@ -92,6 +92,7 @@ class CustomVLM(PreTrainedModel):
         stock = self.stock_class().__name__  # transformers reads the kind of loss out of the class name
         self.loss_type = next((kind for kind in LOSS_MAPPING if kind in stock), "ForCausalLM")
         self.loss_values: dict[str, losses.LossValue] = {}  # what the last forward with labels computed, by name
+        self.loss_metrics: dict[str, torch.Tensor] = {}  # what its terms recorded besides: sum and count, (2,) each
         self.loss_step: int | None = None  # the optimiser step, for scheduled weights; fit() and LossCallback set it
         self.companions: dict[str, CustomVLM] = {}  # frozen models beside this one, no part of it
         self._parsed_losses: tuple[Any, list[losses.WeightedLoss]] | None = None
@@ -161,9 +162,9 @@ class CustomVLM(PreTrainedModel):
         inputs.update(zip(self._input_names, args, strict=False))
         labels = inputs.pop("labels", labels)
         if labels is None:
-            return super().forward(**self._stock_inputs(inputs))
+            return super().forward(**self.stock_inputs(inputs))
         if self.config.loss == "stock":
-            return self._forward_stock(self._stock_inputs(inputs), labels, num_items_in_batch, loss_divisors)
+            return self._forward_stock(self.stock_inputs(inputs), labels, num_items_in_batch, loss_divisors)
         if return_logits is None:
             return_logits = not self.training or "logits_to_keep" in inputs
         context = self.loss_context(inputs, labels, return_logits)
@@ -173,6 +174,7 @@ class CustomVLM(PreTrainedModel):
             loss_divisors = self._divisors_from_tokens(context.batch, num_items_in_batch)
         self._check_schedule()
         loss, self.loss_values = losses.evaluate(context, self.losses(), loss_divisors, self.loss_step)
+        self.loss_metrics = context.metrics
         fields = {**context.outputs, "loss": loss, "logits": context.outputs.logits if return_logits else None}
         return type(context.outputs)(**fields)
 
@@ -180,7 +182,7 @@ class CustomVLM(PreTrainedModel):
         self, batch: Mapping[str, Any], labels: torch.Tensor, return_logits: bool = False
     ) -> losses.LossContext:
         """Run the stock forward up to the head and return all that a loss may look at."""
-        call = self._stock_inputs(batch)
+        call = self.stock_inputs(batch)
         if self.training or not return_logits or losses.is_packed(batch):  # a cache would undo packing
             call.setdefault("use_cache", False)
         if not return_logits:
@@ -194,8 +196,8 @@ class CustomVLM(PreTrainedModel):
             self._pass = None
         return losses.LossContext(self, {**batch, "labels": labels}, labels, outputs=outputs, **passed.tensors())
 
-    def _stock_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Leave out the tensors that are for losses only."""
+    def stock_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the stock forward takes: inputs without the tensors that are for losses only."""
         own = {"labels", "preference", "token_weights"}.union(*(item.loss.tensors for item in self.losses()))
         return {name: value for name, value in inputs.items() if name not in own}
 
@@ -216,7 +218,7 @@ class CustomVLM(PreTrainedModel):
         if not count:  # stock divides by it
             outputs.loss = outputs.logits[:0].sum()
         total = outputs.loss.detach() * (count if num_items is None else num_items)
-        self.loss_values = {"stock": losses.LossValue(total, count, 1.0, outputs.loss.detach())}
+        self.loss_values, self.loss_metrics = {"stock": losses.LossValue(total, count, 1.0, outputs.loss.detach())}, {}
         return outputs
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -422,7 +424,7 @@ def _check_shape(what: str, value: Any, expected: torch.Size, legend: str = "the
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield parameters and persistent buffers under their own names, leaving out what an adapter added."""
-    adapters = tuple(name + "." for name, module in model.named_modules() if _is_adapter(module))
+    adapters = tuple(name + "." for name, module in model.named_modules() if parts.is_adapter(module))
     kept = set(model.state_dict(keep_vars=True))
     for name, tensor in (
         *model.named_parameters(remove_duplicate=False),
@@ -430,10 +432,6 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     ):
         if name in kept and not name.startswith(adapters):
             yield parts.without_wrappers(name), tensor
-
-
-def _is_adapter(module: nn.Module) -> bool:
-    return any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)  # peft may not be installed
 
 
 def _show_inputs(forward: Callable[..., Any], stock_forward: Callable[..., Any]) -> None:

@@ -56,7 +56,7 @@ class Checkpoints:
         self.resumed: Path | None = None
         self.newest: Path | None = None
         self.history: list[dict[str, float]] = []
-        self.pending: list[dict[str, float]] = []
+        self.pending: list[dict[str, dict[str, float]]] = []  # losses and metrics of the steps since the last log line
 
     def begin(self) -> int:
         """Start afresh at step 0; ValueError when the folder holds another run's checkpoints and none may be deleted."""
@@ -107,7 +107,7 @@ class Checkpoints:
         if self.accelerator.process_index < saved:
             load_rng(self.resumed / f"rng-{self.accelerator.process_index}.safetensors")
 
-    def save(self, step: int, history: list[dict[str, float]], pending: list[dict[str, float]]) -> Path:
+    def save(self, step: int, history: list[dict[str, float]], pending: list[dict[str, dict[str, float]]]) -> Path:
         """Write the checkpoint of a step and delete those beyond `keep_checkpoints`."""
         target = self.folder / f"step-{step:06d}"
         with atomic_folder(target, self.accelerator) as partial:

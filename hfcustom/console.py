@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -46,6 +47,7 @@ class TrainLog:
         self.accelerator = accelerator
         self.losses = list(losses)
         self.names = [item.loss.name for item in losses]
+        self._records_on_ranks = accelerator.num_processes > 1 and any(item.loss.is_term for item in losses)
         self.start = start
         self.max_steps = max_steps
         self.history = [dict(entry) for entry in history]
@@ -96,18 +98,21 @@ class TrainLog:
         else:
             out.print(f"step {step}/{self.max_steps}  {facts}")
 
-    def pending(self) -> list[dict[str, float]]:
-        """Return the losses of each step since the last log line, over all ranks; every rank has to ask."""
-        return [dict(zip(self.names, values, strict=True)) for values in self._window_losses()]
+    def pending(self) -> list[dict[str, dict[str, float]]]:
+        """Return losses and metrics of each step since the last log line, over all ranks; every rank has to ask."""
+        steps = zip(self._window_losses(), self._window_metrics(), strict=True)
+        return [{"losses": dict(zip(self.names, values, strict=True)), "metrics": more} for values, more in steps]
 
-    def restore_window(self, pending: Iterable[Mapping[str, float]]) -> None:
+    def restore_window(self, pending: Iterable[Mapping[str, Mapping[str, float]]]) -> None:
         """Take back what `pending` returned, so that the next log line of a resumed run is that of an unbroken one."""
         from hfcustom.train import StepReport
 
         share = torch.tensor(float(self.accelerator.is_main_process), dtype=torch.float64)  # the sum is over ranks
-        for losses in pending:
-            if list(losses) == self.names:  # else the run goes on with another loss
-                self.window.append(StepReport({name: share * value for name, value in losses.items()}))
+        for step in pending:
+            if list(step["losses"]) == self.names:  # else the run goes on with another loss
+                losses = {name: share * value for name, value in step["losses"].items()}
+                metrics = {name: share * torch.tensor([value, 1.0]) for name, value in step["metrics"].items()}
+                self.window.append(StepReport(losses, metrics))
 
     def _sum_over_ranks(self, values: list[Any]) -> list[Any]:
         if self.accelerator.num_processes == 1 or not values:
@@ -119,8 +124,26 @@ class TrainLog:
         """Return each loss's mean over the rows of a step, of all ranks, for each step of the window."""
         return self._sum_over_ranks([[float(report.losses[name]) for name in self.names] for report in self.window])
 
+    def _window_metrics(self) -> list[dict[str, float]]:
+        """Return what terms recorded, as means over the rows of a step, of all ranks, for each step of the window."""
+        own = [{name: value.tolist() for name, value in report.metrics.items()} for report in self.window]
+        # which numbers there are may differ by rank, where a micro-batch has none of what a term counts
+        ranks = gather_object([own]) if self._records_on_ranks else [own]
+        means = []
+        for reports in zip(*ranks, strict=True):
+            names = dict.fromkeys(name for report in reports for name in report)
+            totals = {
+                name: [sum(pair) for pair in zip(*(r[name] for r in reports if name in r), strict=True)]
+                for name in names
+            }
+            means.append({name: total / count for name, (total, count) in totals.items() if count})
+        return means
+
     def _close_window(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """Return the window's means: the total, each loss raw and, where there are several, weighted; rates; speed."""
+        """Return the window's means: the total, each loss raw and, where there are several, weighted; rates; speed.
+
+        Between losses and rates stand the numbers that terms recorded.
+        """
         steps = range(step - len(self.window), step)
         raw: dict[str, float] = dict.fromkeys(self.names, 0.0)
         weighted: dict[str, float] = dict.fromkeys(self.names, 0.0)
@@ -137,6 +160,10 @@ class TrainLog:
             entry[name] = raw[name]
             if item.is_weighted:
                 entry[f"{name}_weighted"] = weighted[name]
+        metrics = self._window_metrics()
+        for name in dict.fromkeys(name for step in metrics for name in step):
+            values = [step[name] for step in metrics if name in step]
+            entry[name] = sum(values) / len(values)
         rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
         same = len(set(rates.values())) == 1
         entry |= {"lr": next(iter(rates.values()))} if same else {f"lr_{part}": rate for part, rate in rates.items()}

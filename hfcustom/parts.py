@@ -36,6 +36,16 @@ def wrapped_by_peft(model: nn.Module) -> bool:
     return any(base.__name__ == "PeftModel" for base in type(model).__mro__)
 
 
+def is_adapter(module: nn.Module) -> bool:
+    """Whether a module is one that peft has put in a Linear's place to adapt it."""
+    return any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)
+
+
+def is_trained_copy(module: nn.Module) -> bool:
+    """Whether a module is peft's wrapper of one that is trained in full beside an adapter."""
+    return any(base.__name__ == "AuxiliaryTrainingWrapper" for base in type(module).__mro__)
+
+
 def check_parts(parts: Iterable[str], allowed: Iterable[str] = PARTS) -> tuple[str, ...]:
     """Return `parts` as a tuple; ValueError names the first one that is not a part."""
     allowed = tuple(allowed)

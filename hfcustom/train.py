@@ -56,9 +56,10 @@ class TrainResult:
 
 @dataclass
 class StepReport:
-    """This rank's share of one step: each loss's sum / (count over the whole step)."""
+    """This rank's share of one step: each loss's sum / (count over the whole step), what terms recorded besides."""
 
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # sum and count, (2,) each
     tokens: int = 0
     images: int = 0
     grad_norm: torch.Tensor | float = 0.0
@@ -164,7 +165,7 @@ def train_step(
         batch = send_to_device(dict(batch), accelerator.device)
         last = micro == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            core.loss_values = {}
+            core.loss_values, core.loss_metrics = {}, {}
             loss = model(**batch, loss_divisors=divisors, **summaries[micro]).loss
             if core.loss_values.keys() != divisors.keys():
                 raise ValueError(
@@ -175,6 +176,8 @@ def train_step(
             accelerator.backward(loss * accelerator.num_processes)
         for name, value in core.loss_values.items():
             report.losses[name] = report.losses.get(name, 0.0) + value.mean
+        for name, sum_and_count in core.loss_metrics.items():
+            report.metrics[name] = report.metrics.get(name, 0.0) + sum_and_count
     report.grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     losses = {name: float(value) for name, value in report.losses.items()}
     if not all(map(math.isfinite, (report.grad_norm, *losses.values()))):

@@ -37,6 +37,7 @@ class Case:
     words: Sequence[int] = ANSWER_WORDS
     loss: Any = "cross_entropy"
     lora: bool = False
+    pairs: bool = False  # rows with a chosen and a rejected answer
     sgd: bool = True  # weights after SGD differ as gradients do; Adam hides a wrong scale and magnifies rounding
     stop_at: int | None = None
     dropout: float = 0.0
@@ -61,6 +62,7 @@ CASES = {
     "contrastive with all images on one rank": Case(images=[1, 1, 2, 1, 0, 0, 0, 0], loss="contrastive"),
     "gradient checkpointing": Case(options={"micro_batch_size": 2, "gradient_checkpointing": True}),
     "LoRA": Case(lora=True, options={"micro_batch_size": 2}),
+    "preferences": Case(loss="dpo", lora=True, pairs=True, options={"micro_batch_size": 2}),
 }
 STOPPED = Case(dropout=0.3, stop_at=2, options={"micro_batch_size": 2})
 GROWN = Case(options={"schedule": "constant"})
@@ -69,9 +71,17 @@ GROWN = Case(options={"schedule": "constant"})
 def case_rows(case: Case) -> list[dict[str, Any]]:
     """Return rows in such an order that every step sees the case's rows in the case's order."""
     wanted = uneven_rows(list(case.images) * STEPS, list(case.words) * STEPS)
+    if case.pairs:
+        wanted = [as_pair(row) for row in wanted]
     order = [at for step in range(STEPS) for at in step_rows(len(wanted), step, ROWS, seed=0)]
     assert sorted(order) == list(range(len(wanted)))
     return [wanted[order.index(at)] for at in range(len(wanted))]
+
+
+def as_pair(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row whose answer is preferred to a shorter one."""
+    prompt, answer = row["messages"][:-1], row["messages"][-1]["content"]
+    return {"prompt": prompt, "chosen": answer, "rejected": answer[: len(answer) // 2] + "x", "images": row["images"]}
 
 
 def build(case: Case) -> tuple[nn.Module, Family]:

@@ -81,7 +81,7 @@ def test_a_log_window_that_a_stop_cuts_in_two_is_logged_whole(internvl: Family, 
 def test_resuming_with_another_loss_starts_its_log_afresh(internvl: Family, tmp_path: Path) -> None:
     train(internvl.model(loss="focal"), internvl, tmp_path, max_steps=2, log_steps=3, save_steps=1)
     state = tmp_path / "checkpoints" / "step-000001" / "state.json"
-    assert json.loads(state.read_text())["pending"][0].keys() == {"focal"}
+    assert json.loads(state.read_text())["pending"][0]["losses"].keys() == {"focal"}
     shutil.rmtree(tmp_path / "checkpoints" / "step-000002")
     result = train(internvl.model(), internvl, tmp_path, max_steps=3, log_steps=3, resume=True)
     assert result.step == 3 and len(result.history) == 1

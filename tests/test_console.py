@@ -126,6 +126,43 @@ def test_each_term_is_recorded_and_the_total_is_weighted(tmp_path: Path, clock: 
     assert line["loss"] == pytest.approx(3.0 + 0.5 * 5.0 + 0.1 * 20.0)
 
 
+def test_numbers_that_terms_recorded_are_means_over_the_rows_of_a_step(
+    tmp_path: Path, clock: Clock, screen: Any
+) -> None:
+    """A step whose batch has none of what a term counts leaves the number out."""
+    reports = [report(step, dpo=0.5) for step in range(1, 5)]
+    for at, (total, count) in enumerate([(6.0, 2), (3.0, 3), (0.0, 0)]):
+        reports[at].metrics["dpo_margin"] = torch.tensor([total, count])
+    lines = run_log(tmp_path, clock, reports, losses="dpo", log_steps=3)
+    assert [line.get("dpo_margin") for line in lines] == [2.0, None]
+    assert list(lines[0]) == ["step", "loss", "dpo_margin", "lr", "grad_norm", "tokens_per_s", "images_per_s"]
+
+
+def test_a_resumed_window_goes_on_where_it_was(tmp_path: Path, clock: Clock, screen: Any) -> None:
+    reports = [report(step, dpo=float(step)) for step in (1, 2, 3)]
+    for step, item in enumerate(reports, 1):
+        item.metrics["dpo_margin"] = torch.tensor([10.0 * step, 2.0])
+    (whole,) = run_log(tmp_path / "whole", clock, reports, losses="dpo", log_steps=3)
+    config = TrainConfig(output_dir=str(tmp_path / "cut"), log_steps=3)
+    with console.TrainLog(config, Accelerator(), parse_losses("dpo"), 0, 3) as log:
+        for step in (1, 2):
+            log.step(step, reports[step - 1], optimizer(language=0.1))
+        pending = json.loads(json.dumps(log.pending()))
+    for losses in ("dpo", "ipo"):
+        with console.TrainLog(config, Accelerator(), parse_losses(losses), 2, 3) as log:
+            log.restore_window(pending)
+            last = report(3, **{losses: 3.0})
+            last.metrics["dpo_margin"] = torch.tensor([30.0, 2.0])
+            clock.now += STEP_SECONDS
+            log.step(3, last, optimizer(language=0.1))
+        line = log.history[0]
+        if losses == "dpo":
+            assert {name: line[name] for name in ("loss", "dpo_margin")} == {"loss": 2.0, "dpo_margin": 10.0}
+            assert (whole["loss"], whole["dpo_margin"]) == (2.0, 10.0)
+        else:  # another loss starts a window of its own
+            assert (line["loss"], line["dpo_margin"]) == (3.0, 15.0)
+
+
 @pytest.mark.parametrize(
     ("rates", "expected"),
     [

@@ -75,6 +75,15 @@ def test_losses_gradient_norms_and_weights_are_those_of_one_process(runs: Folder
     assert same_weights(first, second)
 
 
+def test_numbers_that_terms_record_are_means_over_all_ranks(runs: Folders) -> None:
+    alone, (first, _) = runs[1]["preferences"], ranks(runs, "preferences")
+    names = ("dpo_margin", "dpo_accuracy")
+    expected = logged(alone, *names)
+    assert len(expected) == 3 and any(margin for margin, _ in expected)
+    for want, found in zip(expected, logged(first, *names), strict=True):
+        assert found == pytest.approx(want, rel=1e-4, abs=1e-6)
+
+
 def test_what_is_compared_would_show_a_gradient_averaged_over_ranks(runs: Folders) -> None:
     """SGD's weights tell half the gradient from the whole, and the ranks' equal ends do not come from equal starts."""
     alone = runs[1]["unequal rows"]

@@ -15,6 +15,7 @@ from hfcustom.losses.contract import (
     Loss,
     NonFiniteError,
     count_all_tokens,
+    count_pairs,
     count_rows,
     count_tokens,
     is_packed,
@@ -23,8 +24,9 @@ from hfcustom.losses.contract import (
     term,
     token_loss,
 )
-from hfcustom.losses.frozen import adapters_off, check_companion, frozen_context
+from hfcustom.losses.frozen import adapters_off, check_companion, frozen_context, frozen_pass
 from hfcustom.losses.inputs import INPUTS, Teacher
+from hfcustom.losses.preference import dpo, ipo, kto, orpo, simpo
 from hfcustom.losses.token_losses import cross_entropy
 from hfcustom.losses.total import Divisors, LossValue, evaluate, summarise
 

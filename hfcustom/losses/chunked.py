@@ -89,7 +89,10 @@ def token_loss_total(head: Head, hidden: torch.Tensor, work: Work) -> tuple[torc
         zero = hidden[:0].sum().to(accumulation_dtype(hidden))  # keeps the graph
         return zero, zero.detach().expand(len(work.losses))
     if head.linear is not None:
-        return _LinearLoss.apply(hidden, head.linear.weight, head.linear.bias, work)
+        weight, bias = head.linear.weight, head.linear.bias
+        if torch.is_grad_enabled():
+            return _LinearLoss.apply(hidden, weight, bias, work)
+        return _linear_loss(hidden, weight, bias, work, product_dtype(hidden), (False, False, False))[:2]
     return _any_head_loss(head, hidden, work)
 
 
@@ -157,7 +160,8 @@ def _linear_loss(
         for rows in chunks(len(states), len(matrix)):
             tile = _logits(states[rows], matrix, bias, accumulate, tile)  # (C, V)
             factors = token_values(tile, work.part(rows), sums, any(wanted), SLICE_ELEMENTS)  # (C,); tile: slopes
-            gradients.add(states[rows], matrix, tile, factors, rows)
+            if any(wanted):
+                gradients.add(states[rows], matrix, tile, factors, rows)
         return (sums * work.scales.to(sums)).sum(), sums, gradients.finished()
 
 
@@ -327,10 +331,9 @@ class _LinearLogProbs(torch.autograd.Function):
             states, matrix, tile = hidden.to(dtype), weight.to(dtype), None
             for rows in chunks(len(states), len(matrix)):
                 tile = _logits(states[rows], matrix, bias, accumulate, tile)  # (C, V)
-                values[rows], sums = _to_exponentials(tile, targets[rows])
+                values[rows], factors = _to_log_prob_slopes(tile, targets[rows], dtype)
                 if slopes is not None:
-                    mean = torch.mm(tile.to(dtype), matrix) / sums[:, None]  # (C, D)
-                    slopes[rows] = matrix[targets[rows]] - mean
+                    slopes[rows] = torch.mm(tile.to(dtype), matrix) * factors[:, None]  # (C, D)
         ctx.save_for_backward(hidden, weight, bias, targets, slopes)
         return values
 
@@ -346,15 +349,26 @@ class _LinearLogProbs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in chunks(len(states), len(matrix)):
                 tile = _logits(states[rows], matrix, bias, gradient.dtype, tile)
-                _, sums = _to_exponentials(tile, targets[rows])
-                tile.scatter_add_(1, targets[rows][:, None], -sums[:, None])  # sum * (softmax - onehot)
-                gradients.add(states[rows], matrix, tile, -gradient[rows] / sums, rows)
+                _, factors = _to_log_prob_slopes(tile, targets[rows], ctx.dtype)
+                gradients.add(states[rows], matrix, tile, gradient[rows] * factors, rows)
         return own, *gradients.finished()[1:], None
 
 
-def _to_exponentials(tile: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn logits (C, V) into exp(logits - max) in place; return log p(target) (C,) and the sums (C,)."""
-    wanted = tile.gather(1, targets[:, None])[:, 0]  # (C,)
+def _to_log_prob_slopes(
+    tile: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log p(target) (C,), and put its slopes in the place of the logits (C, V), up to the factors (C,) returned.
+
+    The target's own slope, 1 - p, is formed before anything is rounded to `dtype`: where the model is sure, W[target] and
+    the mean of W under p are nearly the same, and their difference would be mostly rounding.
+    """
+    wanted = targets[:, None]  # (C, 1)
+    target_logits = tile.gather(1, wanted)[:, 0]  # (C,)
     top = tile.amax(-1, keepdim=True)  # (C, 1)
     sums = tile.sub_(top).exp_().sum(-1)  # (C,)
-    return wanted - top[:, 0] - sums.log(), sums
+    values = target_logits - top[:, 0] - sums.log()
+    tile.scatter_add_(1, wanted, -sums[:, None])  # sum * (softmax - onehot)
+    if dtype == torch.float16:  # which a sum over a large vocabulary overflows
+        tile.div_(sums[:, None])
+        sums = torch.ones_like(sums)
+    return values, -1 / sums

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfcustom.losses.chunked import Head, accumulation_dtype, logits_of, token_log_probs
-from hfcustom.losses.contract import IGNORE, Batch, count_rows, row_ids
+from hfcustom.losses.contract import IGNORE, Batch, check_metric_name, count_rows, row_ids, row_tokens
 from hfcustom.losses.frozen import frozen_context
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class LossContext:
     summaries: Mapping[str, StepSummary] = field(default_factory=dict)
     running: str = ""  # the name of the term that is being evaluated
     frozen: Callable[[], AbstractContextManager[Any]] = nullcontext  # in which this context's head computes
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # what terms recorded: sum and count, (2,)
 
     @cached_property
     def supervised(self) -> Supervised:
@@ -101,6 +102,26 @@ class LossContext:
         """Add up a value a supervised token for each row of data: (M,) -> (R,)."""
         return values.new_zeros(self.num_rows).index_add(0, self.supervised.rows, values)
 
+    @cached_property
+    def row_log_probs(self) -> torch.Tensor:
+        """Log p of each row's supervised tokens together, (R,)."""
+        return self.sum_rows(self.token_log_probs)
+
+    @cached_property
+    def row_tokens(self) -> torch.Tensor:
+        """The number of each row's supervised tokens, (R,)."""
+        return row_tokens(self.batch).to(self.hidden_states.device)
+
+    def record(self, name: str, total: torch.Tensor, count: float | torch.Tensor) -> None:
+        """Report a number beside the running term: its mean over the step is logged as `<term>_<name>`.
+
+        Give the sum and the count of this batch, as tensors: asking a device for their values would wait for it.
+        """
+        name = f"{self.running}_{name}"
+        check_metric_name(name)
+        values = torch.stack([total.detach().float(), torch.as_tensor(count).to(total.device, torch.float32)])  # (2,)
+        self.metrics[name] = self.metrics[name] + values if name in self.metrics else values
+
     def logits_of(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the supervised tokens' logits of K tokens of the vocabulary: (K,) -> (M, K), float32 or better."""
         with self.frozen():
@@ -115,10 +136,13 @@ class LossContext:
     def reference_log_probs(self) -> torch.Tensor:
         """Log p of each row's supervised tokens under the reference, (R,): the batch's cached column, else computed."""
         cached = self.batch.get("reference_log_probs")
-        if cached is not None:
-            return cached.to(self.hidden_states.device)
-        with torch.no_grad():
-            return self.sum_rows(self.reference.token_log_probs)
+        found = self.reference.row_log_probs if cached is None else cached
+        if found.shape != (self.num_rows,):
+            raise ValueError(
+                f"The batch's reference_log_probs are {tuple(found.shape)} for {self.num_rows} rows; they are one number a "
+                "row, log p of all its supervised tokens: hfcustom.cache_reference makes them."
+            )
+        return found.to(self.hidden_states.device)
 
     @property
     def router_logits(self) -> tuple[torch.Tensor, ...]:

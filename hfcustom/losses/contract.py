@@ -69,6 +69,13 @@ def real_tokens(batch: Batch) -> torch.Tensor:
     return torch.ones_like(batch["labels"], dtype=torch.bool) if mask is None else mask.bool()
 
 
+def row_tokens(batch: Batch) -> torch.Tensor:
+    """Return the number of supervised tokens of each row of data, (R,)."""
+    supervised = (batch["labels"][:, 1:] != IGNORE).flatten().long()
+    rows = row_ids(batch)[:, 1:].flatten().to(supervised.device)
+    return supervised.new_zeros(count_rows(batch)).index_add(0, rows, supervised)
+
+
 def liked_labels(batch: Batch) -> torch.Tensor:
     """Return the labels with those of rejected answers ignored: a token loss imitates only what is preferred."""
     labels = batch["labels"]
@@ -81,6 +88,34 @@ def liked_labels(batch: Batch) -> torch.Tensor:
 def count_tokens(batch: Batch) -> int:
     """Count supervised tokens: labels that are not -100, the first position left out because nothing predicts it."""
     return int((liked_labels(batch)[:, 1:] != IGNORE).sum())
+
+
+def count_pairs(batch: Batch) -> int:
+    """Count pairs of answers, [chosen, rejected, ...]; one of which neither answer has a supervised token is none.
+
+    Raises ValueError for rows that are no pairs, and for a pair of which only one answer has supervised tokens.
+    """
+    preference, supervised = batch.get("preference"), row_tokens(batch) > 0  # (R,)
+    if preference is None:
+        raise ValueError(f"The batch has no preference (R,), so no answer is chosen or rejected. {PAIRS}")
+    if preference.shape != supervised.shape:
+        found, wanted = tuple(preference.shape), len(supervised)
+        raise ValueError(f"The batch's preference is {found} for {wanted} rows; it must be one number a row. {PAIRS}")
+    signs, known = torch.stack([preference.to(supervised.device).double(), supervised.double()]).tolist()
+    if signs != [1.0, -1.0] * (len(signs) // 2):
+        shown = ", ".join(f"{sign:g}" for sign in signs[:8]) + (", ..." if len(signs) > 8 else "")
+        raise ValueError(
+            f"The {len(signs)} rows of the batch have preference {shown}; pairs are 1, -1, 1, -1, ... {PAIRS} Answers "
+            "that are judged one by one are for the loss 'kto'."
+        )
+    for at, both in enumerate(zip(known[::2], known[1::2], strict=True)):
+        if both[0] != both[1]:
+            empty = "rejected" if both[0] else "chosen"
+            raise ValueError(
+                f"Pair {at} of the batch has no supervised token in its {empty} answer, so there is nothing to compare with; "
+                "drop the row, or give that answer text of a weight above 0."
+            )
+    return int(sum(known[::2]))
 
 
 def count_all_tokens(batch: Batch) -> int:
@@ -99,8 +134,11 @@ def count_token_weights(batch: Batch) -> float:
     return float(batch["token_weights"][:, 1:][supervised].sum())
 
 
+PAIRS = "Give rows with 'chosen' and 'rejected', of which the collator makes two rows of the batch each."
+
 COUNTS: dict[str, Callable[[Batch], float]] = {
     "all_tokens": count_all_tokens,
+    "pairs": count_pairs,
     "rows": count_rows,
     "token_weights": count_token_weights,
     "tokens": count_tokens,
@@ -240,11 +278,11 @@ def term(
 ) -> Callable[[TermFunction], TermFunction]:
     """Register a function (context, **options) -> (sum, count) under its own name: `@term(count="tokens")`.
 
-    `count` says what the sum is divided by: "tokens", "rows", "image_tokens", "all_tokens", or a function of the batch
-    (and of `image_token_id` and the term's options, where it names them). `outputs` are what the stock forward is to return besides, such as
-    "router_logits" (asked for by output_router_logits=True). A term whose value for one row depends on the other rows of the step, as
-    contrastive losses do, gives `summary`, (context, **options) -> (n, ...): `fit` runs it over the whole step first, and
-    the term finds the result in `context.step_summary()`. `prepare` gives a bare model what the term asks of its class, a
+    `count` says what the sum is divided by: "tokens", "rows", "pairs", "image_tokens", "all_tokens", or a function of
+    the batch (and of `image_token_id` and the term's options, where it names them). `outputs` are what the stock forward
+    is to return besides, such as "router_logits" (asked for by output_router_logits=True). A term whose value for one row
+    depends on the other rows of the step, as contrastive losses do, gives `summary`, (context, **options) -> (n, ...):
+    `fit` runs it over the whole step first, and the term finds the result in `context.step_summary()`. `prepare` gives a bare model what the term asks of its class, a
     module of its own say, so that tests can run the term. The other arguments are those of `token_loss`.
     Raises TypeError without a count, ValueError for an unknown one or a name that is taken.
     """
@@ -282,7 +320,7 @@ def _check_count(count: str | Count) -> None:
 
 
 def _register(loss: Loss) -> None:
-    if loss.name in RESERVED or loss.name.startswith("lr_") or loss.name.endswith("_weighted"):
+    if _is_reserved(loss.name):
         raise ValueError(f"A loss cannot be named {loss.name!r}, which the log has already; rename the function.")
     if taken_options := set(SCHEDULE).intersection(loss.options()):
         option = sorted(taken_options)[0]
@@ -293,6 +331,18 @@ def _register(loss: Loss) -> None:
             f"The loss name {loss.name!r} belongs to {_origin(taken.function)}; rename {_origin(loss.function)}."
         )
     LOSSES[loss.name] = loss
+
+
+def check_metric_name(name: str) -> None:
+    """Raise ValueError for a name under which the log has something else."""
+    if _is_reserved(name) or name in LOSSES:
+        raise ValueError(
+            f"A recorded number cannot be named {name!r}, which the log has already; record another name."
+        )
+
+
+def _is_reserved(name: str) -> bool:
+    return name in RESERVED or name.startswith("lr_") or name.endswith("_weighted")
 
 
 def _origin(function: Callable[..., Any]) -> str:
