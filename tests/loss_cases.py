@@ -40,6 +40,8 @@ def model_of(name: str, family: Family, loss: Any = None, dtype: torch.dtype = t
     model = family.model(loss=spec_of(name, family) if loss is None else loss)
     if LOSSES[name].prepare is not None:
         LOSSES[name].prepare(model)
+    if dtype == torch.float64:  # torch's grouped product has no float64
+        model.set_experts_implementation("eager")
     model.set_teacher(family.model(seed=1).to(dtype))
     model.set_reference(family.model(seed=2).to(dtype))
     return model.to(dtype).train()
@@ -83,6 +85,15 @@ MAKERS: dict[str, Callable[[Mapping[str, torch.Tensor], torch.Generator], torch.
     "teacher_log_probs": nothing,
     "token_weights": token_weights,
 }
+
+
+def without_labels(name: str, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a batch in which nothing is labelled, token or row; a number that is none is NaN."""
+    empty = {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
+    if "auxiliary_labels" in batch:
+        none = float("nan") if name == "auxiliary_regression" else IGNORE
+        empty["auxiliary_labels"] = torch.full(batch["auxiliary_labels"].shape, none)
+    return empty
 
 
 def cut(
