@@ -146,6 +146,7 @@ class CustomVLM(PreTrainedModel):
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         loss_divisors: losses.Divisors | None = None,
+        loss_counts: Mapping[str, float] | None = None,
         step_summaries: Mapping[str, losses.StepSummary] | None = None,
         return_logits: bool | None = None,
         **inputs: Any,
@@ -154,8 +155,8 @@ class CustomVLM(PreTrainedModel):
 
         `loss_divisors` (one count a loss, as `loss_counts` finds them) or `num_items_in_batch` (supervised tokens, as
         transformers.Trainer passes it) are counted over the whole optimiser step; without either, this batch is the
-        step. `step_summaries` are for terms across the rows of a step (`loss_summaries`). Logits are returned outside
-        training, with `logits_to_keep`, or with `return_logits=True`.
+        step. `loss_counts` are this batch's own, where they are known; `step_summaries` are for terms across the rows of a
+        step (`loss_summaries`). Logits are returned outside training, with `logits_to_keep`, or with `return_logits=True`.
         """
         if not torch.compiler.is_compiling():
             seams.install(self)  # a part may have been replaced since
@@ -173,7 +174,7 @@ class CustomVLM(PreTrainedModel):
         if loss_divisors is None and num_items_in_batch is not None:
             loss_divisors = self._divisors_from_tokens(context.batch, num_items_in_batch)
         self._check_schedule()
-        loss, self.loss_values = losses.evaluate(context, self.losses(), loss_divisors, self.loss_step)
+        loss, self.loss_values = losses.evaluate(context, self.losses(), loss_divisors, self.loss_step, loss_counts)
         self.loss_metrics = context.metrics
         fields = {**context.outputs, "loss": loss, "logits": context.outputs.logits if return_logits else None}
         return type(context.outputs)(**fields)

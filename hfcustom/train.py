@@ -28,7 +28,7 @@ from hfcustom.console import TrainLog, out
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.order import step_loader
 from hfcustom.data.sources import Examples
-from hfcustom.losses import NonFiniteError, StepSummary, count_all_tokens, loss_columns
+from hfcustom.losses import NonFiniteError, StepSummary, WeightedLoss, count_all_tokens, loss_columns
 from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.signals import EXIT_PREEMPTED, StopRequest
@@ -94,21 +94,8 @@ def fit(
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, len(rows))
     start = state.resume() if config.resume else state.begin()
-    examples = Examples(rows)
-    columns = loss_columns(weighted, examples[0].columns)
-    batches = iter(
-        step_loader(
-            examples,
-            Collator(processor, config.max_length, columns),
-            steps=range(start, max_steps),
-            micro_batch_size=micro_batch_size,
-            accumulation=accumulation,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            seed=config.seed,
-            num_workers=config.num_workers,
-        )
-    )
+    cut = (micro_batch_size, accumulation)
+    batches = iter(make_loader(Examples(rows), processor, weighted, config, accelerator, range(start, max_steps), cut))
     state.restore_rng()  # after the iterator exists: making one draws random numbers
     model.train()
     step, stopped = start, False
@@ -127,6 +114,29 @@ def fit(
                 state.save(step, log.history, log.pending())
     finished = step >= max_steps
     return TrainResult(step, not finished, log.history, state.publish() if finished else state.model_dir())
+
+
+def make_loader(
+    examples: Examples,
+    processor: Any,
+    losses: Sequence[WeightedLoss],
+    config: TrainConfig,
+    accelerator: Accelerator,
+    steps: range,
+    cut: tuple[int, int],
+) -> Any:
+    """Return a loader of this rank's micro-batches, with the columns that the losses want out of the rows."""
+    return step_loader(
+        examples,
+        Collator(processor, config.max_length, loss_columns(losses, examples[0].columns)),
+        steps=steps,
+        micro_batch_size=cut[0],
+        accumulation=cut[1],
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        seed=config.seed,
+        num_workers=config.num_workers,
+    )
 
 
 def _checked(model: nn.Module, rows: Sequence[Any], config: TrainConfig, evaluate: Evaluate | None) -> TrainConfig:
@@ -157,7 +167,10 @@ def train_step(
 ) -> StepReport:
     """Run one optimiser step over micro-batches: count, forward and backward each, clip, update."""
     report, core = StepReport(), unwrap(model)
-    divisors = step_divisors(model, batches, accelerator)
+    counts = [
+        core.loss_counts([batch]) for batch in batches
+    ]  # before the batches are moved: asking a GPU takes a wait
+    divisors = step_divisors(counts, accelerator)
     summaries = step_summaries(core, batches, accelerator)
     for micro, batch in enumerate(batches):
         report.tokens += count_all_tokens(batch)
@@ -166,7 +179,7 @@ def train_step(
         last = micro == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             core.loss_values, core.loss_metrics = {}, {}
-            loss = model(**batch, loss_divisors=divisors, **summaries[micro]).loss
+            loss = model(**batch, loss_counts=counts[micro], loss_divisors=divisors, **summaries[micro]).loss
             if core.loss_values.keys() != divisors.keys():
                 raise ValueError(
                     f"{type(core).__name__}.forward computed its loss without the configured {', '.join(divisors)}. Call "
@@ -188,14 +201,11 @@ def train_step(
     return report
 
 
-def step_divisors(
-    model: nn.Module, batches: Sequence[Mapping[str, Any]], accelerator: Accelerator
-) -> dict[str, torch.Tensor]:
-    """Return each loss's count over the micro-batches of all ranks, 1 where nothing counts."""
-    counts = unwrap(model).loss_counts(batches)
-    local = torch.tensor(list(counts.values()), dtype=torch.float32, device=accelerator.device)  # exact up to 2**24
-    total = accelerator.reduce(local, "sum")
-    return dict(zip(counts, total.where(total != 0, 1), strict=True))
+def step_divisors(counts: Sequence[Mapping[str, float]], accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """Add up each loss's counts over the micro-batches of all ranks; 1 where nothing counts."""
+    local = [sum(count[name] for count in counts) for name in counts[0]]
+    total = accelerator.reduce(torch.tensor(local, dtype=torch.float32, device=accelerator.device), "sum")
+    return dict(zip(counts[0], total.where(total != 0, 1), strict=True))  # exact up to 2**24
 
 
 def step_summaries(core: Any, batches: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> list[dict[str, Any]]:

@@ -97,6 +97,7 @@ class LossCallback(TrainerCallback):
         """Add the means since the last log line, over all ranks, to a line of training."""
         if logs is None or "loss" not in logs or not self._steps:
             return
+        recorded = sorted(self._metrics)
         local = torch.stack([*self._shares.values(), *self._means.values()]).float()
         # Trainer counts the tokens of all ranks and multiplies by their number, or each rank counts its own.
         values = reduce(local, "sum" if args.average_tokens_across_devices else "mean").tolist()
@@ -105,6 +106,9 @@ class LossCallback(TrainerCallback):
         found = {name: mean / self._steps for name, mean in means.items()}
         if len(shares) > 1:
             found |= {f"{name}_weighted": shares[name] / self._steps for name in self._weighted}
+        if recorded:  # sums and counts, whose ratio does not depend on how the ranks are added up
+            pairs = reduce(torch.stack([self._metrics[name] for name in recorded]).float(), "sum").tolist()
+            found |= {name: total / count for name, (total, count) in zip(recorded, pairs, strict=True) if count}
         logs.update(found)
         state.log_history[-1].update(found)  # the line that Trainer has just appended
         self._begin_window()
@@ -114,6 +118,7 @@ class LossCallback(TrainerCallback):
         self._shares: dict[str, torch.Tensor] = {}  # sums over the window's micro-batches, on this rank
         self._means: dict[str, torch.Tensor] = {}
         self._weighted = []
+        self._metrics: dict[str, torch.Tensor] = {}  # what terms recorded: sum and count, (2,)
 
     def _take(self, core: CustomVLM) -> None:
         if core.loss_values is self._taken:
@@ -122,6 +127,8 @@ class LossCallback(TrainerCallback):
         for name, value in self._taken.items():
             _add(self._shares, name, value.share)
             _add(self._means, name, value.mean)
+        for name, sum_and_count in core.loss_metrics.items():
+            _add(self._metrics, name, sum_and_count)
 
 
 def _add(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from conftest import Family
+from loss_cases import batch_of, cut, family_of, model_of
+from loss_cases import gradients as gradients_of
 from torch import nn
 from training import ANSWER_WORDS, IMAGES, TERMS, add_dropout, short_config, uneven_rows, user_losses, weights
 
@@ -24,6 +26,8 @@ import hfcustom
 from hfcustom import checkpoint, train
 from hfcustom.data.order import step_rows
 from hfcustom.families import load_family
+from hfcustom.losses import LOSSES
+from hfcustom.parts import unwrap
 from hfcustom.train_config import TrainConfig
 
 STEPS, ROWS = 3, 8
@@ -124,6 +128,29 @@ def run(case: Case, folder: Path, **options: Any) -> dict[str, Any]:
     }
 
 
+def every_loss() -> dict[str, dict[str, torch.Tensor]]:
+    """Return each registered loss's value over all ranks and its gradients, each rank with its share of the rows."""
+    found = {}
+    config = TrainConfig(precision="fp32", max_grad_norm=0.0)
+    accelerator = train.make_accelerator(config)
+    ranks, rank = accelerator.num_processes, accelerator.process_index
+    for name in sorted(LOSSES):
+        family = family_of(name)
+        batch = batch_of(name, family)
+        size = len(batch["labels"]) // ranks
+        model = accelerator.prepare(model_of(name, family))
+        gradients: dict[str, torch.Tensor] = {}
+
+        class Look(torch.optim.SGD):
+            def step(self, closure: Any = None, model: Any = model, into: Any = gradients) -> None:
+                into.update(gradients_of(unwrap(model)))
+
+        own = cut(batch, [size] * ranks)[rank]
+        report = train.train_step(model, [own], Look(model.parameters(), lr=0.0), accelerator, config)
+        found[name] = {**gradients, "value": accelerator.reduce(report.losses[name].detach(), "sum")}
+    return found
+
+
 def forbid_writing() -> None:
     """Make every function that writes, but for a rank's own random state, an error."""
 
@@ -139,6 +166,7 @@ def main(folder: Path) -> None:
     rank = train.process_state().process_index
     if rank:
         forbid_writing()
+    torch.save(every_loss(), folder / f"every-loss-{rank}.pt")
     with user_losses():
         for name, case in CASES.items():
             torch.save(run(case, folder / name / "out"), folder / name / f"rank-{rank}.pt")

@@ -16,9 +16,11 @@ import pytest
 import torch
 from conftest import RECIPES, ROOT
 from distributed_run import CASES, GROWN, run
+from loss_cases import assert_same_gradients, batch_of, family_of, gradients, model_of
 from training import TERMS, relative_distance, user_losses
 
 from hfcustom import train
+from hfcustom.losses import LOSSES
 
 Folders = tuple[Path, dict[str, Any], str]
 
@@ -82,6 +84,16 @@ def test_numbers_that_terms_record_are_means_over_all_ranks(runs: Folders) -> No
     assert len(expected) == 3 and any(margin for margin, _ in expected)
     for want, found in zip(expected, logged(first, *names), strict=True):
         assert found == pytest.approx(want, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_every_loss_of_two_processes_is_that_of_one(runs: Folders, name: str) -> None:
+    both = torch.load(runs[0] / "every-loss-0.pt")[name]
+    model, batch = model_of(name, family_of(name)), batch_of(name, family_of(name))
+    loss = model(**batch).loss
+    loss.backward()
+    assert float(both.pop("value")) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert_same_gradients(both, gradients(model), rtol=1e-3)
 
 
 def test_what_is_compared_would_show_a_gradient_averaged_over_ranks(runs: Folders) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,10 @@ from loss_cases import (
     spec_of,
     without_labels,
 )
+from test_trl import sft
+from transformers import Trainer, TrainingArguments
 
+import hfcustom
 from hfcustom.losses import IGNORE, LOSSES, chunked, context, total
 from hfcustom.train import train_step
 from hfcustom.train_config import TrainConfig
@@ -218,3 +222,28 @@ def test_evaluation_computes_it_too(name: str) -> None:
         outputs = model.eval()(**batch)
     assert float(outputs.loss) == pytest.approx(expected, rel=1e-5)
     assert outputs.logits.shape[:2] == batch["labels"].shape
+
+
+def trainer_of(model: Any, family: Any, folder: Path) -> Trainer:
+    arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[], remove_unused_columns=False)
+    return Trainer(model, arguments)
+
+
+def trl_of(model: Any, family: Any, folder: Path) -> Trainer:
+    return hfcustom.honour_model(sft(model, family, folder))
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # as in test_trl.py
+@pytest.mark.parametrize("make", [trainer_of, trl_of])
+@pytest.mark.parametrize("name", EVERY)
+def test_trainer_and_trl_train_it_as_the_model_computes_it(name: str, make: Any, tmp_path: Path) -> None:
+    family = family_of(name)
+    batch = batch_of(name, family)
+    expected, wanted = forward(name, batch)
+    model = model_of(name, family)
+    trainer = make(model, family, tmp_path)
+    trainer.current_gradient_accumulation_steps = 1  # train() sets it
+    num_items = (batch["labels"][:, 1:] != IGNORE).sum()
+    loss = trainer.training_step(model, dict(batch), num_items_in_batch=num_items)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert_same_gradients(gradients(model), wanted)

@@ -40,15 +40,19 @@ class LossValue:
 
 
 def evaluate(
-    context: LossContext, losses: Sequence[WeightedLoss], divisors: Divisors | None = None, step: int | None = None
+    context: LossContext,
+    losses: Sequence[WeightedLoss],
+    divisors: Divisors | None = None,
+    step: int | None = None,
+    counts: Mapping[str, float] | None = None,
 ) -> tuple[torch.Tensor, dict[str, LossValue]]:
     """Return the total loss and the value of each named loss.
 
     `divisors` gives each loss's count over the whole optimiser step; without it, this batch is the step. `step` is the
-    optimiser step, which scheduled weights depend on. A batch in which a loss has nothing to count adds zero, with a zero
+    optimiser step, which scheduled weights depend on; `counts` are those of this batch, where they are known. A batch in which a loss has nothing to count adds zero, with a zero
     gradient.
     """
-    counts = {item.loss.name: _count(context, item) for item in losses}
+    counts = counts or {item.loss.name: _count(context, item) for item in losses}
     divisors = counts if divisors is None else divisors
     weights = {item.loss.name: item.weight_at(step) for item in losses}
     values: dict[str, LossValue] = {}
