@@ -39,9 +39,11 @@ def workplace(tmp_path: Path, internvl: Family) -> Path:
     internvl.processor.save_pretrained(tmp_path / CHECKPOINT)
     picture().save(tmp_path / "cat.png")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    first = dict(reversed(blocks("README.md")))
-    for kind, name in (("python", "my_file.py"), ("json", "rows.jsonl"), ("yaml", "run.yaml")):
-        (tmp_path / name).write_text(first[kind])
+    files = {"python": ["my_file.py"], "json": ["rows.jsonl", "pairs.jsonl"], "yaml": ["run.yaml"]}
+    for kind, names in files.items():
+        texts = [text for found, text in blocks("README.md") if found == kind]
+        for name, text in zip(names, texts, strict=True):
+            (tmp_path / name).write_text(text)
     return tmp_path
 
 
@@ -93,8 +95,9 @@ def test_the_file_tree_is_true() -> None:
         listed.add("/".join(folders))
     missing = [path for path in listed if not (ROOT / path).exists()]
     assert not missing, f"README.md lists what is not there: {missing}"
-    sources = [*ROOT.glob("hfcustom/*.py"), *ROOT.glob("hfcustom/data/*.py")]
-    unlisted = {path.relative_to(ROOT).as_posix() for path in sources} - listed - {"hfcustom/data/__init__.py"}
+    sources = [path for folder in ("", "data/", "losses/") for path in ROOT.glob(f"hfcustom/{folder}*.py")]
+    unlisted = {path.relative_to(ROOT).as_posix() for path in sources} - listed
+    unlisted -= {"hfcustom/data/__init__.py", "hfcustom/losses/__init__.py"}
     assert not unlisted, f"README.md does not list {sorted(unlisted)}"
 
 
