@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hfcustom.losses import LOSSES, WeightedLoss, loss_columns
+from hfcustom.losses import LOSSES, WeightedLoss, count_all_tokens, loss_columns
 from hfcustom.losses.chunked import product_dtype
 from hfcustom.losses.kernels import DESCRIPTIONS, choose_kernel
 from hfcustom.parts import expert_matrices, part_table, unwrap
@@ -155,10 +155,12 @@ class TrainLog:
         tokens, images = self._sum_over_ranks(work)
         seconds = time.perf_counter() - self.window_began
         entry = {"loss": sum(weighted.values())}
-        for item in self.losses if len(self.losses) > 1 else ():
+        several = len(self.losses) > 1
+        for item in self.losses:
             name = item.loss.name
-            entry[name] = raw[name]
-            if item.is_weighted:
+            if several or item.is_weighted:  # else it is the loss
+                entry[name] = raw[name]
+            if several and item.is_weighted:
                 entry[f"{name}_weighted"] = weighted[name]
         metrics = self._window_metrics()
         for name in dict.fromkeys(name for step in metrics for name in step):
@@ -260,7 +262,7 @@ def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> Non
     supervised = int((batch["labels"] != -100).sum())
     out.print(f"seams in effect: {', '.join(core.overridden_seams()) or 'none (stock)'}")
     out.print(
-        f"first row: {batch['input_ids'].shape[1]} tokens, {batch.images} images as {image_tokens} of them, "
+        f"first row{' (both answers)' if len(batch['labels']) == 2 else ''}: {count_all_tokens(batch)} tokens, {batch.images} images as {image_tokens} of them, "
         f"{supervised} supervised"
     )
     for fact in execution_facts(core):

@@ -42,8 +42,10 @@ def model_of(name: str, family: Family, loss: Any = None, dtype: torch.dtype = t
         LOSSES[name].prepare(model)
     if dtype == torch.float64:  # torch's grouped product has no float64
         model.set_experts_implementation("eager")
-    model.set_teacher(family.model(seed=1).to(dtype))
-    model.set_reference(family.model(seed=2).to(dtype))
+    if "teacher" in LOSSES[name].inputs:
+        model.set_teacher(family.model(seed=1).to(dtype))
+    if LOSSES[name].is_term:
+        model.set_reference(family.model(seed=2).to(dtype))
     return model.to(dtype).train()
 
 

@@ -24,9 +24,10 @@ Role = Literal["reference", "teacher"]
 
 CURES = {
     "reference": "Train with LoRA, so that the reference is the model without its adapter; or call "
-    "model.set_reference(other); or give the rows a column reference_log_probs.",
-    "teacher": "Call model.set_teacher(other) with a larger model of the same tokenizer; or give the rows the columns "
-    "teacher_ids and teacher_log_probs, its likeliest tokens.",
+    "model.set_reference(other), as recipes/finetune.py does with --reference; or give the rows a column "
+    "reference_log_probs.",
+    "teacher": "Call model.set_teacher(other), as recipes/finetune.py does with --teacher, for a model of the same "
+    "tokenizer; or give the rows the columns teacher_ids and teacher_log_probs, its likeliest tokens.",
 }
 
 
