@@ -14,6 +14,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from training import curve, relative_distance, train, uneven_rows, user_losses, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import hfcustom
 from hfcustom import LossCallback
 from hfcustom.data.collate import Collator
 from hfcustom.data.order import step_rows
@@ -231,3 +232,29 @@ def test_trackers_that_would_see_nothing_are_warned_of(internvl: Family, tmp_pat
             warnings.simplefilter("always")
             trainer.train()
         assert any("LossCallback.add_to" in str(warning.message) for warning in caught) is warned
+
+
+def test_what_a_term_records_is_logged_too(internvl: Family, tmp_path: Path) -> None:
+    """The margin and accuracy of pairs, as fit() logs them."""
+    pairs = [
+        {"prompt": f"Number {at}?", "chosen": f"It is {at}.", "rejected": "No idea at all."}
+        for at in range(ROWS * STEPS)
+    ]
+    logs = {}
+    for name in ("fit", "trainer"):
+        model = hfcustom.lora(internvl.model(loss={"dpo": {"weight": 1.0, "beta": 5.0}}), rank=2)
+        if name == "fit":
+            result = train(
+                model, internvl, tmp_path / name, pairs, micro_batch_size=4, schedule="constant", weight_decay=0.0
+            )
+            logs[name] = result.history
+        else:
+            trainer = make_trainer(model, internvl, pairs, tmp_path, 1)
+            LossCallback.add_to(trainer)
+            trainer.train()
+            logs[name] = lines(trainer)
+    for key in ("loss", "dpo_margin", "dpo_accuracy"):
+        assert [entry[key] for entry in logs["trainer"]] == pytest.approx(
+            [entry[key] for entry in logs["fit"]], rel=1e-4, abs=1e-6
+        )
+    assert logs["fit"][-1]["dpo_margin"] > 0
