@@ -94,6 +94,7 @@ class CustomVLM(PreTrainedModel):
         self.loss_values: dict[str, losses.LossValue] = {}  # what the last forward with labels computed, by name
         self.loss_metrics: dict[str, torch.Tensor] = {}  # what its terms recorded besides: sum and count, (2,) each
         self.loss_step: int | None = None  # the optimiser step, for scheduled weights; fit() and LossCallback set it
+        self.step_plan: list[dict[str, Any]] = []  # of micro-batches to come, where only LossCallback sees a step
         self.companions: dict[str, CustomVLM] = {}  # frozen models beside this one, no part of it
         self._parsed_losses: tuple[Any, list[losses.WeightedLoss]] | None = None
         self._pass: seams.ForwardPass | None = None
@@ -169,8 +170,14 @@ class CustomVLM(PreTrainedModel):
         if return_logits is None:
             return_logits = not self.training or "logits_to_keep" in inputs
         context = self.loss_context(inputs, labels, return_logits)
-        if step_summaries:
-            context.summaries = step_summaries
+        if self.training and num_items_in_batch is not None and self.step_plan:  # LossCallback has seen the whole step
+            plan = self.step_plan.pop(0)
+            loss_divisors, loss_counts, step_summaries = (
+                plan["loss_divisors"],
+                plan["loss_counts"],
+                plan["step_summaries"],
+            )
+        context.summaries = step_summaries or {}
         if loss_divisors is None and num_items_in_batch is not None:
             loss_divisors = self._divisors_from_tokens(context.batch, num_items_in_batch)
         self._check_schedule()
@@ -265,8 +272,8 @@ class CustomVLM(PreTrainedModel):
     def _divisors_from_tokens(self, batch: Mapping[str, Any], num_items: torch.Tensor | int) -> dict[str, Any]:
         """Spread a step's count of labels, all that transformers.Trainer knows, over every loss.
 
-        Exact for losses that count supervised tokens. Another's own count over the step is unknown there, so each batch's
-        mean is weighted by the batch's share of the labels.
+        Exact for losses that count supervised tokens. Another's own count over the step is unknown there unless
+        LossCallback is added to the trainer, so each batch's mean is weighted by the batch's share of the labels.
         """
         labels = max(int((batch["labels"][:, 1:] != losses.IGNORE).sum()), 1)
         return {name: num_items * (count / labels) for name, count in self.loss_counts([batch]).items()}

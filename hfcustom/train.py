@@ -167,11 +167,7 @@ def train_step(
 ) -> StepReport:
     """Run one optimiser step over micro-batches: count, forward and backward each, clip, update."""
     report, core = StepReport(), unwrap(model)
-    counts = [
-        core.loss_counts([batch]) for batch in batches
-    ]  # before the batches are moved: asking a GPU takes a wait
-    divisors = step_divisors(counts, accelerator)
-    summaries = step_summaries(core, batches, accelerator)
+    plan = plan_step(core, batches, accelerator)  # before the batches are moved: asking a GPU for a count takes a wait
     for micro, batch in enumerate(batches):
         report.tokens += count_all_tokens(batch)
         report.images += batch.images if isinstance(batch, Batch) else 0
@@ -179,10 +175,11 @@ def train_step(
         last = micro == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             core.loss_values, core.loss_metrics = {}, {}
-            loss = model(**batch, loss_counts=counts[micro], loss_divisors=divisors, **summaries[micro]).loss
-            if core.loss_values.keys() != divisors.keys():
+            loss = model(**batch, **plan[micro]).loss
+            if core.loss_values.keys() != plan[micro]["loss_counts"].keys():
+                names = ", ".join(plan[micro]["loss_counts"])
                 raise ValueError(
-                    f"{type(core).__name__}.forward computed its loss without the configured {', '.join(divisors)}. Call "
+                    f"{type(core).__name__}.forward computed its loss without the configured {names}. Call "
                     "super().forward(labels=...) in it, and write the loss as a token loss or a term."
                 )
             # DDP averages gradients over ranks, the divisors count all of them.
@@ -201,6 +198,17 @@ def train_step(
     return report
 
 
+def plan_step(core: Any, batches: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> list[dict[str, Any]]:
+    """Look at a whole step first: return what forward() of each micro-batch is to be told about it."""
+    counts = [core.loss_counts([batch]) for batch in batches]
+    divisors = step_divisors(counts, accelerator)
+    summaries = step_summaries(core, batches, accelerator)
+    return [
+        {"loss_divisors": divisors, "loss_counts": own, "step_summaries": found}
+        for own, found in zip(counts, summaries, strict=True)
+    ]
+
+
 def step_divisors(counts: Sequence[Mapping[str, float]], accelerator: Accelerator) -> dict[str, torch.Tensor]:
     """Add up each loss's counts over the micro-batches of all ranks; 1 where nothing counts."""
     local = [sum(count[name] for count in counts) for name in counts[0]]
@@ -208,7 +216,9 @@ def step_divisors(counts: Sequence[Mapping[str, float]], accelerator: Accelerato
     return dict(zip(counts[0], total.where(total != 0, 1), strict=True))  # exact up to 2**24
 
 
-def step_summaries(core: Any, batches: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> list[dict[str, Any]]:
+def step_summaries(
+    core: Any, batches: Sequence[Mapping[str, Any]], accelerator: Accelerator
+) -> list[dict[str, StepSummary]]:
     """Return forward's `step_summaries` for each micro-batch, from a first look at the step where a term asks for one.
 
     A term across rows, such as a contrastive loss, has its negatives in all micro-batches and ranks (the idea of GradCache,
@@ -223,14 +233,14 @@ def step_summaries(core: Any, batches: Sequence[Mapping[str, Any]], accelerator:
     checkpoint.set_rng_state(state)
     everyone = gather_object([{name: value.cpu() for name, value in found.items()} for found in own])
     first = accelerator.process_index * len(batches)
-    places: list[dict[str, Any]] = []
+    places: list[dict[str, StepSummary]] = []
     for at in range(first, first + len(batches)):
         summaries = {}
         for name in everyone[at]:
             parts = [found[name] for found in everyone if name in found]
             start = sum(len(found[name]) for found in everyone[:at] if name in found)
             summaries[name] = StepSummary(torch.cat(parts).to(accelerator.device), start)
-        places.append({"step_summaries": summaries})
+        places.append(summaries)
     return places
 
 

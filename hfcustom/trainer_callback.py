@@ -17,11 +17,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hfcustom.base import CustomVLM
 from hfcustom.losses import LossValue
 from hfcustom.parts import unwrap
+from hfcustom.train import plan_step
 
 
 class LossCallback(TrainerCallback):
     """Add every named loss to a Trainer's logs: `LossCallback.add_to(trainer)`.
 
+    `add_to` also lets the model see each step as a whole, so that terms are divided as exactly as by fit().
     Trainer calls trackers (wandb, tensorboard) before the callbacks that it is given, so `callbacks=[LossCallback()]`
     reaches the printed log and `state.log_history` only; `add_to` puts it before them.
     """
@@ -39,6 +41,8 @@ class LossCallback(TrainerCallback):
         found = next((callback for callback in callbacks if isinstance(callback, cls)), None)
         if found is not None:
             callbacks.remove(found)
+        else:
+            _plan_steps(trainer)
         chosen = found or cls()
         chosen._is_first = True
         callbacks.insert(0, chosen)
@@ -129,6 +133,25 @@ class LossCallback(TrainerCallback):
             _add(self._means, name, value.mean)
         for name, sum_and_count in core.loss_metrics.items():
             _add(self._metrics, name, sum_and_count)
+
+
+def _plan_steps(trainer: Trainer) -> None:
+    """Let the model see each step as a whole, as fit() does: what every loss counts in it, and terms across its rows.
+
+    Trainer itself hands the number of labels on. Where each rank counts for itself, that is all there is.
+    """
+    original = trainer.get_batch_samples
+
+    def planned(*args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        batches, num_items = original(*args, **kwargs)
+        core = _core(trainer.model)
+        alone = trainer.accelerator.num_processes == 1
+        core.step_plan = []
+        if batches and core.config.loss != "stock" and (alone or trainer.args.average_tokens_across_devices):
+            core.step_plan = plan_step(core, batches, trainer.accelerator)
+        return batches, num_items
+
+    trainer.get_batch_samples = planned  # type: ignore[method-assign]
 
 
 def _add(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:

@@ -258,3 +258,19 @@ def test_what_a_term_records_is_logged_too(internvl: Family, tmp_path: Path) -> 
             [entry[key] for entry in logs["fit"]], rel=1e-4, abs=1e-6
         )
     assert logs["fit"][-1]["dpo_margin"] > 0
+
+
+@pytest.mark.parametrize(
+    "loss", [{"image_size": 1.0}, {"cross_entropy": 1.0, "contrastive": 1.0}], ids=["own count", "across"]
+)
+def test_with_the_callback_terms_are_as_exact_as_in_fit(internvl: Family, tmp_path: Path, loss: Any) -> None:
+    ours, theirs = internvl.model(loss=loss), internvl.model(loss=loss)
+    start = weights(ours)
+    options: dict[str, Any] = {"micro_batch_size": 2, "schedule": "constant", "weight_decay": 0.0}
+    result = train(ours, internvl, tmp_path / "fit", **options)
+    trainer = make_trainer(theirs, internvl, uneven_rows(), tmp_path, 4)
+    LossCallback.add_to(trainer)
+    LossCallback.add_to(trainer)  # a second time changes nothing
+    trainer.train()
+    assert [entry["loss"] for entry in lines(trainer)] == pytest.approx(curve(result), rel=1e-5)
+    assert relative_distance(weights(theirs), weights(ours), start) < 1e-4
