@@ -179,7 +179,7 @@ class CustomVLM(PreTrainedModel):
             )
         context.summaries = step_summaries or {}
         if loss_divisors is None and num_items_in_batch is not None:
-            loss_divisors = self._divisors_from_tokens(context.batch, num_items_in_batch)
+            loss_divisors = losses.spread_items(num_items_in_batch, labels, self.loss_counts([context.batch]))
         self._check_schedule()
         loss, self.loss_values = losses.evaluate(context, self.losses(), loss_divisors, self.loss_step, loss_counts)
         self.loss_metrics = context.metrics
@@ -195,6 +195,8 @@ class CustomVLM(PreTrainedModel):
             call.setdefault("use_cache", False)
         if not return_logits:
             call["logits_to_keep"] = labels.new_empty(0)  # the head runs on no position: (B, 0, V)
+        if self.training and seams.needs_no_mask(call, self.config.get_text_config()):
+            del call["attention_mask"]
         for item in self.losses():
             call |= {f"output_{name}": True for name in item.loss.outputs}
         self._pass = passed = seams.ForwardPass(records=True)
@@ -268,15 +270,6 @@ class CustomVLM(PreTrainedModel):
         """Return what terms across the rows of a step want to know of one batch beforehand, {name: (n, ...)}."""
         with torch.no_grad():
             return losses.summarise(self.loss_context(batch, batch["labels"]), self.losses())
-
-    def _divisors_from_tokens(self, batch: Mapping[str, Any], num_items: torch.Tensor | int) -> dict[str, Any]:
-        """Spread a step's count of labels, all that transformers.Trainer knows, over every loss.
-
-        Exact for losses that count supervised tokens. Another's own count over the step is unknown there unless
-        LossCallback is added to the trainer, so each batch's mean is weighted by the batch's share of the labels.
-        """
-        labels = max(int((batch["labels"][:, 1:] != losses.IGNORE).sum()), 1)
-        return {name: num_items * (count / labels) for name, count in self.loss_counts([batch]).items()}
 
     # ---- what the hooks call (hfcustom/seams.py) ----------------------------------------------------------------------
 

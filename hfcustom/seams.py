@@ -9,7 +9,7 @@ stock forward runs unchanged between them. Letters: B rows, T text tokens, N ima
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,3 +80,14 @@ def find_placeholders(model: Any, input_ids: torch.Tensor | None, embeds: torch.
     assert embeds is not None, "the model got neither input_ids nor inputs_embeds"
     placeholder = model.get_input_embeddings()(torch.tensor(token, device=embeds.device))  # (D,)
     return (embeds == placeholder).all(-1)  # (B, T)
+
+
+def needs_no_mask(inputs: Mapping[str, Any], text_config: Any) -> bool:
+    """Whether causal attention alone keeps padding out: it stands on the right, where no real token looks.
+
+    Without a mask torch attends causally at half the work. Asked on a CPU only: on a GPU the answer would take a wait.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.ndim != 2 or mask.device.type != "cpu" or text_config._attn_implementation != "sdpa":
+        return False
+    return inputs.get("position_ids") is None and bool((mask[:, 1:] <= mask[:, :-1]).all())

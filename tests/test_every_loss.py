@@ -132,6 +132,23 @@ def test_padding_side_changes_nothing(name: str) -> None:
     assert_same_gradients(grads, wanted, rtol=1e-3)
 
 
+def test_a_mask_that_causal_attention_makes_needless_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right padding in training needs no mask; left padding, evaluation and other attention do."""
+    family = family_of("cross_entropy")
+    batch, model = batch_of("cross_entropy", family), model_of("cross_entropy", family)
+    seen: list[bool] = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("attention_mask") is not None), with_kwargs=True
+    )
+    model(**batch)
+    model(**left_padded(batch))
+    model.eval()(**batch)
+    model.train().set_attn_implementation("eager")
+    eager = model(**batch).loss
+    assert seen == [False, True, True, True]
+    torch.testing.assert_close(eager, torch.tensor(baseline("cross_entropy")[0]), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
 def test_what_stands_at_ignored_labels_changes_nothing(name: str) -> None:
     """More padding, and other numbers in the padding."""

@@ -28,6 +28,6 @@ from hfcustom.losses.frozen import adapters_off, check_companion, frozen_context
 from hfcustom.losses.inputs import INPUTS, Teacher
 from hfcustom.losses.preference import dpo, ipo, kto, orpo, simpo
 from hfcustom.losses.token_losses import cross_entropy
-from hfcustom.losses.total import Divisors, LossValue, evaluate, summarise
+from hfcustom.losses.total import Divisors, LossValue, evaluate, spread_items, summarise
 
 STOCK = Loss("stock", cross_entropy)  # the parent's own path, for its name and its count only

@@ -16,7 +16,7 @@ import torch
 from hfcustom.losses.chunked import Work, accumulation_dtype, token_loss_total
 from hfcustom.losses.config import WeightedLoss
 from hfcustom.losses.context import LossContext, Supervised
-from hfcustom.losses.contract import liked_labels
+from hfcustom.losses.contract import IGNORE, liked_labels
 from hfcustom.losses.inputs import token_inputs
 from hfcustom.losses.kernels import fused_cross_entropy
 from hfcustom.losses.values import PROVEN, check_finite
@@ -75,6 +75,18 @@ def evaluate(
         sum_ = sum_.detach()
         values[name] = LossValue(sum_, counts[name], weights[name], sum_ * units[name])
     return total, {item.loss.name: values[item.loss.name] for item in losses}
+
+
+def spread_items(
+    num_items: torch.Tensor | int, labels: torch.Tensor, counts: Mapping[str, float]
+) -> dict[str, torch.Tensor | float]:
+    """Spread a step's count of labels, all that transformers.Trainer knows, over every loss of a batch.
+
+    Exact for losses that count supervised tokens. Another's own count over the step is unknown there unless LossCallback
+    is added to the trainer, so each batch's mean is weighted by the batch's share of the labels.
+    """
+    num_labels = max(int((labels[:, 1:] != IGNORE).sum()), 1)
+    return {name: num_items * (count / num_labels) for name, count in counts.items()}
 
 
 def _count(context: LossContext, item: WeightedLoss) -> float:
