@@ -166,17 +166,15 @@ class CustomVLM(PreTrainedModel):
         if labels is None:
             return super().forward(**self.stock_inputs(inputs))
         if self.config.loss == "stock":
+            losses.refuse_preference(inputs)
             return self._forward_stock(self.stock_inputs(inputs), labels, num_items_in_batch, loss_divisors)
         if return_logits is None:
             return_logits = not self.training or "logits_to_keep" in inputs
         context = self.loss_context(inputs, labels, return_logits)
         if self.training and num_items_in_batch is not None and self.step_plan:  # LossCallback has seen the whole step
-            plan = self.step_plan.pop(0)
-            loss_divisors, loss_counts, step_summaries = (
-                plan["loss_divisors"],
-                plan["loss_counts"],
-                plan["step_summaries"],
-            )
+            loss_divisors, loss_counts, step_summaries = self.step_plan.pop(0).values()
+        elif self.training and num_items_in_batch is not None and not step_summaries:
+            losses.check_whole_step(self.losses(), labels, num_items_in_batch)
         context.summaries = step_summaries or {}
         if loss_divisors is None and num_items_in_batch is not None:
             loss_divisors = losses.spread_items(num_items_in_batch, labels, self.loss_counts([context.batch]))
@@ -197,8 +195,8 @@ class CustomVLM(PreTrainedModel):
             call["logits_to_keep"] = labels.new_empty(0)  # the head runs on no position: (B, 0, V)
         if self.training and seams.needs_no_mask(call, self.config.get_text_config()):
             del call["attention_mask"]
-        for item in self.losses():
-            call |= {f"output_{name}": True for name in item.loss.outputs}
+        for loss in losses.known(self.config.loss):
+            call |= {f"output_{name}": True for name in loss.outputs}
         self._pass = passed = seams.ForwardPass(records=True)
         try:
             outputs = super().forward(**call, return_dict=True)
@@ -208,7 +206,9 @@ class CustomVLM(PreTrainedModel):
 
     def stock_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the stock forward takes: inputs without the tensors that are for losses only."""
-        own = {"labels", "preference", "token_weights"}.union(*(item.loss.tensors for item in self.losses()))
+        own = {"labels", "preference", "token_weights"}.union(
+            *(loss.tensors for loss in losses.known(self.config.loss))
+        )
         return {name: value for name, value in inputs.items() if name not in own}
 
     def _check_schedule(self) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hfcustom.losses import LOSSES, WeightedLoss, count_all_tokens, loss_columns
+from hfcustom.losses import LOSSES, WeightedLoss, count_all_tokens, loss_columns, token_columns
 from hfcustom.losses.chunked import product_dtype
 from hfcustom.losses.kernels import DESCRIPTIONS, choose_kernel
 from hfcustom.parts import expert_matrices, part_table, unwrap
@@ -253,11 +253,14 @@ def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> Non
     """Print what a person wants to know before a run: parts, seams in effect, image tokens, where values came from."""
     from hfcustom.data.collate import Collator
     from hfcustom.data.sources import Examples
+    from hfcustom.train import choose_precision
 
     show_parts(model)
     core = unwrap(model)
     example = Examples([row])[0]
-    batch = Collator(processor, columns=loss_columns(core.losses(), example.columns))([example])
+    batch = Collator(
+        processor, None, *(find(core.losses(), example.columns) for find in (loss_columns, token_columns))
+    )([example])
     image_tokens = int((batch["input_ids"] == core.config.image_token_id).sum())
     supervised = int((batch["labels"] != -100).sum())
     out.print(f"seams in effect: {', '.join(core.overridden_seams()) or 'none (stock)'}")
@@ -265,7 +268,9 @@ def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> Non
         f"first row{' (both answers)' if len(batch['labels']) == 2 else ''}: {count_all_tokens(batch)} tokens, {batch.images} images as {image_tokens} of them, "
         f"{supervised} supervised"
     )
-    for fact in execution_facts(core):
+    with torch.autocast(core.device.type, torch.bfloat16, enabled=choose_precision(model, config) == "bf16"):
+        facts = execution_facts(core)
+    for fact in facts:
         out.print(fact)
     for name, source in config.sources.items():
         out.print(f"  {name} = {getattr(config, name)!r}  ({source})")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from hfcustom.console import TrainLog, out
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.order import step_loader
 from hfcustom.data.sources import Examples
-from hfcustom.losses import NonFiniteError, StepSummary, WeightedLoss, count_all_tokens, loss_columns
+from hfcustom.losses import NonFiniteError, StepSummary, WeightedLoss, count_all_tokens, loss_columns, token_columns
 from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.signals import EXIT_PREEMPTED, StopRequest
@@ -99,7 +99,11 @@ def fit(
     state.restore_rng()  # after the iterator exists: making one draws random numbers
     model.train()
     step, stopped = start, False
-    with StopRequest() as stop, TrainLog(config, accelerator, weighted, start, max_steps, state.history) as log:
+    with (
+        StopRequest() as stop,
+        counting_steps(core),
+        TrainLog(config, accelerator, weighted, start, max_steps, state.history) as log,
+    ):
         log.restore_window(state.pending)
         while step < max_steps and not stopped:
             set_lr(optimizer, step, max_steps, config)
@@ -116,6 +120,15 @@ def fit(
     return TrainResult(step, not finished, log.history, state.publish() if finished else state.model_dir())
 
 
+@contextmanager
+def counting_steps(core: Any) -> Iterator[None]:
+    """Let scheduled weights follow the steps of this run, and no longer: another loop has to count its own."""
+    try:
+        yield
+    finally:
+        core.loss_step = None
+
+
 def make_loader(
     examples: Examples,
     processor: Any,
@@ -126,9 +139,11 @@ def make_loader(
     cut: tuple[int, int],
 ) -> Any:
     """Return a loader of this rank's micro-batches, with the columns that the losses want out of the rows."""
+    given = examples[0].columns
+    columns = (loss_columns(losses, given), token_columns(losses, given))
     return step_loader(
         examples,
-        Collator(processor, config.max_length, loss_columns(losses, examples[0].columns)),
+        Collator(processor, config.max_length, *columns),
         steps=steps,
         micro_batch_size=cut[0],
         accumulation=cut[1],

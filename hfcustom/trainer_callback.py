@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfcustom.base import CustomVLM
 from hfcustom.losses import LossValue
 from hfcustom.parts import unwrap
 from hfcustom.train import plan_step
+
+PLANNED: WeakSet[Trainer] = WeakSet()  # trainers that show their model each step whole
 
 
 class LossCallback(TrainerCallback):
@@ -41,7 +44,7 @@ class LossCallback(TrainerCallback):
         found = next((callback for callback in callbacks if isinstance(callback, cls)), None)
         if found is not None:
             callbacks.remove(found)
-        else:
+        if trainer not in PLANNED:
             _plan_steps(trainer)
         chosen = found or cls()
         chosen._is_first = True
@@ -101,7 +104,6 @@ class LossCallback(TrainerCallback):
         """Add the means since the last log line, over all ranks, to a line of training."""
         if logs is None or "loss" not in logs or not self._steps:
             return
-        recorded = sorted(self._metrics)
         local = torch.stack([*self._shares.values(), *self._means.values()]).float()
         # Trainer counts the tokens of all ranks and multiplies by their number, or each rank counts its own.
         values = reduce(local, "sum" if args.average_tokens_across_devices else "mean").tolist()
@@ -110,12 +112,25 @@ class LossCallback(TrainerCallback):
         found = {name: mean / self._steps for name, mean in means.items()}
         if len(shares) > 1:
             found |= {f"{name}_weighted": shares[name] / self._steps for name in self._weighted}
-        if recorded:  # sums and counts, whose ratio does not depend on how the ranks are added up
-            pairs = reduce(torch.stack([self._metrics[name] for name in recorded]).float(), "sum").tolist()
-            found |= {name: total / count for name, (total, count) in zip(recorded, pairs, strict=True) if count}
+        found |= self._recorded()
         logs.update(found)
         state.log_history[-1].update(found)  # the line that Trainer has just appended
         self._begin_window()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Stop counting steps: another loop has to count its own."""
+        _core(model).loss_step = None
+
+    def _recorded(self) -> dict[str, float]:
+        """Return the means of what terms recorded, over all ranks; a rank may have had nothing to record."""
+        sums: dict[str, list[float]] = {}
+        for rank in gather_object([{name: value.tolist() for name, value in self._metrics.items()}]):
+            for name, (total, count) in rank.items():
+                before = sums.get(name, [0.0, 0.0])
+                sums[name] = [before[0] + total, before[1] + count]
+        return {name: total / count for name, (total, count) in sums.items() if count}
 
     def _begin_window(self) -> None:
         self._steps = 0
@@ -140,6 +155,7 @@ def _plan_steps(trainer: Trainer) -> None:
 
     Trainer itself hands the number of labels on. Where each rank counts for itself, that is all there is.
     """
+    PLANNED.add(trainer)
     original = trainer.get_batch_samples
 
     def planned(*args: Any, **kwargs: Any) -> tuple[list[Any], Any]:

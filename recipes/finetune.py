@@ -118,6 +118,10 @@ def add_companions(model: Any, config: FinetuneConfig) -> None:
     """Give the model its frozen teacher and reference."""
     if config.teacher and not any("teacher" in item.loss.inputs for item in model.losses()):
         raise ValueError(f"teacher={config.teacher} has no effect: none of {model.config.loss!r} distils.")
+    if config.reference and not any(item.loss.is_term for item in model.losses()):
+        raise ValueError(
+            f"reference={config.reference} has no effect: none of {model.config.loss!r} compares with one."
+        )
     for path, take in ((config.teacher, model.set_teacher), (config.reference, model.set_reference)):
         if path:
             take(class_of(path).from_pretrained(path, dtype=config.dtype or "auto"))

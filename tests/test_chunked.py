@@ -210,6 +210,20 @@ def test_no_more_logits_live_than_a_chunk(make_head: Any, monkeypatch: pytest.Mo
     total.backward()
 
 
+@pytest.mark.parametrize("spec", ["cross_entropy", "focal"])
+def test_a_loss_scale_comes_before_float16_rounds(spec: str) -> None:
+    """A share of 1 / 65,536 of the step: gradients that float16 cannot hold until they are scaled."""
+    head, hidden = nn.Linear(D, V, bias=False).half(), torch.randn(M, D).half().requires_grad_()
+    targets, items = torch.randint(0, V, (M,)), parse_losses(spec)
+    work = chunked.Work(targets, items, torch.tensor([1 / 65536]))
+    (65536 * chunked.token_loss_total(chunked.Head.of(head), hidden, work)[0]).backward()
+    exact = copy.deepcopy(head).float()
+    exact.zero_grad()
+    items[0].loss.function(exact(hidden.detach().float()), targets).sum().backward()
+    assert head.weight.grad is not None and exact.weight.grad is not None
+    torch.testing.assert_close(head.weight.grad.float(), exact.weight.grad, rtol=2e-2, atol=5e-3)
+
+
 def test_nothing_supervised_keeps_the_graph() -> None:
     hidden = torch.randn(0, D, requires_grad=True)
     total = total_of(nn.Linear(D, V), hidden, torch.empty(0, dtype=torch.long))
@@ -293,6 +307,30 @@ def test_a_normalisation_over_the_tokens_is_refused() -> None:
 
     with pytest.raises(ValueError, match="'normalised' is not one value a token"):
         total_of(nn.Linear(D, V), torch.randn(M, D), torch.randint(0, V, (M,)), "normalised")
+
+
+def test_each_setting_of_its_options_is_checked() -> None:
+    @hfcustom.token_loss
+    def optional(logits: torch.Tensor, targets: torch.Tensor, mean: bool = False) -> torch.Tensor:
+        nll = F.cross_entropy(logits, targets, reduction="none")
+        return nll.mean().expand(len(nll)) if mean else nll
+
+    head, hidden, targets = nn.Linear(D, V), torch.randn(M, D), torch.randint(0, V, (M,))
+    total_of(head, hidden, targets, "optional")
+    with pytest.raises(ValueError, match="'optional' is not one value a token"):
+        total_of(head, hidden, targets, {"optional": {"mean": True}})
+
+
+def test_a_loss_that_changes_the_logits_is_refused() -> None:
+    @hfcustom.token_loss
+    def in_place(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits /= 2
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    with pytest.raises(ValueError, match="'in_place' changes the logits in place"):
+        total_of(
+            nn.Linear(D, V), torch.randn(M, D), torch.randint(0, V, (M,)), {"in_place": 1.0, "cross_entropy": 1.0}
+        )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -75,6 +75,13 @@ def test_a_kernel_that_cannot_is_refused(case: str, monkeypatch: pytest.MonkeyPa
         kernels.choose_kernel(asked, torch.device(device), linear, torch.float32)
 
 
+@pytest.mark.parametrize("kernel", ["torch", "bogus"])
+def test_a_kernel_beside_another_token_loss_is_refused(internvl: Family, kernel: str) -> None:
+    model = internvl.model(loss={"cross_entropy": {"kernel": kernel}, "z_loss": 1e-4})
+    with pytest.raises(ValueError, match=f"kernel='{kernel}' evaluates cross entropy alone, not beside z_loss"):
+        model(**internvl.batch([1]))
+
+
 def test_a_config_chooses_it(internvl: Family) -> None:
     batch = internvl.batch([1, 0])
     ours, theirs = (

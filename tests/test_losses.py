@@ -207,6 +207,24 @@ def test_a_config_imports_no_file(internvl: Family, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_without_labels_a_model_needs_no_loss(internvl: Family) -> None:
+    """What was trained on a loss of somebody's file generates, and teaches, where that file is not."""
+    model, batch = internvl.model(loss={"from_somewhere": 1.0}), internvl.batch([1])
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] > batch["input_ids"].shape[1]
+    student = internvl.model(loss="kl_distillation")
+    student.set_teacher(model)
+    assert float(student(**batch).loss.detach()) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="Unknown loss 'from_somewhere'"):
+        model(**batch)
+
+
+def test_the_stock_loss_refuses_rejected_answers(internvl: Family) -> None:
+    batch = {**internvl.batch([0, 0]), "preference": torch.tensor([1.0, -1.0])}
+    with pytest.raises(ValueError, match="loss='stock' knows no rejected answers"):
+        internvl.model(loss="stock")(**batch)
+
+
 WRONG_TERMS: dict[str, Any] = {
     "float": (lambda context: (1.0, len(context.labels)), "a sum of float; it must be a scalar tensor"),
     "no count": (lambda context: (context.hidden_states.sum(), None), "summed over None items"),

@@ -313,6 +313,24 @@ def test_gradient_checkpointing_changes_no_loss_and_no_gradient(family: Family, 
     assert relative_distance(ends[1], ends[0], weights(family.model())) < 1e-4
 
 
+def test_a_token_loss_finds_its_input_among_the_columns(internvl: Family, tmp_path: Path) -> None:
+    """One number a label token, as the collator labels them."""
+
+    @hfcustom.token_loss(inputs=("importance",))
+    def important(logits: torch.Tensor, targets: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+        return importance * nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    rows = uneven_rows()
+    for row in rows:
+        labels = Collator(internvl.processor)([row])["labels"]
+        row["importance"] = [2.0] * int((labels != -100).sum())
+    result = train(internvl.model(loss="important"), internvl, tmp_path / "important", rows, max_steps=1)
+    plain = train(internvl.model(), internvl, tmp_path / "plain", rows, max_steps=1)
+    assert curve(result) == pytest.approx([2 * value for value in curve(plain)], rel=1e-5)
+    with pytest.raises(ValueError, match="Give the rows a column 'importance' with a number for each label token"):
+        train(internvl.model(loss="important"), internvl, tmp_path / "without", max_steps=1)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("reaches_gradient", [True, False])
 def test_a_loss_that_is_no_number_stops_before_the_step(

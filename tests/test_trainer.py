@@ -274,3 +274,32 @@ def test_with_the_callback_terms_are_as_exact_as_in_fit(internvl: Family, tmp_pa
     trainer.train()
     assert [entry["loss"] for entry in lines(trainer)] == pytest.approx(curve(result), rel=1e-5)
     assert relative_distance(weights(theirs), weights(ours), start) < 1e-4
+
+
+def test_a_callback_given_first_and_added_later_shows_steps_too(internvl: Family, tmp_path: Path) -> None:
+    loss = {"cross_entropy": 1.0, "contrastive": 1.0}
+    values = []
+    for given in ([], [LossCallback()]):
+        trainer = make_trainer(internvl.model(loss=loss), internvl, uneven_rows(), tmp_path, 8, callbacks=given)
+        LossCallback.add_to(trainer)
+        trainer.train()
+        values.append([entry["contrastive"] for entry in lines(trainer)])
+    assert values[0] == values[1] and values[0][0] > 0.1
+
+
+def test_a_term_across_rows_says_when_it_sees_a_part_of_the_step(internvl: Family, tmp_path: Path) -> None:
+    trainer = make_trainer(internvl.model(loss="contrastive"), internvl, uneven_rows(), tmp_path, 4)
+    with pytest.raises(ValueError, match=r"contrastive compares all rows of a step.*LossCallback.add_to\(trainer\)"):
+        trainer.train()
+
+
+def test_the_step_of_an_earlier_run_schedules_no_later_one(internvl: Family, tmp_path: Path) -> None:
+    model = internvl.model(loss={"cross_entropy": {"decay_steps": 2, "final_weight": 0.0}})
+    train(model, internvl, tmp_path / "fit")
+    assert model.loss_step is None
+    with pytest.raises(ValueError, match="cross_entropy is scheduled, but nothing says which step this is"):
+        make_trainer(model, internvl, uneven_rows(), tmp_path).train()
+    trainer = make_trainer(model, internvl, uneven_rows(), tmp_path)
+    LossCallback.add_to(trainer)
+    trainer.train()
+    assert model.loss_step is None

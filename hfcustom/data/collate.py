@@ -34,11 +34,17 @@ class Collator:
     """Turn rows (mappings, or Examples) into a training batch with a processor.
 
     `columns` names what else of the rows becomes a tensor: "token_weights" for the loss weights of messages and blocks,
-    others are the rows' own. Raises RowError for a row that cannot be used, is longer than `max_length`, or has no
+    others are the rows' own, those of `token_columns` with an entry for each label token. Raises RowError for a row that cannot be used, is longer than `max_length`, or has no
     assistant turn.
     """
 
-    def __init__(self, processor: Any, max_length: int | None = None, columns: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int | None = None,
+        columns: Sequence[str] = (),
+        token_columns: Sequence[str] = (),
+    ) -> None:
         if not isinstance(processor.chat_template, str) or not processor.chat_template:
             raise ValueError(
                 f"The processor's chat_template is {processor.chat_template!r:.60}; it must be one template, so that "
@@ -46,7 +52,8 @@ class Collator:
             )
         self.processor = processor
         self.max_length = max_length
-        self.columns = check_columns(columns, processor)
+        self.columns = (*check_columns(columns, processor), *check_columns(token_columns, processor))
+        self.token_columns = frozenset(token_columns)
         ids = {getattr(processor, name, None) for name in ("image_token_id", "video_token_id")}
         self.placeholder_ids = torch.tensor(sorted({*ids, *processor.image_token_ids} - {None}))
 
@@ -77,7 +84,11 @@ class Collator:
                 "another that takes the column token_weights."
             )
         for name in self.columns:
-            batch[name] = weights if name == TOKEN_WEIGHTS else column_tensor(name, examples, batch["labels"])
+            batch[name] = (
+                weights
+                if name == TOKEN_WEIGHTS
+                else column_tensor(name, examples, batch["labels"], name in self.token_columns)
+            )
 
     def _check_length(self, attention_mask: torch.Tensor, example: Example) -> None:
         length = int(attention_mask.sum())

@@ -38,7 +38,9 @@ def check_columns(columns: Sequence[str], processor: Any) -> tuple[str, ...]:
     return tuple(columns)
 
 
-def column_tensor(name: str, examples: Sequence[Example], labels: torch.Tensor) -> torch.Tensor:
+def column_tensor(
+    name: str, examples: Sequence[Example], labels: torch.Tensor, per_token: bool = False
+) -> torch.Tensor:
     """Return a column of the rows as a tensor of the batch: labels (B, T) -> (B, ...), or (B, T, ...) if per token.
 
     Raises RowError naming the row for a column that is missing, ragged, not of numbers or of the wrong length.
@@ -48,7 +50,7 @@ def column_tensor(name: str, examples: Sequence[Example], labels: torch.Tensor) 
         for key in _keys(name, example):
             places.append(f"{example.name}, column {key!r}")
             arrays.append(_array(example.columns[key], places[-1]))
-    skipped = 1 if name.startswith(PER_TOKEN) else 0
+    skipped = 1 if per_token or name.startswith(PER_TOKEN) else 0
     if skipped:
         _check_lengths(places, arrays, labels)
     for place, array in zip(places, arrays, strict=True):

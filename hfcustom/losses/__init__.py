@@ -6,7 +6,15 @@ come along goes into the file of its kind, and is found by the tests.
 
 from hfcustom.losses import alignment, auxiliary, distillation, experts, image_text, numeric  # register their losses
 from hfcustom.losses.chunked import Head, token_log_probs, token_loss_total
-from hfcustom.losses.config import WeightedLoss, find_loss, import_losses, loss_columns, parse_losses
+from hfcustom.losses.config import (
+    WeightedLoss,
+    find_loss,
+    import_losses,
+    known,
+    loss_columns,
+    parse_losses,
+    token_columns,
+)
 from hfcustom.losses.context import LossContext, StepSummary, Supervised, mean_rows
 from hfcustom.losses.contract import (
     COUNTS,
@@ -28,6 +36,14 @@ from hfcustom.losses.frozen import adapters_off, check_companion, frozen_context
 from hfcustom.losses.inputs import INPUTS, Teacher
 from hfcustom.losses.preference import dpo, ipo, kto, orpo, simpo
 from hfcustom.losses.token_losses import cross_entropy
-from hfcustom.losses.total import Divisors, LossValue, evaluate, spread_items, summarise
+from hfcustom.losses.total import (
+    Divisors,
+    LossValue,
+    check_whole_step,
+    evaluate,
+    refuse_preference,
+    spread_items,
+    summarise,
+)
 
 STOCK = Loss("stock", cross_entropy)  # the parent's own path, for its name and its count only

@@ -8,6 +8,7 @@ Letters: B rows of a tensor, R rows of data, T text tokens, S tokens that are no
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,16 +52,12 @@ def count_numbers(batch: Batch) -> int:
     return int((~row_labels(batch).isnan()).sum())
 
 
-def add_head(outputs: int) -> Callable[[Any], None]:
-    """Return a function that gives a model a head of so many outputs, for tests."""
-
-    def add(model: Any) -> None:
-        model.auxiliary_head = nn.Linear(model.config.get_text_config().hidden_size, outputs)
-
-    return add
+def add_head(model: Any, outputs: int) -> None:
+    """Give a model a head of so many outputs, for tests."""
+    model.auxiliary_head = nn.Linear(model.config.get_text_config().hidden_size, outputs)
 
 
-@term(count=count_classes, columns=("auxiliary_labels",), prepare=add_head(3))
+@term(count=count_classes, columns=("auxiliary_labels",), prepare=partial(add_head, outputs=3))
 def auxiliary_classification(
     context: LossContext, head: str = "auxiliary_head", pooling: str = "last"
 ) -> tuple[torch.Tensor, float | torch.Tensor]:
@@ -91,7 +88,7 @@ def auxiliary_classification(
     return F.cross_entropy(logits, labels[keep].long(), reduction="sum"), int(keep.sum())
 
 
-@term(count=count_numbers, columns=("auxiliary_labels",), prepare=add_head(1))
+@term(count=count_numbers, columns=("auxiliary_labels",), prepare=partial(add_head, outputs=1))
 def auxiliary_regression(
     context: LossContext, head: str = "auxiliary_head", pooling: str = "last"
 ) -> tuple[torch.Tensor, float | torch.Tensor]:

@@ -5,7 +5,8 @@ hidden (M, D), head -> for each chunk of C tokens: logits (C, V) float32 -> valu
 user wrote, and cost three matrix products, two with a frozen head; nothing is computed again in the backward pass.
 
 That holds for a head that is a plain Linear. Any other (LoRA, 8 bits, capped or scaled logits, a hook) is called as the
-module it is and computed again in the backward pass, chunk by chunk, which is right for whatever it does.
+module it is and computed again in the backward pass, chunk by chunk, which is right for whatever it does. So is float16, whose loss scale must be applied before
+gradients are rounded.
 The gradient of softmax cross entropy is p - onehot; that it can be formed in the forward pass is the observation of
 Liger Kernel (https://arxiv.org/abs/2410.10989) and Cut Cross-Entropy (https://arxiv.org/abs/2411.09009).
 Letters: M supervised tokens, C tokens of a chunk, D hidden, V vocabulary, K losses.
@@ -88,7 +89,7 @@ def token_loss_total(head: Head, hidden: torch.Tensor, work: Work) -> tuple[torc
     if not work.losses or not len(work.targets):
         zero = hidden[:0].sum().to(accumulation_dtype(hidden))  # keeps the graph
         return zero, zero.detach().expand(len(work.losses))
-    if head.linear is not None:
+    if head.linear is not None and product_dtype(hidden) != torch.float16:  # its loss scale has to come first
         weight, bias = head.linear.weight, head.linear.bias
         if torch.is_grad_enabled():
             return _LinearLoss.apply(hidden, weight, bias, work)
@@ -278,7 +279,7 @@ def token_log_probs(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> 
     """
     if not len(targets):
         return hidden[:, 0].to(accumulation_dtype(hidden))
-    if head.linear is not None:
+    if head.linear is not None and product_dtype(hidden) != torch.float16:
         return _LinearLogProbs.apply(hidden, head.linear.weight, head.linear.bias, targets)
 
     def evaluate(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

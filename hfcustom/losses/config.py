@@ -89,6 +89,12 @@ def _check_schedule(name: str, schedule: Mapping[str, Any]) -> None:
         raise ValueError(f"The final weight of loss {name!r} has no effect without decay_steps, which lead to it.")
 
 
+def known(spec: str | Mapping[str, Any] | None) -> list[Loss]:
+    """Return those losses of a config that are registered; a model computes without the file of a loss it was trained on."""
+    names = [spec] if isinstance(spec, str) else list(spec or ())
+    return [LOSSES[name] for name in names if name in LOSSES]
+
+
 def find_loss(name: str) -> Loss:
     """Return a registered loss; ValueError suggests the nearest. No file is imported: configs come with checkpoints."""
     if name in LOSSES:
@@ -99,12 +105,19 @@ def find_loss(name: str) -> Loss:
 
 def loss_columns(losses: Iterable[WeightedLoss], given: Iterable[str]) -> list[str]:
     """Return the columns that the collator has to make for some losses out of rows that have the columns `given`."""
+    given = list(given)
     has = set(given).union(name.partition("_")[2] for name in given if name.startswith(("chosen_", "rejected_")))
     wanted: dict[str, None] = {}
     for item in losses:
         wanted |= dict.fromkeys(item.loss.columns)
         wanted |= dict.fromkeys(name for name in item.loss.optional_columns if name in has)
     return [name for name in wanted if name != "preference"]  # the collator makes that one of every pair
+
+
+def token_columns(losses: Iterable[WeightedLoss], given: Iterable[str]) -> list[str]:
+    """Return those columns of the rows that are inputs of token losses, with an entry for each label token."""
+    inputs = {name for item in losses for name in item.loss.inputs if name not in item.loss.columns}
+    return [name for name in given if name in inputs]
 
 
 def import_losses(spec: str | Mapping[str, Any]) -> str | dict[str, Any]:

@@ -46,11 +46,13 @@ def frozen_context(model: CustomVLM, role: Role, batch: Mapping[str, Any], label
 
     Raises ValueError where there is none, and where the model without its adapter would not stay what it is.
     """
-    other = model.companions.get(role)
+    other: Any = model.companions.get(role)
     if other is None:
         if role == "teacher" or not adapter_layers(model):
             raise ValueError(f"The configured loss needs a {role}, and {type(model).__name__} has none. {CURES[role]}")
         _check_only_adapters_train(model)
+    elif other.device != labels.device:
+        other.to(labels.device)  # it is no part of the model, and has not moved with it
     frozen = partial(frozen_pass, model if other is None else other, with_adapter=other is not None)
     with frozen() as seen:
         context = seen.loss_context(model.stock_inputs(batch), labels)

@@ -34,7 +34,10 @@ def _from_batch(context: LossContext, labels: torch.Tensor, name: str) -> torch.
     tensor = context.batch.get(name)
     if tensor is None:
         tensors = [key for key, value in context.batch.items() if isinstance(value, torch.Tensor)]
-        cure = f"Collator(processor, columns=[{name!r}]) puts it there; fit() does so by itself."
+        cure = (
+            f"Give the rows a column {name!r} with a number for each label token: fit() puts it into the batch, elsewhere "
+            f"Collator(processor, token_columns=[{name!r}]) does."
+        )
         raise ValueError(unknown("tensor of the batch, which a token loss needs:", name, [*tensors, *INPUTS], cure))
     if tensor.shape[:2] != labels.shape:
         raise ValueError(

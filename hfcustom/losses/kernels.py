@@ -31,9 +31,16 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor
 
 def fused_cross_entropy(head: Head, hidden: torch.Tensor, work: Work) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return total and sums as `token_loss_total` does, or None where this is not plain cross entropy, or is ours."""
-    if len(work.losses) != 1 or work.losses[0].loss.name != "cross_entropy" or not len(work.targets):
+    asked = next(
+        (item.options.get("kernel", "auto") for item in work.losses if item.loss.name == "cross_entropy"), None
+    )
+    if asked is None or not len(work.targets):
         return None
-    asked = work.losses[0].options.get("kernel", "auto")
+    if len(work.losses) > 1:
+        if asked not in ("auto", "chunked"):
+            others = ", ".join(item.loss.name for item in work.losses if item.loss.name != "cross_entropy")
+            raise ValueError(f"kernel={asked!r} evaluates cross entropy alone, not beside {others}; leave it out.")
+        return None
     dtype = product_dtype(hidden)
     name = choose_kernel(asked, hidden.device, head.linear, dtype)
     if name == "chunked":

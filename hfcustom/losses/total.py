@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from hfcustom.losses.chunked import Work, accumulation_dtype, token_loss_total
 from hfcustom.losses.config import WeightedLoss
@@ -19,7 +20,9 @@ from hfcustom.losses.context import LossContext, Supervised
 from hfcustom.losses.contract import IGNORE, liked_labels
 from hfcustom.losses.inputs import token_inputs
 from hfcustom.losses.kernels import fused_cross_entropy
-from hfcustom.losses.values import PROVEN, check_finite
+from hfcustom.losses.values import check_finite, is_proven, mark_proven
+
+logger = logging.get_logger("hfcustom")
 
 Divisors = Mapping[str, float | torch.Tensor]
 
@@ -89,6 +92,25 @@ def spread_items(
     return {name: num_items * (count / num_labels) for name, count in counts.items()}
 
 
+def check_whole_step(losses: Sequence[WeightedLoss], labels: torch.Tensor, num_items: torch.Tensor | int) -> None:
+    """Raise ValueError for a term across the rows of a step, of which this batch is only a part that sees no other."""
+    across = [item.loss.name for item in losses if item.loss.summary is not None]
+    if across and int(num_items) != int((labels[:, 1:] != IGNORE).sum()):
+        raise ValueError(
+            f"{', '.join(across)} compares all rows of a step, but this batch is a part of one. Call "
+            "hfcustom.LossCallback.add_to(trainer), which shows the model each step whole, as fit() does."
+        )
+
+
+def refuse_preference(batch: Mapping[str, Any]) -> None:
+    """Raise ValueError where the parent's own loss would imitate rejected answers."""
+    if batch.get("preference") is not None:
+        raise ValueError(
+            "loss='stock' knows no rejected answers and would imitate them; choose 'cross_entropy' or a preference loss, or "
+            "train on rows of messages."
+        )
+
+
 def _count(context: LossContext, item: WeightedLoss) -> float:
     return item.loss.count_in(context.batch, context.model.config.image_token_id, item.options)
 
@@ -132,9 +154,13 @@ def _term(context: LossContext, item: WeightedLoss, expected: float) -> torch.Te
             f"Term {loss.name!r} summed over {count} items, but count={loss.count!r} finds {expected} in this batch. "
             "The divisor must be known before the forward pass: return that count, or give @term a function of the batch."
         )
-    if loss.function not in PROVEN:
+    if not total.requires_grad and torch.is_grad_enabled() and context.hidden_states.requires_grad:
+        logger.warning_once(
+            f"Term {loss.name!r} has no gradient here, so it trains nothing: what it looks at is frozen, or detached."
+        )
+    if not is_proven(item):
         check_finite(f"Term {loss.name!r}", total.detach())
-        PROVEN.add(loss.function)
+        mark_proven(item)
     return total.float() if total.dtype in (torch.bfloat16, torch.float16) else total
 
 

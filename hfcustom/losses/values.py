@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -19,7 +19,9 @@ from hfcustom.losses.contract import NonFiniteError
 if TYPE_CHECKING:
     from hfcustom.losses.chunked import Work
 
-PROVEN: WeakSet[Callable[..., Any]] = WeakSet()  # functions that have been checked on their first tokens
+PROVEN: WeakKeyDictionary[Callable[..., Any], set[str]] = (
+    WeakKeyDictionary()
+)  # checked on first tokens: options of each
 
 
 def token_values(
@@ -32,7 +34,7 @@ def token_values(
     inputs = {name: _whole_chunk(value) for name, value in work.inputs.items()}
     work = type(work)(work.targets, work.losses, work.scales, inputs)
     for item in work.losses:
-        if item.loss.function not in PROVEN and len(tile) > 1:
+        if len(tile) > 1 and not is_proven(item):
             _check_each_token_alone(item, tile, work)
     size = max(1, slice_elements // tile.shape[1]) if tile.device.type == "cpu" else len(tile)
     plain = len(work.losses) == 1 and work.losses[0].loss.name == "cross_entropy"
@@ -109,12 +111,18 @@ def _own_inputs(item: WeightedLoss, inputs: Mapping[str, Any]) -> dict[str, Any]
 @torch.no_grad()
 def _check_each_token_alone(item: WeightedLoss, tile: torch.Tensor, work: Work) -> None:
     """Refuse a function whose value for a token depends on the tokens beside it: it would depend on the batching."""
-    few = work.part(slice(0, 4))
+    few, tile = work.part(slice(0, 4)), tile[:4].clone()
+    before = tile._version
     with torch.random.fork_rng(devices=[]):
-        together, again = (_checked(item, tile[:4], few) for _ in range(2))
+        together, again = (_checked(item, tile, few) for _ in range(2))
         alone = [
             _checked(item, tile[at : at + 1], few.part(slice(at, at + 1))) for at in range(len(few.targets))
         ]  # (1,) each
+    if tile._version != before:
+        raise ValueError(
+            f"Token loss {item.loss.name!r} changes the logits in place, which other losses read too; write "
+            "`logits = logits / t`, not `logits /= t`."
+        )
     check_finite(f"Token loss {item.loss.name!r}", together, "finite" if bool(tile.isfinite().all()) else "not finite")
     if not torch.equal(together, again):
         return  # it draws random numbers, so nothing can be told
@@ -124,7 +132,17 @@ def _check_each_token_alone(item: WeightedLoss, tile: torch.Tensor, work: Work) 
             f"{_shown(torch.cat(alone))}. A mean, a sum or a normalisation over the tokens would change with every way to cut "
             "a batch. Return each token's own value; hfcustom divides."
         )
-    PROVEN.add(item.loss.function)
+    mark_proven(item)
+
+
+def is_proven(item: WeightedLoss) -> bool:
+    """Whether a loss has been checked with these options."""
+    return repr(sorted(item.options.items())) in PROVEN.get(item.loss.function, ())
+
+
+def mark_proven(item: WeightedLoss) -> None:
+    """Remember that a loss has been checked with these options."""
+    PROVEN.setdefault(item.loss.function, set()).add(repr(sorted(item.options.items())))
 
 
 def check_finite(what: str, values: torch.Tensor, logits: str = "finite") -> None:
