@@ -122,3 +122,25 @@ def test_every_variant_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert variants.VARIANTS.keys() == about.ABOUT.keys() == results.COLORS.keys()
     text = Path(BENCHMARKS / "README.md").read_text()
     assert not [name for name in about.ABOUT if f"`{name}`" not in text]
+
+
+SMALL = {
+    "cross_entropy": (
+        ["--tokens", "40", "--hidden-size", "8", "--vocabulary", "50"],
+        ("chunked", "torch", "liger", "cce"),
+    ),
+    "experts": (
+        ["--tokens", "16", "--hidden-size", "16", "--intermediate-size", "8"],
+        ("eager", "batched_mm", "grouped_mm"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_benchmarks_name_every_way(name: str) -> None:
+    options, ways = SMALL[name]
+    done = script(name, *options, "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    assert {line.split()[0] for line in done.stdout.splitlines()} >= set(ways)
+    wrong = script(name, "--rounds", "0")
+    assert (wrong.returncode, wrong.stdout) == (3, "") and "rounds=0 must be positive" in wrong.stderr
