@@ -61,6 +61,7 @@ def layer_of(config: ExpertsConfig, way: str) -> Any:
         intermediate_size=config.intermediate_size,
         moe_num_experts=config.num_experts,
         moe_topk=config.top_k,
+        num_attention_heads=1,  # of no account here, but the width must be a multiple of it
     )
     sizes._experts_implementation = way
     layer = AriaTextMoELayer(sizes)

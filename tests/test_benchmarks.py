@@ -130,7 +130,7 @@ SMALL = {
         ("chunked", "torch", "liger", "cce"),
     ),
     "experts": (
-        ["--tokens", "16", "--hidden-size", "16", "--intermediate-size", "8"],
+        ["--tokens", "16", "--hidden-size", "32", "--intermediate-size", "32"],
         ("eager", "batched_mm", "grouped_mm"),
     ),
 }
