@@ -224,6 +224,7 @@ CASES: dict[str, dict[str, Any]] = {
     "trl": {"build": "sft", "loss": "cross_entropy"},
     "trl, several": {"build": "sft", "loss": {"cross_entropy": 1.0, "margin": 0.5}},
     "trainer, several": {"build": "stock_trainer", "loss": {"cross_entropy": 1.0, "margin": 0.5}},
+    "trainer, a record on one rank": {"build": "stock_trainer", "loss": {"cross_entropy": 1.0, "noted": 0.01}},
     "each rank for itself": {"build": "sft", "loss": TERMS, "average_tokens_across_devices": False},
 }
 
@@ -257,7 +258,8 @@ def test_two_processes_train_as_one(
         assert [e[key] for e in both["log"]] == pytest.approx([e[key] for e in alone["log"]], rel=1e-5), key
     if name.startswith("trl"):
         assert [e["num_tokens"] for e in both["log"]] == [e["num_tokens"] for e in alone["log"]]
-    assert both["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
+    if "record" not in name:  # evaluation averages batches, of which a term of rows has its own mean
+        assert both["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not isinstance(CASES[name]["loss"], str)])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import Family, chat_row
 from torch import nn
 from torch.nn import functional as F
@@ -26,7 +27,7 @@ TERMS = {"cross_entropy": 1.0, "z_loss": 1e-3, "image_size": 0.1}  # two token l
 
 @contextmanager
 def user_losses() -> Iterator[None]:
-    """Register what a user would write, a token loss `margin` and a term `image_size`; forget them at the end."""
+    """Register what a user would write, a token loss `margin`, terms `image_size` and `noted`; forget them at the end."""
     before = dict(LOSSES)
 
     @hfcustom.token_loss
@@ -38,6 +39,12 @@ def user_losses() -> Iterator[None]:
     def image_size(context: hfcustom.LossContext) -> tuple[torch.Tensor, int]:
         size = context.image_features.square().mean(-1)
         return size.sum(), size.numel()
+
+    @hfcustom.term(count="rows")
+    def noted(context: hfcustom.LossContext) -> tuple[torch.Tensor, int]:
+        if PartialState().is_main_process:  # as where one rank alone has an image
+            context.record("seen", context.num_rows, 1)
+        return -context.row_log_probs.sum(), context.num_rows
 
     yield
     LOSSES.clear()

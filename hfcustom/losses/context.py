@@ -112,14 +112,16 @@ class LossContext:
         """The number of each row's supervised tokens, (R,)."""
         return row_tokens(self.batch).to(self.hidden_states.device)
 
-    def record(self, name: str, total: torch.Tensor, count: float | torch.Tensor) -> None:
+    def record(self, name: str, total: float | torch.Tensor, count: float | torch.Tensor) -> None:
         """Report a number beside the running term: its mean over the step is logged as `<term>_<name>`.
 
-        Give the sum and the count of this batch, as tensors: asking a device for their values would wait for it.
+        Give the sum and the count of this batch; tensors stay tensors, as asking a device for their values would wait for it.
         """
         name = f"{self.running}_{name}"
         check_metric_name(name)
-        values = torch.stack([total.detach().float(), torch.as_tensor(count).to(total.device, torch.float32)])  # (2,)
+        device = self.hidden_states.device
+        values = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in (total, count)])
+        values = values.detach()  # (2,)
         self.metrics[name] = self.metrics[name] + values if name in self.metrics else values
 
     def logits_of(self, ids: torch.Tensor) -> torch.Tensor:
