@@ -156,13 +156,9 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 def assert_same_gradients(
     found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float = 1e-4
 ) -> None:
-    """Compare each gradient with the size of the largest: tiny ones are rounding."""
-    assert {key for key, value in found.items() if value.any()} == {
-        key for key, value in expected.items() if value.any()
-    }
-    scale = max((float(value.abs().max()) for value in expected.values()), default=0.0)
-    for key, value in expected.items():
-        if key in found:
-            torch.testing.assert_close(
-                found[key], value, rtol=rtol, atol=rtol * scale, msg=lambda text, k=key: f"{k}: {text}"
-            )
+    """Compare each parameter's gradient with its own size; one a million times smaller than all of them is rounding."""
+    size = float(torch.stack([value.norm() for value in expected.values()]).norm()) if expected else 0.0
+    for key in expected.keys() | found.keys():
+        some = expected.get(key, found.get(key))
+        mine, theirs = (grads.get(key, torch.zeros_like(some)) for grads in (found, expected))
+        assert float((mine - theirs).norm()) <= rtol * float(theirs.norm()) + 1e-6 * size, key
