@@ -114,20 +114,14 @@ def test_however_a_step_is_cut_loss_and_gradient_are_the_same(name: str) -> None
         assert_same_gradients(grads, wanted, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if family_of(name).name == "internvl"])
-def test_packed_rows_are_the_same_as_padded_ones(name: str) -> None:
-    batch = batch_of(name, family_of(name))
-    expected, wanted = baseline(name)
-    value, grads = forward(name, packed(batch))
-    assert value == pytest.approx(expected, rel=1e-5)
-    assert_same_gradients(grads, wanted, rtol=1e-3)
+LAYOUTS = [(packed, name) for name in EVERY if family_of(name).name == "internvl"]  # Aria's: tests/test_terms.py
+LAYOUTS += [(left_padded, name) for name in EVERY]
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_padding_side_changes_nothing(name: str) -> None:
-    batch = batch_of(name, family_of(name))
+@pytest.mark.parametrize(("layout", "name"), LAYOUTS)
+def test_packed_and_left_padded_rows_are_the_same_as_right_padded_ones(layout: Any, name: str) -> None:
     expected, wanted = baseline(name)
-    value, grads = forward(name, left_padded(batch))
+    value, grads = forward(name, layout(batch_of(name, family_of(name))))
     assert value == pytest.approx(expected, rel=1e-5)
     assert_same_gradients(grads, wanted, rtol=1e-3)
 

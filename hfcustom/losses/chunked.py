@@ -5,8 +5,8 @@ hidden (M, D), head -> for each chunk of C tokens: logits (C, V) float32 -> valu
 user wrote, and cost three matrix products, two with a frozen head; nothing is computed again in the backward pass.
 
 That holds for a head that is a plain Linear. Any other (LoRA, 8 bits, capped or scaled logits, a hook) is called as the
-module it is and computed again in the backward pass, chunk by chunk, which is right for whatever it does. So is float16, whose loss scale must be applied before
-gradients are rounded.
+module it is and computed again in the backward pass, chunk by chunk, which is right for whatever it does. So is any head
+in float16, whose loss scale must be applied before gradients are rounded.
 The gradient of softmax cross entropy is p - onehot; that it can be formed in the forward pass is the observation of
 Liger Kernel (https://arxiv.org/abs/2410.10989) and Cut Cross-Entropy (https://arxiv.org/abs/2411.09009).
 Letters: M supervised tokens, C tokens of a chunk, D hidden, V vocabulary, K losses.

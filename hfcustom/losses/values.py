@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PROVEN: WeakKeyDictionary[Callable[..., Any], set[str]] = (
     WeakKeyDictionary()
-)  # checked on first tokens: options of each
+)  # function -> options it was checked with
 
 
 def token_values(
