@@ -92,7 +92,7 @@ def _linear_names(model: nn.Module, part_map: PartMap, parts: Iterable[str]) -> 
         found = [
             name
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and _in(name, part_map.paths[part])
+            if isinstance(module, nn.Linear) and part_map.find(name) == part
         ]
         if not found:
             paths = ", ".join(part_map.paths[part])

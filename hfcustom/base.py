@@ -24,20 +24,22 @@ from transformers.utils.doc import copy_func
 from transformers.utils.generic import can_return_tuple
 
 from hfcustom import loading, losses, parts, seams
+from hfcustom.configuration import share_key_conversion
 from hfcustom.connectors import build_connector
+from hfcustom.seam_hooks import SeamHooks
 
 SEAM_METHODS = ("transform_vision_features", "transform_embeddings", "transform_hidden_states")
 
 
-class CustomVLM(PreTrainedModel):
+class CustomVLM(SeamHooks):
     """Mixin before a stock `...ForConditionalGeneration` class; see the module docstring."""
 
     processor_class: ClassVar[type[ProcessorMixin]]
     placeholder_field: ClassVar[str]  # the processor's attribute that holds the placeholders of one image crop
+    lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, or "connector") -> why this family has none
     default_connector: ClassVar[str | dict[str, Any] | None] = None
     default_loss: ClassVar[str | dict[str, Any]] = "cross_entropy"
     _input_names: ClassVar[tuple[str, ...]]
-    _stock_parts: parts.PartMap | None = None  # until the stock part is built
     accepts_loss_kwargs = True  # transformers.Trainer then passes num_items_in_batch and does not divide again
 
     # ---- the five seams: what a user overrides ----------------------------------------------------------------------
@@ -65,6 +67,12 @@ class CustomVLM(PreTrainedModel):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         stock = cls.stock_class()
+        share_key_conversion(
+            stock.__name__, cls.__name__
+        )  # some families' conversion goes by the class, not the model_type
+        for seam in cls.lacks:
+            if getattr(cls, seam, None) is not getattr(CustomVLM, seam, None):
+                raise TypeError(f"{cls.__name__} overrides {seam}, which this family does not have: {cls.lacks[seam]}")
         cls._input_names = tuple(inspect.signature(stock.forward).parameters)[1:]
         if (
             "forward" not in cls.__dict__
@@ -102,6 +110,8 @@ class CustomVLM(PreTrainedModel):
         config.loss = copy.deepcopy(self.default_loss if config.loss is None else config.loss)
         self.custom_connector: nn.Module | None = None
         if config.connector is not None:
+            if "connector" in self.lacks:
+                raise ValueError(f"connector={config.connector!r}: this family takes none: {self.lacks['connector']}")
             self.custom_connector = build_connector(config.connector, config.get_text_config().hidden_size)
         self.post_init()
 
@@ -197,7 +207,9 @@ class CustomVLM(PreTrainedModel):
             del call["attention_mask"]
         for loss in losses.known(self.config.loss):
             call |= {f"output_{name}": True for name in loss.outputs}
-        self._pass = passed = seams.ForwardPass(records=True)
+        self._pass = passed = seams.ForwardPass(records=True, skips_head=not return_logits)
+        if self.base_model is self:  # no inner model whose call would begin the pass
+            self._begin_pass(self, (), call)
         try:
             outputs = super().forward(**call, return_dict=True)
         finally:
@@ -260,7 +272,7 @@ class CustomVLM(PreTrainedModel):
 
     def loss_counts(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """Return each loss's count over several batches: what forward() wants as `loss_divisors`."""
-        token, batches = self.config.image_token_id, list(batches)
+        token, batches = self.placeholder_token_id, list(batches)
         return {
             item.loss.name: sum(item.loss.count_in(batch, token, item.options) for batch in batches)
             for item in self.losses()
@@ -270,96 +282,6 @@ class CustomVLM(PreTrainedModel):
         """Return what terms across the rows of a step want to know of one batch beforehand, {name: (n, ...)}."""
         with torch.no_grad():
             return losses.summarise(self.loss_context(batch, batch["labels"]), self.losses())
-
-    # ---- what the hooks call (hfcustom/seams.py) ----------------------------------------------------------------------
-
-    def stock_parts(self) -> parts.PartMap:
-        """Return the part map of the stock graph."""
-        assert self._stock_parts is not None, "asked for inside the stock __init__"
-        return self._stock_parts
-
-    def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
-        """Return (module path, hook registrar, method, options) for each seam."""
-        connector, language = (self.stock_parts().paths[part][0] for part in ("connector", "language"))
-        return [
-            (self.base_model_prefix, "register_forward_pre_hook", "_begin_pass", {"with_kwargs": True}),
-            (self.base_model_prefix, "register_forward_hook", "_end_pass", {"always_call": True}),
-            (connector, "register_forward_pre_hook", "_at_connector_input", {}),
-            (connector, "register_forward_hook", "_at_connector_output", {}),
-            (language, "register_forward_pre_hook", "_at_language_input", {"with_kwargs": True}),
-            (language, "register_forward_hook", "_at_language_output", {}),
-        ]
-
-    def _begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._pass is None:  # the inner model is called directly
-            if not torch.compiler.is_compiling():
-                seams.install(self)
-            self._pass = seams.ForwardPass(ends_with_inner=True)
-        input_ids = args[0] if args else kwargs.get("input_ids")
-        self._pass.image_mask = seams.find_placeholders(self, input_ids, kwargs.get("inputs_embeds"))
-
-    def _end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._pass is not None and self._pass.ends_with_inner:
-            self._pass = None
-
-    def _at_connector_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self._vision_features(args[0]), *args[1:])
-
-    def _vision_features(self, features: torch.Tensor) -> torch.Tensor:
-        given = features.shape
-        features = self.transform_vision_features(features)  # (P, patches, D_vision)
-        _check_shape("transform_vision_features", features, given)
-        if self._pass is not None and self._pass.records:
-            self._pass.vision_features = features
-        return features
-
-    def _at_connector_output(self, module: nn.Module, args: tuple[Any, ...], features: torch.Tensor) -> torch.Tensor:
-        if self.custom_connector is not None:
-            num_crops, num_tokens, hidden_size = features.shape
-            features = self.custom_connector(features)  # (P, N, D) -> (P, M, D)
-            expected = torch.Size((num_crops, self.tokens_per_crop(num_tokens), hidden_size))
-            _check_shape(
-                f"connector {self.config.connector!r}", features, expected, "(crops, num_tokens_out, hidden size)"
-            )
-            self._check_placeholders(features)
-        if self._pass is not None and self._pass.records:
-            self._pass.image_features = features
-        return features
-
-    def _check_placeholders(self, features: torch.Tensor) -> None:
-        """Say what to do when the processor still writes the placeholders of the stock connector."""
-        if self._pass is None or torch.compiler.is_compiling():
-            return
-        assert self._pass.image_mask is not None
-        placeholders, tokens = int(self._pass.image_mask.sum()), features.shape[0] * features.shape[1]
-        if placeholders != tokens:
-            raise ValueError(
-                f"The text has {placeholders} image placeholders, the connector {self.config.connector!r} made {tokens} "
-                f"tokens ({features.shape[0]} crops of {features.shape[1]}). Call model.match_processor(processor) "
-                "before processing, and save that processor with the model."
-            )
-
-    def _at_language_input(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self._pass is None or self._pass.image_mask is None:  # the language model is run by itself
-            return args, kwargs
-        given = kwargs["inputs_embeds"]
-        embeddings = self.transform_embeddings(given, self._pass.image_mask)  # (B, T, D)
-        _check_shape("transform_embeddings", embeddings, given.shape)
-        return args, {**kwargs, "inputs_embeds": embeddings}
-
-    def _at_language_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._pass is None:  # the language model is run by itself
-            return output
-        hidden_states = self.transform_hidden_states(output[0])  # (B, T, D)
-        _check_shape("transform_hidden_states", hidden_states, output[0].shape)
-        if self._pass.records:
-            self._pass.hidden_states = hidden_states
-        if isinstance(output, tuple):
-            return (hidden_states, *output[1:])
-        output.last_hidden_state = hidden_states
-        return output
 
     # ---- image tokens -------------------------------------------------------------------------------------------------
 
@@ -415,12 +337,6 @@ def check_registered(model: CustomVLM) -> None:
         raise ValueError(
             f"{own.__name__} is not registered: what it saves would load as {becomes}. Put @hfcustom.register above it."
         )
-
-
-def _check_shape(what: str, value: Any, expected: torch.Size, legend: str = "the shape it got") -> None:
-    found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-    if found != tuple(expected):
-        raise ValueError(f"{what} returned {found}; it must return {tuple(expected)}, {legend}.")
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -65,15 +65,21 @@ class CustomConfig(PretrainedConfig):
 def _inherit_key_conversion(config_class: type[PretrainedConfig]) -> None:
     """Give a new model_type its parent's checkpoint key conversion, both ways.
 
-    transformers skips the conversion for any class outside its own package unless the model_type is registered
-    (conversion_mapping.get_model_conversion_mapping, 5.23.0); without it a subclass loads random weights.
+    transformers skips the conversion for any class outside its own package unless the model_type or the class's name is
+    registered (conversion_mapping.get_model_conversion_mapping, 5.23.0); without it a subclass loads random weights.
     """
     model_type = config_class.model_type
     if model_type in CONFIG_MAPPING_NAMES:
         return  # native to transformers, which register() will refuse
     for base in config_class.__mro__[1:]:
         parent = base.__dict__.get("model_type")
-        conversion = get_checkpoint_conversion_mapping(parent) if parent else None
-        if conversion is not None:
-            register_checkpoint_conversion_mapping(model_type, conversion, overwrite=True)
+        if parent and share_key_conversion(parent, model_type):
             return
+
+
+def share_key_conversion(parent: str, name: str) -> bool:
+    """Convert checkpoint keys for `name`, a model_type or a class's name, as for `parent`; False where it has no conversion."""
+    conversion = get_checkpoint_conversion_mapping(parent)
+    if conversion is not None:
+        register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
+    return conversion is not None

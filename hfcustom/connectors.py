@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from hfcustom.naming import snake_case, unknown
+from hfcustom.naming import check_shape, snake_case, unknown
 
+Grid = tuple[int, int]  # rows, columns
 ConnectorClass = TypeVar("ConnectorClass", bound=type[nn.Module])
 
 
@@ -59,6 +60,34 @@ def build_connector(spec: str | Mapping[str, Any], hidden_size: int) -> nn.Modul
     return CONNECTORS[name](hidden_size, **options)
 
 
+def takes_grid(module: nn.Module) -> bool:
+    """Whether a connector wants to know how its tokens lie: `forward(features, grid)`, `num_tokens_out(n, grid)`."""
+    return "grid" in inspect.signature(module.forward).parameters
+
+
+def reduce_tokens(module: Any, features: torch.Tensor, grid: Grid | None, name: Any) -> torch.Tensor:
+    """Run a connector on crops of one size: (P, N, D) -> (P, M, D); ValueError when M is not what it said."""
+    known = {"grid": grid} if grid is not None and takes_grid(module) else {}
+    reduced: torch.Tensor = module(features, **known)
+    expected = torch.Size((len(features), count_tokens_out(module, features.shape[1], grid), features.shape[2]))
+    check_shape(f"connector {name!r}", reduced, expected, "(crops, num_tokens_out, hidden size)")
+    return reduced
+
+
+def count_tokens_out(module: Any, num_tokens: int, grid: Grid | None = None) -> int:
+    """Return how many tokens a connector makes of `num_tokens`, which lie in `grid` (rows, columns) where that is known."""
+    known = {"grid": grid} if grid is not None and takes_grid(module) else {}
+    return int(module.num_tokens_out(num_tokens, **known))
+
+
+def grid_out(module: Any, num_tokens: int, grid: Grid) -> Grid:
+    """Return how the tokens lie that a connector makes: its own grid_out(grid), else all in one row."""
+    if callable(getattr(module, "grid_out", None)):
+        rows, columns = module.grid_out(grid)
+        return rows, columns
+    return 1, count_tokens_out(module, num_tokens, grid)
+
+
 class AveragePool(nn.Module):
     """Average `size` x `size` neighbours of a square token grid, as Gemma 3's projector does before its product.
 
@@ -71,24 +100,30 @@ class AveragePool(nn.Module):
             raise ValueError(f"average_pool size={size}; it must be at least 1.")
         self.size = size
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
         if self.size == 1:
             return features
-        side = self._side(features.shape[1])
-        grid = features.transpose(1, 2).unflatten(2, (side, side))  # (P, D, side, side)
-        return nn.functional.avg_pool2d(grid, self.size).flatten(2).transpose(1, 2)  # (P, M, D)
+        image = features.transpose(1, 2).unflatten(2, grid or self._square(features.shape[1]))  # (P, D, rows, columns)
+        pooled = nn.functional.avg_pool2d(image, self.size, ceil_mode=True, count_include_pad=False)
+        return pooled.flatten(2).transpose(1, 2)  # (P, M, D)
 
-    def num_tokens_out(self, num_tokens: int) -> int:
-        """Return the tokens of a grid that is `size` times smaller each way."""
-        return num_tokens if self.size == 1 else (self._side(num_tokens) // self.size) ** 2
+    def num_tokens_out(self, num_tokens: int, grid: Grid | None = None) -> int:
+        """Return (side / size)^2 of a square crop; a grid that size does not divide keeps smaller cells at its borders."""
+        if self.size == 1:
+            return num_tokens
+        return math.prod(self.grid_out(grid or self._square(num_tokens)))
 
-    def _side(self, num_tokens: int) -> int:
+    def grid_out(self, grid: Grid) -> Grid:
+        """Return the rows and columns after pooling."""
+        return -(-grid[0] // self.size), -(-grid[1] // self.size)
+
+    def _square(self, num_tokens: int) -> Grid:
         side = math.isqrt(num_tokens)
         if side**2 != num_tokens or side % self.size:
             raise ValueError(
                 f"average_pool size={self.size} needs a square grid whose side it divides; got {num_tokens} tokens a crop."
             )
-        return side
+        return side, side
 
 
 class PerceiverResampler(nn.Module):

@@ -261,7 +261,7 @@ def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> Non
     batch = Collator(
         processor, None, *(find(core.losses(), example.columns) for find in (loss_columns, token_columns))
     )([example])
-    image_tokens = int((batch["input_ids"] == core.config.image_token_id).sum())
+    image_tokens = int((batch["input_ids"] == core.placeholder_token_id).sum())
     supervised = int((batch["labels"] != -100).sum())
     out.print(f"seams in effect: {', '.join(core.overridden_seams()) or 'none (stock)'}")
     out.print(

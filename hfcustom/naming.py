@@ -9,7 +9,7 @@ import difflib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +67,10 @@ def import_file(file: Path) -> Any:
         del sys.modules[file.stem]
         raise
     return module
+
+
+def check_shape(what: str, value: Any, expected: Sequence[int], legend: str = "the shape it got") -> None:
+    """Raise ValueError when a seam returned something else than a tensor of the expected shape."""
+    found = tuple(value.shape) if hasattr(value, "shape") else type(value).__name__
+    if found != tuple(expected):
+        raise ValueError(f"{what} returned {found}; it must return {tuple(expected)}, {legend}.")

@@ -1,4 +1,4 @@
-"""The part map: which parameters are vision, connector, language, head, or new.
+"""The part map: which parameters are vision, connector, language, head, new, or other (audio, image generation).
 
 model -> PartMap {part: module paths}. Found from the module graph (who is the image encoder, who is the decoder, what
 is left between them), never from a table of model types, so that a renamed subclass keeps its parts. Freezing,
@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-PARTS = ("vision", "connector", "language", "head", "new")
+PARTS = ("vision", "connector", "language", "head", "new", "other")
 
 
 def unwrap(model: Any) -> Any:
@@ -65,15 +65,20 @@ class PartMap:
     paths: dict[str, tuple[str, ...]]
 
     def part_of(self, name: str) -> str:
-        """Return the part of a parameter or module name, PEFT's and DDP's prefixes allowed."""
+        """Return the part of a parameter or module name, PEFT's and DDP's prefixes allowed; KeyError when it is in none."""
+        part = self.find(name)
+        if part is None:
+            raise KeyError(f"{name!r} belongs to no part; parts: {self.paths}")
+        return part
+
+    def find(self, name: str) -> str | None:
+        """Return the part of a name, None when it is in none; a part inside another (Qwen's merger) is the inner one."""
         name = without_wrappers(name)
         best, part = -1, None
         for candidate, paths in self.paths.items():
             for path in paths:
                 if (name == path or name.startswith(path + ".")) and len(path) > best:
                     best, part = len(path), candidate
-        if part is None:
-            raise KeyError(f"{name!r} belongs to no part; parts: {self.paths}")
         return part
 
     def present(self) -> tuple[str, ...]:
@@ -88,15 +93,19 @@ def find_parts(model: nn.Module) -> PartMap:
     """
     core = unwrap(model)
     names = {id(module): name for name, module in core.named_modules()}
-    vision = names[id(_image_encoder(core))]
-    language = names[id(_decoder(core))]
-    head_module = core.get_output_embeddings()
-    new = tuple(_top_level_new(core))
+    encoder = _image_encoder(core)
+    vision, head = names[id(encoder)], core.get_output_embeddings()
+    beside = {
+        modality: names[id(other)]
+        for modality in ("video", "audio")
+        if (other := _encoder_of(core, modality)) is not None
+    }
     paths: dict[str, tuple[str, ...]] = {
-        "vision": (vision,),
-        "language": (language,),
-        "head": (names[id(head_module)],) if head_module is not None else (),
-        "new": new,
+        "vision": tuple(dict.fromkeys((vision, *([beside["video"]] if "video" in beside else [])))),
+        "language": (names[id(_decoder(core))],),
+        "head": (names[id(head)],) if head is not None else (),
+        "new": tuple(_top_level_new(core)),
+        "other": (*([beside["audio"]] if "audio" in beside else []), *getattr(core, "other_modules", ())),
     }
     known = PartMap(paths)
     holder = vision.rpartition(".")[0]  # the module that holds the encoder holds the connector beside it
@@ -107,7 +116,21 @@ def find_parts(model: nn.Module) -> PartMap:
             known.part_of(name)
         except KeyError:
             rest[_child_path(name, holder)] = None
-    return PartMap({**paths, "connector": tuple(rest)})
+    return PartMap({**paths, "connector": tuple(rest) or _inside(encoder, vision, core)})
+
+
+def _inside(encoder: nn.Module, path: str, core: Any) -> tuple[str, ...]:
+    """Return the encoder's own last step, where that is what makes vectors of the language model's size."""
+    width = core.config.get_text_config().hidden_size
+    *_, (name, last) = encoder.named_children()
+    linears = [module for module in last.modules() if isinstance(module, nn.Linear)]
+    return (f"{path}.{name}",) if linears and linears[-1].out_features == width else ()
+
+
+def _encoder_of(core: Any, modality: str) -> nn.Module | None:
+    """Return the encoder of another modality, None where there is none of its own."""
+    encoder = getattr(core.base_model, f"{modality}_tower", None) or core.get_encoder(modality=modality)
+    return None if encoder is core or encoder is core.base_model else encoder
 
 
 def _image_encoder(core: Any) -> nn.Module:

@@ -1,16 +1,21 @@
-"""Processors that load and work without torchvision: images always, videos once torchvision is there.
+"""What processors of custom models add to stock ones: working without torchvision, and following a connector.
 
-A stock processor with a video processor refuses to be built, loaded or saved without torchvision. This mixin leaves the
+A stock processor with a video processor refuses to be built, loaded or saved without torchvision. OptionalVideo leaves the
 video processor out in that case, keeps its settings through a load and save, and says what to install when a video
 comes.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from transformers import ProcessorMixin
 from transformers.utils import is_torchvision_available
+
+from hfcustom.connectors import Grid, build_connector, count_tokens_out
 
 
 class OptionalVideo(ProcessorMixin):
@@ -48,3 +53,57 @@ class OptionalVideo(ProcessorMixin):
         if videos is not None and not is_torchvision_available():
             raise ImportError("Videos need torchvision: pip install torchvision. Images work without it.")
         super().validate_inputs(images=images, text=text, videos=videos, **kwargs)
+
+
+class MatchedProcessor(ProcessorMixin):
+    """Mixin before a stock processor that counts an image's placeholders itself: the model's connector reduces them.
+
+    `connector` is what the model's config names, with its `hidden_size`; `model.match_processor(processor)` sets it, and
+    it is saved with the processor.
+    """
+
+    connector: dict[str, Any] | None = None
+    _built: tuple[dict[str, Any], torch.nn.Module] | None = None
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build as stock does, keeping the connector."""
+        others = {name: value for name, value in processor_dict.items() if name != "connector"}
+        result = super().from_args_and_dict(args, others, **kwargs)
+        (result[0] if isinstance(result, tuple) else result).connector = processor_dict.get("connector")
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Serialise, with the connector where there is one."""
+        output = super().to_dict()
+        return output | ({} if self.connector is None else {"connector": self.connector})
+
+    def connector_module(self) -> torch.nn.Module | None:
+        """Return the connector without weights: it is only asked how many tokens it makes."""
+        if self.connector is None:
+            return None
+        if self._built is None or self._built[0] != self.connector:
+            options = {name: value for name, value in self.connector.items() if name != "hidden_size"}
+            with torch.device("meta"):
+                self._built = dict(self.connector), build_connector(options, self.connector["hidden_size"])
+        return self._built[1]
+
+    @property
+    def placeholder_token(self) -> str:
+        """The token in the expanded text that stands for one image token; some families' `image_token` is another."""
+        token: str = self.image_token  # type: ignore[attr-defined]
+        return token
+
+    def image_grid(self, image_inputs: Mapping[str, Any], image_idx: int) -> Grid | None:
+        """Return the rows and columns of an image's tokens, None for square crops."""
+        return None
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """Return what stock writes for an image, each run of placeholders cut to what the connector makes of it."""
+        text: str = super().replace_image_token(image_inputs, image_idx, **kwargs)
+        module, token = self.connector_module(), self.placeholder_token
+        if module is None:
+            return text
+        grid = self.image_grid(image_inputs, image_idx)
+        run = re.compile(f"(?:{re.escape(token)})+")
+        return run.sub(lambda found: token * count_tokens_out(module, len(found[0]) // len(token), grid), text)

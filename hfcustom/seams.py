@@ -9,8 +9,10 @@ stock forward runs unchanged between them. Letters: B rows, T text tokens, N ima
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +27,7 @@ class ForwardPass:
     """Tensors that the running forward has produced so far; None where the batch has no image."""
 
     records: bool = False  # keep the tensors below for the loss
+    skips_head: bool = False  # nobody wants the logits
     ends_with_inner: bool = False  # the inner model was called directly and closes the pass itself
     image_mask: torch.Tensor | None = None  # (B, T) True at image placeholders
     vision_features: torch.Tensor | None = None  # (P, patches, D_vision)
@@ -55,6 +58,28 @@ class Seam:
         return Seam(memo.get(id(self.owner), self.owner), self.method)
 
 
+class MethodSeam(Seam):
+    """Stands in for a method of a part: calls `owner.<method>(stock method, ...)`, and shows the stock signature."""
+
+    def __init__(self, owner: CustomVLM, method: str, path: str, name: str) -> None:
+        super().__init__(owner, method)
+        self.path, self.name = path, name
+        self.__signature__ = inspect.signature(self.stock())
+
+    def stock(self) -> Callable[..., Any]:
+        """Return the part's own method."""
+        part = self.owner.get_submodule(self.path)
+        return partial(getattr(type(part), self.name), part)  # a bound method would be looked up anew by torch.compile
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.owner, self.method)(self.stock(), *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MethodSeam:
+        copied = MethodSeam.__new__(MethodSeam)
+        copied.__dict__.update(self.__dict__, owner=memo.get(id(self.owner), self.owner))
+        return copied
+
+
 def install(owner: CustomVLM) -> None:
     """Put the owner's seams on its parts; a part that already carries its seam, or contains it, is left alone.
 
@@ -65,6 +90,10 @@ def install(owner: CustomVLM) -> None:
         module = owner.get_submodule(path)
         if not (_carries(module, method) or any(_carries(inner, method) for inner in module.modules())):
             getattr(module, register)(Seam(owner, method), **options)
+    for path, name, method in owner.seam_methods():
+        part = owner.get_submodule(path)
+        if name not in part.__dict__:
+            part.__dict__[name] = MethodSeam(owner, method, path, name)
 
 
 def _carries(module: nn.Module, method: str) -> bool:
@@ -74,7 +103,7 @@ def _carries(module: nn.Module, method: str) -> bool:
 
 def find_placeholders(model: Any, input_ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
     """Return the (B, T) mask of image placeholders, from ids or, as the stock classes do, from embeddings."""
-    token = model.config.image_token_id
+    token = model.placeholder_token_id
     if input_ids is not None:
         return input_ids == token  # (B, T)
     assert embeds is not None, "the model got neither input_ids nor inputs_embeds"

@@ -34,7 +34,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hfcustom.connectors import CONNECTORS
 from hfcustom.data.collate import Collator
-from hfcustom.families import family_names, load_family
+from hfcustom.families import family_names, load_family, missing_packages
 from hfcustom.losses import LOSSES
 from hfcustom.registry import REGISTERED
 
@@ -127,7 +127,11 @@ def families() -> dict[str, Family]:
     return {name: Family(name, load_family(name)) for name in family_names()}
 
 
-@pytest.fixture(params=family_names())
+# Families whose processor needs torchvision are tried by tests/test_torchvision.py, in a process that has it.
+FAMILIES = [name for name in family_names() if not missing_packages(name)]
+
+
+@pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
     return families[request.param]
 

@@ -15,18 +15,40 @@ import pytest
 from conftest import ROOT
 from transformers.utils import is_torchvision_available
 
+from hfcustom.families import family_names, load_family, missing_packages
+
 FOLDER = Path(sys.prefix) / "torchvision"
-TESTS = ["tests/test_processors.py", "tests/test_collate.py", "tests/test_connectors.py", "tests/test_families.py"]
-CHOSEN = "processor or video or labels or placeholders or bit_equal"
+FILES = ["processors", "collate", "connectors", "families", "adapt", "loading", "parts", "pipeline", "evaluate"]
+NEED_IT = [name for name in family_names() if missing_packages(name)]
+SAME = "processor or video or labels or placeholders or bit_equal"  # what images and their tokens could change
 
 
-def test_the_families_work_with_torchvision() -> None:
+def run_tests(chosen: str) -> None:
+    """Run the tests of the families in a process that has torchvision."""
     if is_torchvision_available():
         pytest.skip("torchvision is importable here, so the whole suite runs with it; the path without it is untested")
     if not FOLDER.is_dir():
         pytest.skip(f"no torchvision in {FOLDER}: `make test` puts it there")
     environment = {**os.environ, "HFCUSTOM_TORCHVISION": str(FOLDER), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", CHOSEN, *TESTS]
+    files = [f"tests/test_{name}.py" for name in FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
+
+
+def test_families_that_work_without_torchvision_work_with_it() -> None:
+    run_tests(f"({SAME}) and not ({' or '.join(NEED_IT) or 'none'})")
+
+
+@pytest.mark.parametrize("name", NEED_IT)
+def test_a_family_that_needs_torchvision_passes_every_test_with_it(name: str) -> None:
+    run_tests(name)
+
+
+@pytest.mark.parametrize("name", NEED_IT)
+def test_a_family_that_needs_torchvision_says_so(name: str) -> None:
+    if is_torchvision_available():
+        pytest.skip("torchvision is importable here")
+    with pytest.raises(ImportError, match="pip install torchvision"):
+        load_family(name).tiny_processor()

@@ -36,6 +36,14 @@ def load_family(name: str) -> ModuleType:
         ) from error
 
 
+def missing_packages(name: str) -> list[str]:
+    """Return what a family's processor needs and this machine lacks: its module's REQUIRES, names of packages."""
+    from transformers.utils import is_torchvision_available
+
+    required = getattr(load_family(name), "REQUIRES", ())
+    return [package for package in required if not (package == "torchvision" and is_torchvision_available())]
+
+
 def class_of(checkpoint: str, **hub: Any) -> type[CustomVLM]:
     """Return the custom class of a checkpoint's family, from its config.json; `hub` goes to the config's download.
 

@@ -42,8 +42,15 @@ IDEFICS_TOKENS = (
 
 
 def image_processor(name: str) -> Any:
-    """Return an image processor class by name; without torchvision, its PIL twin (same settings, pixels within 0.016)."""
-    return getattr(transformers, name if is_torchvision_available() else name + "Pil")
+    """Return an image processor class by name; without torchvision, its PIL twin (same settings, pixels within 0.016).
+
+    Raises ImportError without torchvision for a class that has no twin.
+    """
+    if is_torchvision_available():
+        return getattr(transformers, name)
+    if not hasattr(transformers, name + "Pil"):
+        raise ImportError(f"{name} works with torchvision only: pip install torchvision")
+    return getattr(transformers, name + "Pil")
 
 
 def video_processor(name: str, **settings: Any) -> Any:

@@ -1,0 +1,140 @@
+"""SeamHooks: which borders of a stock model carry a seam, and what happens there.
+
+A family whose graph differs (no inner model, a connector inside the tower, images of different lengths) overrides
+`seam_hooks`, `seam_methods` or one `_at_...` method in its file; CustomVLM is built on this class.
+Letters: B rows, T text tokens, N image tokens, P crops, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hfcustom import parts, seams
+from hfcustom.connectors import reduce_tokens
+from hfcustom.naming import check_shape
+
+if TYPE_CHECKING:
+    from hfcustom.base import CustomVLM
+
+
+class SeamHooks(PreTrainedModel):
+    """The methods that hfcustom/seams.py hangs on the parts of a model."""
+
+    ignores_logits_to_keep: ClassVar[bool] = (
+        False  # the stock forward runs the head on every position whatever it is told
+    )
+    custom_connector: nn.Module | None
+    _stock_parts: parts.PartMap | None = None  # until the stock part is built
+    _pass: seams.ForwardPass | None
+
+    transform_vision_features: Any  # of CustomVLM, as the next three
+    transform_embeddings: Any
+    transform_hidden_states: Any
+    tokens_per_crop: Any
+
+    @property
+    def placeholder_token_id(self) -> int:
+        """The id in input_ids that stands for one image token."""
+        return int(self.config.image_token_id)
+
+    def stock_parts(self) -> parts.PartMap:
+        """Return the part map of the stock graph."""
+        assert self._stock_parts is not None, "asked for inside the stock __init__"
+        return self._stock_parts
+
+    def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
+        """Return (module path, hook registrar, method, options) for each seam."""
+        connector, language = (self.stock_parts().paths[part][0] for part in ("connector", "language"))
+        head: list[tuple[str, str, str, dict[str, bool]]] = [
+            (self.stock_parts().paths["head"][0], "register_forward_pre_hook", "_at_head_input", {})
+        ]
+        return [
+            (self.inner_path(), "register_forward_pre_hook", "_begin_pass", {"with_kwargs": True}),
+            (self.inner_path(), "register_forward_hook", "_end_pass", {"always_call": True}),
+            (connector, "register_forward_pre_hook", "_at_connector_input", {}),
+            (connector, "register_forward_hook", "_at_connector_output", {}),
+            (language, "register_forward_pre_hook", "_at_language_input", {"with_kwargs": True}),
+            (language, "register_forward_hook", "_at_language_output", {}),
+            *(head if self.ignores_logits_to_keep else []),
+        ]
+
+    def seam_methods(self) -> list[tuple[str, str, str]]:
+        """Return (module path, its method, the method called instead) for seams that lie inside no part's border."""
+        return []
+
+    def inner_path(self) -> str:
+        """Return the path of the model without its head, "" for a family that has none."""
+        return "" if self.base_model is self else self.base_model_prefix
+
+    def _begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._pass is None:  # the inner model is called directly
+            if not torch.compiler.is_compiling():
+                seams.install(cast("CustomVLM", self))
+            self._pass = seams.ForwardPass(ends_with_inner=True)
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        self._pass.image_mask = seams.find_placeholders(self, input_ids, kwargs.get("inputs_embeds"))
+
+    def _end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._pass is not None and self._pass.ends_with_inner:
+            self._pass = None
+
+    def _at_connector_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._vision_features(args[0]), *args[1:])
+
+    def _vision_features(self, features: torch.Tensor) -> torch.Tensor:
+        given = features.shape
+        features = self.transform_vision_features(features)  # (P, patches, D_vision)
+        check_shape("transform_vision_features", features, given)
+        if self._pass is not None and self._pass.records:
+            self._pass.vision_features = features
+        return features
+
+    def _at_connector_output(self, module: nn.Module, args: tuple[Any, ...], features: torch.Tensor) -> torch.Tensor:
+        if self.custom_connector is not None:
+            features = reduce_tokens(self.custom_connector, features, None, self.config.connector)  # (P, M, D)
+            self._check_placeholders(features.shape[0] * features.shape[1], len(features))
+        if self._pass is not None and self._pass.records:
+            self._pass.image_features = features
+        return features
+
+    def _check_placeholders(self, tokens: int, crops: int) -> None:
+        """Say what to do when the processor still writes the placeholders of the stock connector."""
+        if self._pass is None or torch.compiler.is_compiling():
+            return
+        assert self._pass.image_mask is not None
+        placeholders = int(self._pass.image_mask.sum())
+        if placeholders != tokens:
+            raise ValueError(
+                f"The text has {placeholders} image placeholders, the connector {self.config.connector!r} made {tokens} "
+                f"tokens of {crops} crops. Call model.match_processor(processor) before processing, and save that "
+                "processor with the model."
+            )
+
+    def _at_language_input(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._pass is None or self._pass.image_mask is None:  # the language model is run by itself
+            return args, kwargs
+        given = kwargs["inputs_embeds"]
+        embeddings = self.transform_embeddings(given, self._pass.image_mask)  # (B, T, D)
+        check_shape("transform_embeddings", embeddings, given.shape)
+        return args, {**kwargs, "inputs_embeds": embeddings}
+
+    def _at_head_input(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        return (args[0][:, :0],) if self._pass is not None and self._pass.skips_head else None
+
+    def _at_language_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._pass is None:  # the language model is run by itself
+            return output
+        hidden_states = self.transform_hidden_states(output[0])  # (B, T, D)
+        check_shape("transform_hidden_states", hidden_states, output[0].shape)
+        if self._pass.records:
+            self._pass.hidden_states = hidden_states
+        if isinstance(output, tuple):
+            return (hidden_states, *output[1:])
+        output.last_hidden_state = hidden_states
+        return output
