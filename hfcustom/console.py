@@ -261,7 +261,8 @@ def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> Non
     batch = Collator(
         processor, None, *(find(core.losses(), example.columns) for find in (loss_columns, token_columns))
     )([example])
-    image_tokens = int((batch["input_ids"] == core.placeholder_token_id).sum())
+    token = core.placeholder_token_id
+    image_tokens = "an unknown number" if token is None else int((batch["input_ids"] == token).sum())
     supervised = int((batch["labels"] != -100).sum())
     out.print(f"seams in effect: {', '.join(core.overridden_seams()) or 'none (stock)'}")
     out.print(

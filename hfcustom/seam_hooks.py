@@ -37,7 +37,7 @@ class SeamHooks(PreTrainedModel):
     tokens_per_crop: Any
 
     @property
-    def placeholder_token_id(self) -> int:
+    def placeholder_token_id(self) -> int | None:
         """The id in input_ids that stands for one image token."""
         return int(self.config.image_token_id)
 
