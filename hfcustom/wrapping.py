@@ -13,7 +13,7 @@ Letters: B rows, T text tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ class WrappedVLM(CustomVLM):
     lacks: ClassVar[Mapping[str, str]] = dict.fromkeys((*SEAM_METHODS, "connector"), REASON)
     _own_class: ClassVar[type[PreTrainedModel]] = PreTrainedModel
     _image_token: int | None = None
+    _paths: Mapping[str, str] = {}  # what wrap() was told of "vision" and "language"
     _head_is_checked = False
 
     @classmethod
@@ -50,10 +51,41 @@ class WrappedVLM(CustomVLM):
         known = (self._image_token, *(getattr(self.config, name, None) for name in IMAGE_TOKEN_FIELDS))
         return next((int(token) for token in known if token is not None), None)
 
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """Return the encoder of a modality; of images, the one that wrap() was told."""
+        told = self._paths.get("vision") if modality == "image" else None
+        found: nn.Module = super().get_encoder(modality) if told is None else self.get_submodule(told)
+        return found
+
+    def get_decoder(self) -> nn.Module:
+        """Return the language model, the one that wrap() was told."""
+        told = self._paths.get("language")
+        found: nn.Module = super().get_decoder() if told is None else self.get_submodule(told)
+        return found
+
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the head: the class's own answer, else the language model's."""
         head: nn.Module | None = super().get_output_embeddings()
         return parts.head_of_language_model(self) if head is None else head
+
+    def _adopt(self, loss: str | Mapping[str, Any], image_token_id: int | None, paths: Mapping[str, str]) -> None:
+        """Take over a finished model: what CustomVLM's __init__ would have done."""
+        self._image_token, self._paths, self.custom_connector = image_token_id, paths, None
+        self._stock_tensors = frozenset({*dict(self.named_parameters()), *dict(self.named_buffers())})
+        try:
+            self._stock_parts = parts.find_parts(self)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} Name it: wrap(model, vision='path.of.encoder', language='path.of.decoder')."
+            ) from error
+        if not self._stock_parts.paths["head"]:
+            raise ValueError(
+                f"{self._own_class.__name__} has no output embeddings, so no loss can be evaluated from its head."
+            )
+        self._start_losses()
+        self.config.loss, self.config.connector = dict(loss) if isinstance(loss, Mapping) else loss, None
+        self.losses()
+        seams.install(self)
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Look at what reaches the head, and at nothing else."""
@@ -119,12 +151,20 @@ class WrappedVLM(CustomVLM):
 IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index", "img_context_token_id", "image_patch_id")
 
 
-def wrap(model: Model, loss: str | Mapping[str, Any] = "cross_entropy", image_token_id: int | None = None) -> Model:
+def wrap(
+    model: Model,
+    loss: str | Mapping[str, Any] = "cross_entropy",
+    *,
+    image_token_id: int | None = None,
+    vision: str | None = None,
+    language: str | None = None,
+) -> Model:
     """Give a model of any class hfcustom's losses in place, and return it; LoRA, freezing and 8 bits then work on it.
 
-    `loss` is as in a custom config, `image_token_id` what stands for an image token where the config does not say. Raises
-    TypeError for what is no PreTrainedModel or is custom already, ValueError when no image encoder, decoder or head can be found,
-    and at the first batch when the logits are not the head's own.
+    `loss` is as in a custom config; `image_token_id` is what stands for an image token where the config does not say, `vision` and
+    `language` are the paths of the image encoder and the decoder where their names are unusual. Raises TypeError for what is no
+    PreTrainedModel or is custom already, ValueError when no image encoder, decoder or head can be found, and at the first batch
+    when the logits are not the head's own.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -133,6 +173,11 @@ def wrap(model: Model, loss: str | Mapping[str, Any] = "cross_entropy", image_to
     if isinstance(model, CustomVLM):
         raise TypeError(f"{type(model).__name__} has hfcustom's losses already; set model.config.loss.")
     own = type(model)
+    paths = {part: path for part, path in (("vision", vision), ("language", language)) if path is not None}
+    for part, path in paths.items():
+        if path not in dict(model.named_modules()):
+            children = ", ".join(name for name, _ in model.named_children())
+            raise ValueError(f"{part}={path!r} is no module of {own.__name__}, which has {children}.")
     namespace = {
         "_own_class": own,
         "__module__": own.__module__,
@@ -141,17 +186,7 @@ def wrap(model: Model, loss: str | Mapping[str, Any] = "cross_entropy", image_to
     }
     model.__class__ = type(own.__name__, (WrappedVLM, own), namespace)
     try:
-        wrapped: Any = model
-        wrapped._image_token = image_token_id
-        wrapped.custom_connector = None
-        wrapped._stock_tensors = frozenset({*dict(model.named_parameters()), *dict(model.named_buffers())})
-        wrapped._stock_parts = parts.find_parts(model)
-        if not wrapped._stock_parts.paths["head"]:
-            raise ValueError(f"{own.__name__} has no output embeddings, so there is no head to evaluate a loss with.")
-        wrapped._start_losses()
-        model.config.loss, model.config.connector = dict(loss) if isinstance(loss, Mapping) else loss, None
-        wrapped.losses()
-        seams.install(wrapped)
+        cast(WrappedVLM, model)._adopt(loss, image_token_id, paths)
     except Exception:
         model.__class__ = own
         raise

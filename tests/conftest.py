@@ -38,6 +38,8 @@ from hfcustom.families import family_names, load_family, missing_packages
 from hfcustom.losses import LOSSES
 from hfcustom.registry import REGISTERED
 
+pytest_plugins = ["family_checks"]
+
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
 BENCHMARKS = ROOT / "benchmarks"

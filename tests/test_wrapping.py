@@ -184,6 +184,45 @@ def test_a_loss_of_images_needs_their_token() -> None:
         hfcustom.wrap(stranger(), loss=spec).train()(**batch())
 
 
+class OddNames(StrangerChat):
+    """As StrangerChat, with names that nobody else uses."""
+
+    def __init__(self, config: ChatConfig) -> None:
+        super().__init__(config)
+        self.eyes, self.voice = self.vision_model, self.language_model
+        del self.vision_model, self.language_model
+
+    def forward(self, **inputs: Any) -> Any:
+        return StrangerChat.forward(Renamed(self), **inputs)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.voice.lm_head
+
+
+class Renamed:
+    """OddNames under the names that StrangerChat.forward uses."""
+
+    def __init__(self, model: Any) -> None:
+        self.vision_model, self.language_model, self.mlp1, self.config = (
+            model.eyes,
+            model.voice,
+            model.mlp1,
+            model.config,
+        )
+
+
+def test_unusual_names_can_be_told() -> None:
+    model = OddNames(ChatConfig()).eval()
+    with pytest.raises(ValueError, match=r"no image encoder .*wrap\(model, vision='path.of.encoder'"):
+        hfcustom.wrap(model)
+    with pytest.raises(ValueError, match=r"vision='eye' is no module of OddNames, which has mlp1, eyes, voice"):
+        hfcustom.wrap(model, vision="eye")
+    wrapped = hfcustom.wrap(model, vision="eyes", language="voice")
+    assert hfcustom.find_parts(wrapped).paths["connector"] == ("mlp1",)
+    wrapped.train()(**batch()).loss.backward()
+    assert wrapped.mlp1[1].weight.grad is not None
+
+
 def test_mistakes_are_named() -> None:
     with pytest.raises(TypeError, match="takes a PreTrainedModel, not the Linear"):
         hfcustom.wrap(nn.Linear(1, 1))  # type: ignore[type-var]
