@@ -175,7 +175,9 @@ class CustomVLM(SeamHooks):
         inputs.update(zip(self._input_names, args, strict=False))
         labels = inputs.pop("labels", labels)
         if labels is None:
-            return super().forward(**self.stock_inputs(inputs))
+            call = self.stock_inputs(inputs)
+            with self.flat_pass(call):
+                return super().forward(**call)
         if self.config.loss == "stock":
             losses.refuse_preference(inputs)
             return self._forward_stock(self.stock_inputs(inputs), labels, num_items_in_batch, loss_divisors)
@@ -209,10 +211,9 @@ class CustomVLM(SeamHooks):
         for loss in losses.known(self.config.loss):
             call |= {f"output_{name}": True for name in loss.outputs}
         self._pass = passed = seams.ForwardPass(records=True, skips_head=not return_logits)
-        if self.base_model is self:  # no inner model whose call would begin the pass
-            self._begin_pass(self, (), call)
         try:
-            outputs = super().forward(**call, return_dict=True)
+            with self.flat_pass(call):
+                outputs = super().forward(**call, return_dict=True)
         finally:
             self._pass = None
         return losses.LossContext(self, {**batch, "labels": labels}, labels, outputs=outputs, **passed.tensors())
@@ -236,7 +237,8 @@ class CustomVLM(SeamHooks):
         """Run the parent's own path, logits and loss included; seams before the head stay in effect."""
         num_items = num_items if divisors is None else divisors["stock"]
         extra = {} if num_items is None else {"num_items_in_batch": num_items}
-        outputs = super().forward(**inputs, labels=labels, **extra, return_dict=True)
+        with self.flat_pass(inputs):
+            outputs = super().forward(**inputs, labels=labels, **extra, return_dict=True)
         count = losses.count_tokens({"labels": labels})
         if not count:  # stock divides by it
             outputs.loss = outputs.logits[:0].sum()

@@ -55,6 +55,18 @@ class OptionalVideo(ProcessorMixin):
         super().validate_inputs(images=images, text=text, videos=videos, **kwargs)
 
 
+class SingleBos(ProcessorMixin):
+    """Mixin before a stock processor: texts that begin with BOS, as a chat template writes it, get no second one."""
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """Process as stock does, with add_special_tokens=False, unless it is given, where the texts have their BOS."""
+        texts, bos = [text] if isinstance(text, str) else text or [], self.tokenizer.bos_token
+        given = "add_special_tokens" in {**kwargs, **kwargs.get("text_kwargs", {})}
+        if not given and bos and texts and all(sample.startswith(bos) for sample in texts):
+            kwargs["add_special_tokens"] = False
+        return super().__call__(images=images, text=text, **kwargs)
+
+
 class MatchedProcessor(ProcessorMixin):
     """Mixin before a stock processor that counts an image's placeholders itself: the model's connector reduces them.
 

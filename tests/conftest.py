@@ -78,7 +78,10 @@ class Family:
             assert hasattr(tiny, name), name
             setattr(tiny, name, value)
         torch.manual_seed(seed)
-        return model_class(tiny).eval()
+        model = model_class(tiny).eval()
+        if hasattr(self.module, "wake"):  # what starts at zero, so that images have an effect in a random model
+            self.module.wake(model)
+        return model
 
     def batch(self, images: list[int], processor: Any = None) -> dict[str, torch.Tensor]:
         """Return a training batch with a row for each number of images."""

@@ -63,19 +63,16 @@ def test_a_replaced_stock_module_is_new(family: Family) -> None:
     class Replaced(family.model_class):  # type: ignore[misc, name-defined]
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            self.lm_head = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, config.text_config.vocab_size))
+            head = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, config.text_config.vocab_size))
+            self.set_submodule(self.stock_parts().paths["head"][0], head)
             self.post_init()
-
-        def get_output_embeddings(self) -> nn.Module:
-            return self.lm_head
 
         def tie_weights(self, *args: Any, **kwargs: Any) -> None:
             pass
 
-    assert set(find_parts(family.model(Replaced, tie_word_embeddings=False)).paths["new"]) == {
-        "lm_head.0",
-        "lm_head.1",
-    }
+    model = family.model(Replaced, tie_word_embeddings=False)
+    head = model.stock_parts().paths["head"][0]
+    assert set(find_parts(model).paths["new"]) == {f"{head}.0", f"{head}.1"}
 
 
 def test_wrappers_do_not_move_a_parameter(family: Family) -> None:
@@ -91,8 +88,9 @@ def test_wrappers_do_not_move_a_parameter(family: Family) -> None:
     assert set(counts) == {"language", "connector"}
     compiled = torch.compile(family.model(), backend="eager")
     assert find_parts(compiled).paths == plain.paths
-    assert find_parts(compiled).part_of("_orig_mod.lm_head.weight") == "head"
-    assert find_parts(compiled).part_of("module.lm_head.weight") == "head"
+    head = plain.paths["head"][0]
+    assert find_parts(compiled).part_of(f"_orig_mod.{head}.weight") == "head"
+    assert find_parts(compiled).part_of(f"module.{head}.weight") == "head"
 
 
 def test_unknown_parts_suggest_the_nearest() -> None:

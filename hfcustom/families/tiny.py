@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import is_torchvision_available
 
@@ -73,8 +73,12 @@ def train_tokenizer(
     named: dict[str, str] | None = None,
     sentences: Iterable[str] = SENTENCES,
     vocab_size: int = 320,
+    adds_bos: bool = False,
 ) -> Any:
-    """Train a byte-level BPE tokenizer; `specials` get ids 0, 1, ..., `named` become attributes such as `image_token`."""
+    """Train a byte-level BPE tokenizer; `specials` get ids 0, 1, ..., `named` become attributes such as `image_token`.
+
+    With `adds_bos` it writes BOS before each text, as those of some checkpoints do, whether or not one stands there.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -85,6 +89,10 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(sentences, trainer)
+    if adds_bos:
+        assert bos is not None, "adds_bos needs bos"
+        special = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=special)
     tokens = {"eos_token": eos, "pad_token": pad} | ({"bos_token": bos} if bos else {})
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=named or {}, **tokens)
 
