@@ -15,7 +15,7 @@ import torch
 from transformers import ProcessorMixin
 from transformers.utils import is_torchvision_available
 
-from hfcustom.connectors import Grid, build_connector, count_tokens_out
+from hfcustom.connectors import Grid, build_connector, count_tokens_out, grid_out
 
 
 class OptionalVideo(ProcessorMixin):
@@ -53,6 +53,16 @@ class OptionalVideo(ProcessorMixin):
         if videos is not None and not is_torchvision_available():
             raise ImportError("Videos need torchvision: pip install torchvision. Images work without it.")
         super().validate_inputs(images=images, text=text, videos=videos, **kwargs)
+
+
+class NeedsTorchvision(ProcessorMixin):
+    """Mixin before a stock processor that is a mere placeholder without torchvision: says what to install."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # not __init__, whose signature transformers reads
+        """Raise ImportError where torchvision is missing."""
+        if not is_torchvision_available():
+            raise ImportError(f"{cls.__name__} works with torchvision only: pip install torchvision")
+        return super().__new__(cls)
 
 
 class MatchedProcessor(ProcessorMixin):
@@ -94,16 +104,30 @@ class MatchedProcessor(ProcessorMixin):
         token: str = self.image_token  # type: ignore[attr-defined]
         return token
 
+    @property
+    def row_break(self) -> str | None:
+        """The token between two rows of placeholders, None for a family that writes them as one run."""
+        return None
+
     def image_grid(self, image_inputs: Mapping[str, Any], image_idx: int) -> Grid | None:
-        """Return the rows and columns of an image's tokens, None for square crops."""
+        """Return the rows and columns of an image's tokens where they are one run, None for square crops."""
         return None
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """Return what stock writes for an image, each run of placeholders cut to what the connector makes of it."""
+        """Return what stock writes for an image, its placeholders cut to what the connector makes of them."""
         text: str = super().replace_image_token(image_inputs, image_idx, **kwargs)
-        module, token = self.connector_module(), self.placeholder_token
+        module, token, between = self.connector_module(), self.placeholder_token, self.row_break
         if module is None:
             return text
-        grid = self.image_grid(image_inputs, image_idx)
-        run = re.compile(f"(?:{re.escape(token)})+")
-        return run.sub(lambda found: token * count_tokens_out(module, len(found[0]) // len(token), grid), text)
+        run = f"(?:{re.escape(token)})+"
+        if between is None:
+            grid = self.image_grid(image_inputs, image_idx)
+            return re.sub(run, lambda found: token * count_tokens_out(module, len(found[0]) // len(token), grid), text)
+
+        def reduced(found: re.Match[str]) -> str:
+            lines = found[0].split(between)
+            given = len(lines), len(lines[0]) // len(token)
+            rows, columns = grid_out(module, given[0] * given[1], given)
+            return between.join([token * columns] * rows)
+
+        return re.sub(f"{run}(?:{re.escape(between)}{run})*", reduced, text)

@@ -23,14 +23,14 @@ NEED_IT = [name for name in family_names() if missing_packages(name)]
 SAME = "processor or video or labels or placeholders or bit_equal"  # what images and their tokens could change
 
 
-def run_tests(chosen: str) -> None:
-    """Run the tests of the families in a process that has torchvision."""
+def run_tests(chosen: str, *more: str) -> None:
+    """Run the tests of the families, and those in `more` files, in a process that has torchvision."""
     if is_torchvision_available():
         pytest.skip("torchvision is importable here, so the whole suite runs with it; the path without it is untested")
     if not FOLDER.is_dir():
         pytest.skip(f"no torchvision in {FOLDER}: `make test` puts it there")
     environment = {**os.environ, "HFCUSTOM_TORCHVISION": str(FOLDER), "PYTHONPATH": str(ROOT)}
-    files = [f"tests/test_{name}.py" for name in FILES]
+    files = [f"tests/test_{name}.py" for name in (*FILES, *more)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout
@@ -43,7 +43,8 @@ def test_families_that_work_without_torchvision_work_with_it() -> None:
 
 @pytest.mark.parametrize("name", NEED_IT)
 def test_a_family_that_needs_torchvision_passes_every_test_with_it(name: str) -> None:
-    run_tests(name)
+    own = (ROOT / "tests" / f"test_{name}.py").is_file()
+    run_tests(name, *([name] if own else []))
 
 
 @pytest.mark.parametrize("name", NEED_IT)
