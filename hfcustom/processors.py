@@ -104,30 +104,35 @@ class MatchedProcessor(ProcessorMixin):
         token: str = self.image_token  # type: ignore[attr-defined]
         return token
 
-    @property
-    def row_break(self) -> str | None:
-        """The token between two rows of placeholders, None for a family that writes them as one run."""
+    def image_grid(self, image_inputs: Mapping[str, Any], image_idx: int) -> Grid | None:
+        """Return the rows and columns of an image's tokens, None for square crops."""
         return None
 
-    def image_grid(self, image_inputs: Mapping[str, Any], image_idx: int) -> Grid | None:
-        """Return the rows and columns of an image's tokens where they are one run, None for square crops."""
+    def reduced_inputs(self, image_inputs: Mapping[str, Any], image_idx: int, module: Any) -> dict[str, Any] | None:
+        """Return inputs of one image that lies as `module` makes it, where stock writes marks between rows of tokens.
+
+        None lets each run of placeholders be cut to what the connector makes of it.
+        """
         return None
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """Return what stock writes for an image, its placeholders cut to what the connector makes of them."""
+        """Return what stock writes for an image, with as many placeholders as the connector makes tokens."""
+        module, token = self.connector_module(), self.placeholder_token
+        reduced = None if module is None else self.reduced_inputs(image_inputs, image_idx, module)
+        if module is None or reduced is not None:
+            inputs, at = (image_inputs, image_idx) if reduced is None else (reduced, 0)
+            return str(super().replace_image_token(inputs, at, **kwargs))
         text: str = super().replace_image_token(image_inputs, image_idx, **kwargs)
-        module, token, between = self.connector_module(), self.placeholder_token, self.row_break
-        if module is None:
-            return text
-        run = f"(?:{re.escape(token)})+"
-        if between is None:
-            grid = self.image_grid(image_inputs, image_idx)
-            return re.sub(run, lambda found: token * count_tokens_out(module, len(found[0]) // len(token), grid), text)
+        grid = self.image_grid(image_inputs, image_idx)
+        run = re.compile(f"(?:{re.escape(token)})+")
+        return run.sub(lambda found: token * count_tokens_out(module, len(found[0]) // len(token), grid), text)
 
-        def reduced(found: re.Match[str]) -> str:
-            lines = found[0].split(between)
-            given = len(lines), len(lines[0]) // len(token)
-            rows, columns = grid_out(module, given[0] * given[1], given)
-            return between.join([token * columns] * rows)
 
-        return re.sub(f"{run}(?:{re.escape(between)}{run})*", reduced, text)
+class SizedProcessor(NeedsTorchvision, MatchedProcessor):
+    """Mixin before PixtralProcessor, which writes a mark after each row of an image and needs torchvision."""
+
+    def reduced_inputs(self, image_inputs: Mapping[str, Any], image_idx: int, module: Any) -> dict[str, Any]:
+        """Return the size in pixels of an image with as many rows and columns as the connector makes."""
+        side = self.patch_size * self.spatial_merge_size  # type: ignore[attr-defined]
+        rows, columns = (int(length) // side for length in image_inputs["image_sizes"][image_idx])
+        return {"image_sizes": [[side * count for count in grid_out(module, rows * columns, (rows, columns))]]}

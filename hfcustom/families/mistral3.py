@@ -12,7 +12,7 @@ from transformers import AutoConfig, Mistral3Config, Mistral3ForConditionalGener
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
 from hfcustom.families import tiny
-from hfcustom.processors import MatchedProcessor, NeedsTorchvision
+from hfcustom.processors import SizedProcessor
 from hfcustom.ragged import SizedImages
 from hfcustom.registry import register
 
@@ -25,13 +25,8 @@ class CustomMistral3Config(CustomConfig, Mistral3Config):
     model_type = "custom_mistral3"
 
 
-class CustomMistral3Processor(NeedsTorchvision, MatchedProcessor, PixtralProcessor):
+class CustomMistral3Processor(SizedProcessor, PixtralProcessor):
     """PixtralProcessor that follows the model's connector, rows included."""
-
-    @property
-    def row_break(self) -> str:
-        """The token between two rows of an image."""
-        return str(self.image_break_token)
 
 
 class CustomMistral3ForConditionalGeneration(SizedImages, CustomVLM, Mistral3ForConditionalGeneration):

@@ -15,7 +15,7 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration,
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
 from hfcustom.families import tiny
-from hfcustom.processors import MatchedProcessor, NeedsTorchvision
+from hfcustom.processors import SizedProcessor
 from hfcustom.ragged import SizedImages
 from hfcustom.registry import register
 
@@ -33,13 +33,8 @@ class CustomPixtralConfig(CustomConfig, LlavaConfig):
     model_type = "custom_pixtral"
 
 
-class CustomPixtralProcessor(NeedsTorchvision, MatchedProcessor, PixtralProcessor):
+class CustomPixtralProcessor(SizedProcessor, PixtralProcessor):
     """PixtralProcessor that follows the model's connector, rows included."""
-
-    @property
-    def row_break(self) -> str:
-        """The token between two rows of an image."""
-        return str(self.image_break_token)
 
 
 class CustomPixtralForConditionalGeneration(SizedImages, CustomVLM, LlavaForConditionalGeneration):

@@ -73,8 +73,12 @@ def train_tokenizer(
     named: dict[str, str] | None = None,
     sentences: Iterable[str] = SENTENCES,
     vocab_size: int = 320,
+    late: Sequence[str] = (),
 ) -> Any:
-    """Train a byte-level BPE tokenizer; `specials` get ids 0, 1, ..., `named` become attributes such as `image_token`."""
+    """Train a byte-level BPE tokenizer.
+
+    `specials` get ids 0, 1, ..., `late` ones the last ids, `named` become attributes such as `image_token`.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -85,6 +89,7 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(sentences, trainer)
+    tokenizer.add_special_tokens(list(late))
     tokens = {"eos_token": eos, "pad_token": pad} | ({"bos_token": bos} if bos else {})
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=named or {}, **tokens)
 
