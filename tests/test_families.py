@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Family, assert_same_model, chat_row
+from conftest import Family, assert_same_model, chat_row, picture
 from conversations import end_of_turn, labelled
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -78,6 +78,24 @@ def test_training_builds_no_logits_unless_asked(family: Family) -> None:
 def test_a_batch_equals_its_rows_alone(family: Family) -> None:
     rows = [chat_row(count, seed) for seed, count in enumerate([2, 0, 1])]
     model, collate = family.model(), Collator(family.processor)
+    together = dict(collate(rows))
+    with torch.no_grad():
+        logits = model(**together).logits
+        for at, row in enumerate(rows):
+            alone = dict(collate([row]))
+            length = alone["input_ids"].shape[1]
+            torch.testing.assert_close(logits[at, :length], model(**alone).logits[0], rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("connector", [None, "average_pool"], ids=["stock", "token-reducing"])
+def test_images_of_different_sizes_share_a_batch(family: Family, connector: str | None) -> None:
+    processor = copy.deepcopy(family.processor)
+    model = family.model(connector=connector)
+    model.match_processor(processor)
+    rows = [chat_row(2, seed=0), chat_row(1, seed=1)]
+    for at, size in enumerate([(50, 30), (24, 60), (40, 40)]):
+        rows[at // 2]["images"][at % 2] = picture(at, size)
+    collate = Collator(processor)
     together = dict(collate(rows))
     with torch.no_grad():
         logits = model(**together).logits
@@ -221,8 +239,12 @@ def test_a_replaced_projector_keeps_the_seams_around_it(family: Family) -> None:
             super().__init__()
             self.inner = inner
 
-        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            return 2 * self.inner(*args, **kwargs)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = self.inner(*args, **kwargs)
+            if isinstance(output, torch.Tensor):
+                return 2 * output
+            output.last_hidden_state = 2 * output.last_hidden_state
+            return output
 
     calls: list[str] = []
 

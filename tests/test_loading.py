@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Family, assert_same_model
+from conftest import Family, assert_same_model, stock_config
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -217,6 +217,13 @@ def test_sharded_checkpoints_and_16_bit_weights_load(internvl: Family, tmp_path:
     assert again.dtype == torch.bfloat16
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
     assert internvl.model_class.from_pretrained(tmp_path, dtype="float32").dtype == torch.float32
+
+
+def test_a_checkpoint_of_either_class_is_its_familys(family: Family, tmp_path: Path) -> None:
+    config = family.module.tiny_config()
+    stock_config(family.stock_class, config).save_pretrained(tmp_path / "stock")
+    config.save_pretrained(tmp_path / "custom")
+    assert class_of(str(tmp_path / "stock")) is class_of(str(tmp_path / "custom")) is family.model_class
 
 
 @pytest.mark.parametrize("folder", ["./missing", "/missing/model", "../missing"])

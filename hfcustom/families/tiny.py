@@ -74,10 +74,12 @@ def train_tokenizer(
     sentences: Iterable[str] = SENTENCES,
     vocab_size: int = 320,
     adds_bos: bool = False,
+    late: Sequence[str] = (),
 ) -> Any:
-    """Train a byte-level BPE tokenizer; `specials` get ids 0, 1, ..., `named` become attributes such as `image_token`.
+    """Train a byte-level BPE tokenizer.
 
-    With `adds_bos` it writes BOS before each text, as those of some checkpoints do, whether or not one stands there.
+    `specials` get ids 0, 1, ..., `late` ones the last ids, `named` become attributes such as `image_token`. With
+    `adds_bos` it writes BOS before each text, as those of some checkpoints do, whether or not one stands there.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -93,6 +95,7 @@ def train_tokenizer(
         assert bos is not None, "adds_bos needs bos"
         special = [(bos, tokenizer.token_to_id(bos))]
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=special)
+    tokenizer.add_special_tokens(list(late))
     tokens = {"eos_token": eos, "pad_token": pad} | ({"bos_token": bos} if bos else {})
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=named or {}, **tokens)
 
