@@ -37,6 +37,7 @@ class CustomVLM(SeamHooks):
     processor_class: ClassVar[type[ProcessorMixin]]
     placeholder_field: ClassVar[str]  # the processor's attribute that holds the placeholders of one image crop
     lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, or "connector") -> why this family has none
+    untrained: ClassVar[Mapping[str, str]] = {}  # module path -> why no gradient of a loss reaches it
     default_connector: ClassVar[str | dict[str, Any] | None] = None
     default_loss: ClassVar[str | dict[str, Any]] = "cross_entropy"
     _input_names: ClassVar[tuple[str, ...]]

@@ -156,6 +156,8 @@ def _image_encoder(core: Any) -> nn.Module:
 
 def _decoder(core: Any) -> nn.Module:
     decoder = core.get_decoder()
+    if decoder is core.base_model and core.get_input_embeddings() in decoder.children():
+        return decoder  # the inner model is the language model itself, the image encoder among its layers
     if decoder is core or decoder is core.base_model:
         children = ", ".join(name for name, _ in core.base_model.named_children())
         raise ValueError(f"{type(core).__name__} has no language model among its modules ({children}).")

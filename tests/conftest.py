@@ -66,6 +66,11 @@ class Family:
     def processor(self) -> Any:
         return self.module.tiny_processor()
 
+    @cached_property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the stock graph; not each family has a connector between its images and its language model."""
+        return self.model().stock_parts().present()
+
     def model(self, model_class: Any = None, seed: int = 0, **config: Any) -> Any:
         """Return a tiny model in eval mode, the same weights for the same seed."""
         tiny = self.module.tiny_config()

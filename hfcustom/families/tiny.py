@@ -100,23 +100,30 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=named or {}, **tokens)
 
 
-def chat_template(image: str, turn_start: str, turn_end: str, bos: str = "") -> str:
-    """Return a Jinja chat template; `{role}` in `turn_start` becomes the role, images become `image`."""
-    before, _, after = turn_start.partition("{role}")
+def chat_template(image: str, turn_start: str, turn_end: str, bos: str = "", prompt_end: str | None = None) -> str:
+    """Return a Jinja chat template; `{role}` in `turn_start` becomes the role, if there is one, images become `image`.
+
+    `prompt_end` ends turns that are not the assistant's, where those end differently.
+    """
+    before, role, after = turn_start.partition("{role}")
+    name = "{{ message['role'] }}" if role else ""
+    end = _literal(turn_end)
+    if prompt_end is not None:
+        end = "{% if message['role'] == 'assistant' %}" + end + "{% else %}" + _literal(prompt_end) + "{% endif %}"
     return (
         _literal(bos)
         + "{% for message in messages %}"
         + _literal(before)
-        + "{{ message['role'] }}"
+        + name
         + _literal(after)
         + "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
         + "{% for block in message['content'] %}"
         + "{% if block['type'] == 'image' %}"
         + _literal(image)
         + "{% else %}{{ block['text'] }}{% endif %}{% endfor %}{% endif %}"
-        + _literal(turn_end)
+        + end
         + "{% endfor %}{% if add_generation_prompt %}"
-        + _literal(before + "assistant" + after)
+        + _literal(before + ("assistant" if role else "") + after)
         + "{% endif %}"
     )
 
