@@ -283,6 +283,10 @@ class CustomVLM(SeamHooks):
         with torch.no_grad():
             return losses.summarise(self.loss_context(batch, batch["labels"]), self.losses())
 
+    def unreached(self) -> dict[str, str]:
+        """Return what training on images and text never reaches: {how names of parameters begin: why}."""
+        return {}
+
     # ---- image tokens -------------------------------------------------------------------------------------------------
 
     def stock_tokens_per_crop(self) -> int:

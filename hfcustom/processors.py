@@ -35,7 +35,11 @@ class OptionalVideo(ProcessorMixin):
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build as stock does, keeping the video settings that this machine cannot use."""
-        result = super().from_args_and_dict(args, processor_dict, **kwargs)
+        if not is_torchvision_available():  # args are the sub-processors that there are, in stock's order
+            at = super().get_attributes().index("video_processor")
+            args = [*args[:at], None, *args[at:]]
+        others = {name: value for name, value in processor_dict.items() if name != "video_processor"}
+        result = super().from_args_and_dict(args, others, **kwargs)
         processor = result[0] if isinstance(result, tuple) else result
         processor._video_settings = processor_dict.get("video_processor")
         return result
@@ -55,8 +59,15 @@ class OptionalVideo(ProcessorMixin):
         super().validate_inputs(images=images, text=text, videos=videos, **kwargs)
 
 
-class MatchedProcessor(ProcessorMixin):
-    """Mixin before a stock processor that counts an image's placeholders itself: the model's connector reduces them.
+class WithoutVideo(ProcessorMixin):
+    """Mixin after a stock processor whose __init__ takes the video processor before the tokenizer: a missing one is left out."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*(part for part in args if part is not None), **kwargs)
+
+
+class ConnectedProcessor(ProcessorMixin):
+    """Mixin that knows the model's connector.
 
     `connector` is what the model's config names, with its `hidden_size`; `model.match_processor(processor)` sets it, and
     it is saved with the processor.
@@ -88,6 +99,10 @@ class MatchedProcessor(ProcessorMixin):
                 self._built = dict(self.connector), build_connector(options, self.connector["hidden_size"])
         return self._built[1]
 
+
+class MatchedProcessor(ConnectedProcessor):
+    """Mixin before a stock processor that counts an image's placeholders itself: the model's connector reduces them."""
+
     @property
     def placeholder_token(self) -> str:
         """The token in the expanded text that stands for one image token; some families' `image_token` is another."""
@@ -107,3 +122,18 @@ class MatchedProcessor(ProcessorMixin):
         grid = self.image_grid(image_inputs, image_idx)
         run = re.compile(f"(?:{re.escape(token)})+")
         return run.sub(lambda found: token * count_tokens_out(module, len(found[0]) // len(token), grid), text)
+
+
+def match_connector(model: Any, processor: Any) -> Any:
+    """Give a processor the model's connector; return it. TypeError for one that cannot follow it."""
+    if not isinstance(processor, ConnectedProcessor):
+        raise TypeError(
+            f"A {type(processor).__name__} cannot follow a connector; load the processor with "
+            f"{model.processor_class.__name__}.from_pretrained, or AutoProcessor from a folder of this model."
+        )
+    connector = model.config.connector
+    if connector is not None:
+        connector = {"name": connector} if isinstance(connector, str) else dict(connector)
+        connector["hidden_size"] = model.config.get_text_config().hidden_size
+    processor.connector = connector
+    return processor

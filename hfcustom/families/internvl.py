@@ -44,6 +44,10 @@ class CustomInternVLForConditionalGeneration(CustomVLM, InternVLForConditionalGe
         patches = (vision.image_size[0] // vision.patch_size[0]) * (vision.image_size[1] // vision.patch_size[1])
         return int(patches * self.config.downsample_ratio**2)
 
+    def unreached(self) -> dict[str, str]:
+        """Return the embedding of masked patches."""
+        return {"model.vision_tower.embeddings.mask_token": "it stands for masked patches, and none is masked"}
+
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features from the tower: what reaches the projector is already shuffled."""
         vision = self.stock_parts().paths["vision"][0]
