@@ -55,7 +55,8 @@ def lora(
     """Wrap a model with LoRA on every Linear of the named parts; return the peft.PeftModel.
 
     Modules that the class adds to its stock parent, and the parts named by `train`, are trained in full, saved and loaded
-    with the adapter. alpha is 2 * rank by default. `experts` adds the routed experts of those parts, whose stacked
+    with the adapter; a bare Parameter of the stock class (LLaVA's image_newline) cannot be, stays frozen, and a warning says
+    so. alpha is 2 * rank by default. `experts` adds the routed experts of those parts, whose stacked
     matrices are no Linear: each expert gets an A and a B of its own, and peft allows no dropout with it. Raises ValueError
     for a model that has an adapter, an unknown part, a part without a Linear, experts where there are none, and a part
     both adapted and trained in full (modules that the class adds always are).
@@ -108,7 +109,7 @@ def _linear_names(model: nn.Module, part_map: PartMap, parts: Iterable[str]) -> 
     return names
 
 
-def _expert_names(model: nn.Module, part_map: PartMap, parts: Iterable[str]) -> list[str]:
+def _expert_names(model: nn.Module, part_map: PartMap, parts: tuple[str, ...]) -> list[str]:
     names = [name for name, _ in expert_matrices(model) if part_map.find(name) in parts]
     if not names:
         raise ValueError(
@@ -136,12 +137,15 @@ def _pattern(names: list[str]) -> str:
 def _modules_to_save(model: nn.Module, part_map: PartMap, parts: Iterable[str]) -> list[str]:
     modules = dict(model.named_modules())
     paths = [path for part in parts for path in part_map.paths[part]]
-    for path in paths:
-        if path not in modules:
-            raise ValueError(
-                f"{path!r} is a bare Parameter, which peft cannot save with an adapter; wrap it in a small nn.Module."
-            )
-    return paths
+    for path in (path for path in paths if path not in modules):
+        what = f"{path!r} is a bare Parameter, which peft cannot save with an adapter"
+        if part_map.find(path) == "new":
+            raise ValueError(f"{what}; wrap it in a small nn.Module.")
+        logging.getLogger("hfcustom").warning(
+            f"{what}: it stays as it is in the base while the rest of its part is trained. To train it too, train without an "
+            "adapter: freeze() the other parts."
+        )
+    return [path for path in paths if path in modules]
 
 
 def _check_lora(wrapped: Any, targets: list[str], stacked: list[str], saved: list[str]) -> None:

@@ -37,7 +37,6 @@ class CustomVLM(SeamHooks):
     processor_class: ClassVar[type[ProcessorMixin]]
     placeholder_field: ClassVar[str]  # the processor's attribute that holds the placeholders of one image crop
     lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, or "connector") -> why this family has none
-    untrained: ClassVar[Mapping[str, str]] = {}  # module path -> why no gradient of a loss reaches it
     default_connector: ClassVar[str | dict[str, Any] | None] = None
     default_loss: ClassVar[str | dict[str, Any]] = "cross_entropy"
     _input_names: ClassVar[tuple[str, ...]]
@@ -286,6 +285,10 @@ class CustomVLM(SeamHooks):
         """Return what terms across the rows of a step want to know of one batch beforehand, {name: (n, ...)}."""
         with torch.no_grad():
             return losses.summarise(self.loss_context(batch, batch["labels"]), self.losses())
+
+    def unreached(self) -> dict[str, str]:
+        """Return what training on images and text never reaches: {how names of parameters begin: why}."""
+        return {f"{path}.": "images and text do not pass it" for path in self.stock_parts().paths["other"]}
 
     # ---- image tokens -------------------------------------------------------------------------------------------------
 

@@ -117,7 +117,9 @@ def find_parts(model: nn.Module) -> PartMap:
             known.part_of(name)
         except KeyError:
             rest[_child_path(name, holder)] = None
-    return PartMap({**paths, "connector": tuple(rest) or _inside(encoder, vision, core)})
+    modules = dict(core.named_modules())
+    connector = sorted(rest, key=lambda path: path not in modules)  # what can carry a hook before bare Parameters
+    return PartMap({**paths, "connector": tuple(connector) or _inside(encoder, vision, core)})
 
 
 def find_head(core: Any) -> nn.Module | None:

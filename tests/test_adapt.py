@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,23 @@ def test_a_bare_parameter_cannot_ride_with_an_adapter(internvl: Family) -> None:
 
     with pytest.raises(ValueError, match=r"'temperature' is a bare Parameter.*wrap it in a small nn.Module"):
         adapt.lora(internvl.model(Tempered))
+
+
+def test_a_bare_parameter_of_the_stock_class_stays_and_that_is_said(
+    family: Family, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("hfcustom"), "propagate", True)
+    model = family.model()
+    bare = set(find_parts(model).paths["connector"]) & {name for name, _ in model.named_parameters()}
+    wrapped = adapt.lora(model, train="connector", rank=2)
+    said = {line for line in caplog.messages if "is a bare Parameter" in line}
+    assert len(said) == len(bare) and all(any(repr(name) in line for line in said) for name in bare)
+    parts = find_parts(wrapped)
+    for name, parameter in wrapped.named_parameters():
+        if parts.part_of(name) == "connector" and "original_module" not in name:
+            assert parameter.requires_grad != any(name.endswith(path) for path in bare), name
+    adapt.freeze(model := family.model(), ["vision", "language", "head"])  # what the message advises
+    assert all(model.get_parameter(name).requires_grad for name in bare)
 
 
 def test_new_modules_train_save_reload_and_merge_with_the_adapter(family: Family, tmp_path: Path) -> None:

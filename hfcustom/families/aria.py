@@ -32,6 +32,10 @@ class CustomAriaForConditionalGeneration(CustomVLM, AriaForConditionalGeneration
     config_class = CustomAriaConfig
     processor_class = CustomAriaProcessor
 
+    def unreached(self) -> dict[str, str]:
+        """Return the tower's last norm."""
+        return {"model.vision_tower.post_layernorm.": "features are the hidden states before it"}
+
     def stock_tokens_per_crop(self) -> int:
         """Return the tokens of a crop of the largest size; smaller ones have fewer (`match_processor` sets them all)."""
         config: Any = self.config

@@ -63,7 +63,6 @@ class CustomChameleonForConditionalGeneration(CustomVLM, ChameleonForConditional
     config_class = CustomChameleonConfig
     processor_class = CustomChameleonProcessor
     placeholder_field = "image_seq_length"
-    untrained = {"model.vqmodel": "an image becomes codes, and choosing the nearest code has no gradient"}
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """Return the VQ-VAE for images; stock does not know it by its name."""
@@ -74,6 +73,10 @@ class CustomChameleonForConditionalGeneration(CustomVLM, ChameleonForConditional
         """Return the codes of an image: each level of the encoder but the last halves its sides."""
         vq: Any = self.config.vq_config
         return int((vq.resolution // 2 ** (len(vq.channel_multiplier) - 1)) ** 2)
+
+    def unreached(self) -> dict[str, str]:
+        """Return the VQ-VAE."""
+        return {"model.vqmodel.": "an image becomes codes, and choosing the nearest code has no gradient"}
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Put the seams around the inner model, which embeds, merges and decodes in one."""
