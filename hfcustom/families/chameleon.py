@@ -172,4 +172,15 @@ def tiny_config() -> CustomChameleonConfig:
     )
 
 
+def published_processor() -> CustomChameleonProcessor:
+    """Return a processor with the image settings of Chameleon and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("ChameleonImageProcessor")()
+    processor.image_seq_length = 1024
+    return processor
+
+
+CHECKPOINTS = {"facebook/chameleon-7b": {"vocabulary_map": {IMAGE_TOKEN: 8711}, "tie_word_embeddings": False}}
+
+
 register(CustomChameleonForConditionalGeneration)

@@ -15,7 +15,7 @@ from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.registry import register
 
 
@@ -121,6 +121,24 @@ def tiny_config() -> CustomJanusConfig:
         image_token_id=processor.image_token_id,
         tie_word_embeddings=False,
     )
+
+
+def published_processor() -> CustomJanusProcessor:
+    """Return a processor with the image settings of Janus-Pro-7B and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("JanusImageProcessor")()
+    processor.num_image_tokens = 576
+    return processor
+
+
+CHECKPOINTS = {
+    "deepseek-community/Janus-Pro-7B": {
+        "vision_config": {"projection_dim": 4096},
+        "text_config": published.decoder("llama", (4096, 11008, 30, 32, 32), 102400),
+        "vq_config": {"projection_dim": 4096, "image_token_embed_dim": 4096, "num_patches": 24},
+        "tie_word_embeddings": False,
+    },
+}
 
 
 register(CustomJanusForConditionalGeneration)

@@ -18,9 +18,8 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
-from hfcustom.processors import MatchedProcessor, SingleBos
-from hfcustom.ragged import match_connector
+from hfcustom.families import published, tiny
+from hfcustom.processors import MatchedProcessor, SingleBos, match_connector
 from hfcustom.registry import register
 
 REQUIRES = ("torchvision",)
@@ -178,6 +177,30 @@ def tiny_config() -> CustomLlama4Config:
         text_config={**tiny.text_config(tokenizer), **experts, "rope_parameters": rope},
         **ids,
     )
+
+
+def published_processor() -> CustomLlama4Processor:
+    """Return a processor with the image settings of Llama 4 and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("Llama4ImageProcessor")(
+        size={"height": 336, "width": 336}, max_patches=16
+    )
+    processor.patch_size = 14
+    return processor
+
+
+def _llama4(experts: int, **text: Any) -> dict[str, Any]:
+    sizes = {"vision_output_dim": 4096, "projector_input_dim": 4096, "projector_output_dim": 4096}
+    return {
+        "vision_config": published.vision(1408, 5632, 34, 16, 336, 14, pixel_shuffle_ratio=0.5, **sizes),
+        "text_config": {"num_local_experts": experts, **text},
+    }
+
+
+CHECKPOINTS = {
+    "meta-llama/Llama-4-Scout-17B-16E-Instruct": _llama4(16),
+    "meta-llama/Llama-4-Maverick-17B-128E-Instruct": _llama4(128, interleave_moe_layer_step=2),
+}
 
 
 register(CustomLlama4ForConditionalGeneration)
