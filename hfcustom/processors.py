@@ -15,7 +15,7 @@ import torch
 from transformers import ProcessorMixin
 from transformers.utils import is_torchvision_available
 
-from hfcustom.connectors import Grid, build_connector, count_tokens_out
+from hfcustom.connectors import Grid, build_connector, count_tokens_out, grids_out
 
 
 class OptionalVideo(ProcessorMixin):
@@ -35,7 +35,11 @@ class OptionalVideo(ProcessorMixin):
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build as stock does, keeping the video settings that this machine cannot use."""
-        result = super().from_args_and_dict(args, processor_dict, **kwargs)
+        if not is_torchvision_available():  # args are the sub-processors that there are, in stock's order
+            at = super().get_attributes().index("video_processor")
+            args = [*args[:at], None, *args[at:]]
+        others = {name: value for name, value in processor_dict.items() if name != "video_processor"}
+        result = super().from_args_and_dict(args, others, **kwargs)
         processor = result[0] if isinstance(result, tuple) else result
         processor._video_settings = processor_dict.get("video_processor")
         return result
@@ -53,6 +57,13 @@ class OptionalVideo(ProcessorMixin):
         if videos is not None and not is_torchvision_available():
             raise ImportError("Videos need torchvision: pip install torchvision. Images work without it.")
         super().validate_inputs(images=images, text=text, videos=videos, **kwargs)
+
+
+class WithoutVideo(ProcessorMixin):
+    """Mixin after a stock processor whose __init__ takes the video processor before the tokenizer: a missing one is left out."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*(part for part in args if part is not None), **kwargs)
 
 
 class MatchedProcessor(ProcessorMixin):
@@ -107,3 +118,23 @@ class MatchedProcessor(ProcessorMixin):
         grid = self.image_grid(image_inputs, image_idx)
         run = re.compile(f"(?:{re.escape(token)})+")
         return run.sub(lambda found: token * count_tokens_out(module, len(found[0]) // len(token), grid), text)
+
+
+class GridProcessor(MatchedProcessor):
+    """MatchedProcessor for images and videos that come with their grids, (P, 3) frames, rows and columns of patches."""
+
+    def image_grid(self, image_inputs: Mapping[str, Any], image_idx: int) -> Grid:
+        """Return the rows and columns of an image's tokens, after the merge of patches."""
+        _, rows, columns = image_inputs["image_grid_thw"][image_idx]
+        merge = self.image_processor.merge_size
+        return int(rows) // merge, int(columns) // merge
+
+    def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
+        """Return what stock writes for a video of the size that the connector leaves."""
+        module = self.connector_module()
+        if module is not None:
+            grid = torch.as_tensor(video_inputs["video_grid_thw"][video_idx])[None]
+            left = grids_out(module, grid, self.video_processor.merge_size)[0].numpy()
+            video_inputs = {**video_inputs, "video_grid_thw": {video_idx: left}}  # stock looks at this one only
+        text: str = super().replace_video_token(video_inputs, video_idx, **kwargs)
+        return text

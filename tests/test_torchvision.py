@@ -18,7 +18,18 @@ from transformers.utils import is_torchvision_available
 from hfcustom.families import family_names, load_family, missing_packages
 
 FOLDER = Path(sys.prefix) / "torchvision"
-FILES = ["processors", "collate", "connectors", "families", "adapt", "loading", "parts", "pipeline", "evaluate"]
+FILES = [
+    "processors",
+    "collate",
+    "connectors",
+    "families",
+    "adapt",
+    "loading",
+    "parts",
+    "pipeline",
+    "evaluate",
+    "ragged",
+]
 NEED_IT = [name for name in family_names() if missing_packages(name)]
 SAME = "processor or video or labels or placeholders or bit_equal"  # what images and their tokens could change
 
