@@ -88,6 +88,16 @@ def grid_out(module: Any, num_tokens: int, grid: Grid) -> Grid:
     return 1, count_tokens_out(module, num_tokens, grid)
 
 
+def grids_out(module: Any, grids: torch.Tensor, merge: int) -> torch.Tensor:
+    """Return the grids of patches, (P, 3) frames, rows and columns, of which a family that merges `merge` x `merge` patches
+    would make as many tokens as a connector makes, frame by frame, of those from `grids`."""
+    found = []
+    for frames, rows, columns in grids.tolist():
+        given = rows // merge, columns // merge
+        found.append((frames, *(merge * side for side in grid_out(module, math.prod(given), given))))
+    return grids.new_tensor(found)
+
+
 class AveragePool(nn.Module):
     """Average `size` x `size` neighbours of a square token grid, as Gemma 3's projector does before its product.
 

@@ -15,7 +15,7 @@ import torch
 from transformers import ProcessorMixin
 from transformers.utils import is_torchvision_available
 
-from hfcustom.connectors import Grid, build_connector, count_tokens_out, grid_out
+from hfcustom.connectors import Grid, build_connector, count_tokens_out, grid_out, grids_out
 
 
 class OptionalVideo(ProcessorMixin):
@@ -163,6 +163,26 @@ class SizedProcessor(NeedsTorchvision, MatchedProcessor):
         side = self.patch_size * self.spatial_merge_size  # type: ignore[attr-defined]
         rows, columns = (int(length) // side for length in image_inputs["image_sizes"][image_idx])
         return {"image_sizes": [[side * count for count in grid_out(module, rows * columns, (rows, columns))]]}
+
+
+class GridProcessor(MatchedProcessor):
+    """MatchedProcessor for images and videos that come with their grids, (P, 3) frames, rows and columns of patches."""
+
+    def image_grid(self, image_inputs: Mapping[str, Any], image_idx: int) -> Grid:
+        """Return the rows and columns of an image's tokens, after the merge of patches."""
+        _, rows, columns = image_inputs["image_grid_thw"][image_idx]
+        merge = self.image_processor.merge_size
+        return int(rows) // merge, int(columns) // merge
+
+    def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
+        """Return what stock writes for a video of the size that the connector leaves."""
+        module = self.connector_module()
+        if module is not None:
+            grid = torch.as_tensor(video_inputs["video_grid_thw"][video_idx])[None]
+            left = grids_out(module, grid, self.video_processor.merge_size)[0].numpy()
+            video_inputs = {**video_inputs, "video_grid_thw": {video_idx: left}}  # stock looks at this one only
+        text: str = super().replace_video_token(video_inputs, video_idx, **kwargs)
+        return text
 
 
 def match_connector(model: Any, processor: Any) -> Any:

@@ -29,6 +29,7 @@ class SeamHooks(PreTrainedModel):
     ignores_logits_to_keep: ClassVar[bool] = (
         False  # the stock forward runs the head on every position whatever it is told
     )
+    keeps_mask: ClassVar[bool] = False  # the stock forward reads more from attention_mask than where padding is
     custom_connector: nn.Module | None
     _stock_parts: parts.PartMap | None = None  # until the stock part is built
     _pass: seams.ForwardPass | None
@@ -96,7 +97,8 @@ class SeamHooks(PreTrainedModel):
                 seams.install(cast("CustomVLM", self))
             self._pass = seams.ForwardPass(ends_with_inner=True)
         input_ids = args[0] if args else kwargs.get("input_ids")
-        self._pass.image_mask = seams.find_placeholders(self, input_ids, kwargs.get("inputs_embeds"))
+        embeds, token = kwargs.get("inputs_embeds"), self.placeholder_token_id
+        self._pass.image_mask = seams.find_placeholders(self, input_ids, embeds, token)
 
     def _end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._pass is not None and self._pass.ends_with_inner:
@@ -121,15 +123,18 @@ class SeamHooks(PreTrainedModel):
             self._pass.image_features = features
         return features
 
-    def _check_placeholders(self, tokens: int, crops: int) -> None:
-        """Say what to do when the processor still writes the placeholders of the stock connector."""
+    def _check_placeholders(
+        self, tokens: int, crops: int, *, mask: torch.Tensor | None = None, kind: str = "image"
+    ) -> None:
+        """Say what to do when the processor still writes the placeholders of the stock connector; mask (B, T)."""
         if self._pass is None or torch.compiler.is_compiling():
             return
-        assert self._pass.image_mask is not None
-        placeholders = int(self._pass.image_mask.sum())
+        mask = self._pass.image_mask if mask is None else mask
+        assert mask is not None
+        placeholders = int(mask.sum())
         if placeholders != tokens:
             raise ValueError(
-                f"The text has {placeholders} image placeholders, the connector {self.config.connector!r} made {tokens} "
+                f"The text has {placeholders} {kind} placeholders, the connector {self.config.connector!r} made {tokens} "
                 f"tokens of {crops} crops. Call model.match_processor(processor) before processing, and save that "
                 "processor with the model."
             )

@@ -30,6 +30,7 @@ class ForwardPass:
     skips_head: bool = False  # nobody wants the logits
     ends_with_inner: bool = False  # the inner model was called directly and closes the pass itself
     image_mask: torch.Tensor | None = None  # (B, T) True at image placeholders
+    video_mask: torch.Tensor | None = None  # (B, T) True at video placeholders, where a family tells them apart
     vision_features: torch.Tensor | None = None  # (P, patches, D_vision)
     image_features: torch.Tensor | None = None  # (P, N, D)
     hidden_states: torch.Tensor | None = None  # (B, T, D)
@@ -101,9 +102,10 @@ def _carries(module: nn.Module, method: str) -> bool:
     return any(isinstance(hook, Seam) and hook.method == method for hook in hooks)
 
 
-def find_placeholders(model: Any, input_ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
-    """Return the (B, T) mask of image placeholders, from ids or, as the stock classes do, from embeddings."""
-    token = model.placeholder_token_id
+def find_placeholders(
+    model: Any, input_ids: torch.Tensor | None, embeds: torch.Tensor | None, token: int
+) -> torch.Tensor:
+    """Return the (B, T) mask of a placeholder, from ids or, as the stock classes do, from embeddings."""
     if input_ids is not None:
         return input_ids == token  # (B, T)
     assert embeds is not None, "the model got neither input_ids nor inputs_embeds"

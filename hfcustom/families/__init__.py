@@ -64,9 +64,12 @@ def class_of(checkpoint: str, **hub: Any) -> type[CustomVLM]:
     name = model_type.removeprefix("custom_")
     if tower in family_names() and getattr(load_family(tower), "reads", lambda config: False)(config):
         name = tower
-    if name in family_names():
-        load_family(name)
-        model_type = f"custom_{name}"
+    near = [family for family in family_names() if name == family or name.startswith(f"{family}_")]
+    if near:  # the longest: llava_next is not llava; qwen2_5_omni_thinker is a part of qwen2_5_omni
+        family = max(near, key=len)
+        load_family(family)
+        config_class: Any = REGISTERED[f"custom_{family}"].config_class
+        model_type = config_class.model_type if name in (family, *config_class.kin()) else model_type
     if model_type not in REGISTERED:
         cure = "Is it a class of your own? Name its file: --custom my_file.py:MyModel."
         raise ValueError(f"{checkpoint}: {unknown('model_type', model_type, family_names(), cure)}")
