@@ -309,7 +309,9 @@ def test_generation_with_cache_equals_generation_without(family: Family, connect
     inputs = processor(text=[text], images=[chat_row(2, 1)["images"]], return_tensors="pt")
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     options |= {"output_logits": True, "return_dict_in_generate": True}
-    options["suppress_tokens"] = [model.placeholder_token_id]  # an untrained model may say one, and then lacks an image
+    options["suppress_tokens"] = [
+        model.placeholder_token_id
+    ]  # an untrained model may say one, and then lacks an image
     cached, plain = (model.generate(**inputs, **options, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached.sequences, plain.sequences)
     for a, b in zip(cached.logits, plain.logits, strict=True):

@@ -52,7 +52,7 @@ def test_video_settings_survive_a_machine_that_cannot_use_them(internvl: Family,
     assert written["size"] == VIDEO_SETTINGS["size"]
 
 
-@pytest.mark.parametrize("name", ["internvl", "smolvlm"])
+@pytest.mark.parametrize("name", ["internvl", "llava_onevision", "smolvlm", "video_llava"])
 def test_a_video_works_or_says_what_to_install(name: str, families: dict[str, Family]) -> None:
     processor: Any = families[name].processor
     video = np.stack([np.asarray(picture(seed, (32, 32))) for seed in range(4)])  # (F, H, W, C)

@@ -57,9 +57,7 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 def tiny_processor() -> CustomLlavaProcessor:
     """Return a processor for 28 px images of 16 tokens, with a tokenizer trained on the spot."""
     return CustomLlavaProcessor(
-        tiny.image_processor("CLIPImageProcessor")(
-            size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
-        ),
+        tiny.image_processor("CLIPImageProcessor")(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
         tiny.train_tokenizer(SPECIAL_TOKENS, bos="<s>", eos="</s>", pad="<pad>", named={"image_token": "<image>"}),
         patch_size=7,
         vision_feature_select_strategy="default",
