@@ -15,7 +15,7 @@ import torch
 from transformers import ProcessorMixin
 from transformers.utils import is_torchvision_available
 
-from hfcustom.connectors import Grid, build_connector, count_tokens_out
+from hfcustom.connectors import Grid, build_connector, count_tokens_out, grid_out
 
 
 class OptionalVideo(ProcessorMixin):
@@ -57,6 +57,28 @@ class OptionalVideo(ProcessorMixin):
         if videos is not None and not is_torchvision_available():
             raise ImportError("Videos need torchvision: pip install torchvision. Images work without it.")
         super().validate_inputs(images=images, text=text, videos=videos, **kwargs)
+
+
+class SingleBos(ProcessorMixin):
+    """Mixin before a stock processor: texts that begin with BOS, as a chat template writes it, get no second one."""
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """Process as stock does, with add_special_tokens=False, unless it is given, where the texts have their BOS."""
+        texts, bos = [text] if isinstance(text, str) else text or [], self.tokenizer.bos_token
+        given = "add_special_tokens" in {**kwargs, **kwargs.get("text_kwargs", {})}
+        if not given and bos and texts and all(sample.startswith(bos) for sample in texts):
+            kwargs["add_special_tokens"] = False
+        return super().__call__(images=images, text=text, **kwargs)
+
+
+class NeedsTorchvision(ProcessorMixin):
+    """Mixin before a stock processor that is a mere placeholder without torchvision: says what to install."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # not __init__, whose signature transformers reads
+        """Raise ImportError where torchvision is missing."""
+        if not is_torchvision_available():
+            raise ImportError(f"{cls.__name__} works with torchvision only: pip install torchvision")
+        return super().__new__(cls)
 
 
 class WithoutVideo(ProcessorMixin):
@@ -113,15 +135,34 @@ class MatchedProcessor(ConnectedProcessor):
         """Return the rows and columns of an image's tokens, None for square crops."""
         return None
 
+    def reduced_inputs(self, image_inputs: Mapping[str, Any], image_idx: int, module: Any) -> dict[str, Any] | None:
+        """Return inputs of one image that lies as `module` makes it, where stock writes marks between rows of tokens.
+
+        None lets each run of placeholders be cut to what the connector makes of it.
+        """
+        return None
+
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """Return what stock writes for an image, each run of placeholders cut to what the connector makes of it."""
-        text: str = super().replace_image_token(image_inputs, image_idx, **kwargs)
+        """Return what stock writes for an image, with as many placeholders as the connector makes tokens."""
         module, token = self.connector_module(), self.placeholder_token
-        if module is None:
-            return text
+        reduced = None if module is None else self.reduced_inputs(image_inputs, image_idx, module)
+        if module is None or reduced is not None:
+            inputs, at = (image_inputs, image_idx) if reduced is None else (reduced, 0)
+            return str(super().replace_image_token(inputs, at, **kwargs))
+        text: str = super().replace_image_token(image_inputs, image_idx, **kwargs)
         grid = self.image_grid(image_inputs, image_idx)
         run = re.compile(f"(?:{re.escape(token)})+")
         return run.sub(lambda found: token * count_tokens_out(module, len(found[0]) // len(token), grid), text)
+
+
+class SizedProcessor(NeedsTorchvision, MatchedProcessor):
+    """Mixin before PixtralProcessor, which writes a mark after each row of an image and needs torchvision."""
+
+    def reduced_inputs(self, image_inputs: Mapping[str, Any], image_idx: int, module: Any) -> dict[str, Any]:
+        """Return the size in pixels of an image with as many rows and columns as the connector makes."""
+        side = self.patch_size * self.spatial_merge_size  # type: ignore[attr-defined]
+        rows, columns = (int(length) // side for length in image_inputs["image_sizes"][image_idx])
+        return {"image_sizes": [[side * count for count in grid_out(module, rows * columns, (rows, columns))]]}
 
 
 def match_connector(model: Any, processor: Any) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from hfcustom.connectors import Grid, grid_out, reduce_tokens
 from hfcustom.processors import match_connector
@@ -81,6 +82,37 @@ class RaggedImages(SeamHooks):
         if self._pass is not None and self._pass.records:
             self._pass.vision_features = features[None]  # (1, patches of all images, D_vision)
         return features
+
+
+class SizedImages(RaggedImages):
+    """Ragged images that come with their sizes in pixels; their patches reach the projector in one sequence.
+
+    Source: Pixtral, https://arxiv.org/abs/2410.07073, section 2.
+    """
+
+    @property
+    def merged_patches(self) -> int:
+        """The patches a side that become one token."""
+        return 1
+
+    def image_grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
+        """Return each image's rows and columns of tokens."""
+        return self._grids(inputs, self.merged_patches)
+
+    def _grids(self, inputs: Mapping[str, Any], merged: int) -> list[Grid]:
+        side = self.config.vision_config.patch_size * merged
+        return [(height // side, width // side) for height, width in torch.as_tensor(inputs["image_sizes"]).tolist()]
+
+    def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
+        """Take vision features before the projector."""
+        projector = self.stock_parts().paths["connector"][0]
+        return [*super().seam_hooks(), (projector, "register_forward_pre_hook", "_at_projector_input", {})]
+
+    def _at_projector_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        assert self.image_inputs is not None, "the projector ran outside of get_image_features"
+        lengths = [rows * columns for rows, columns in self._grids(self.image_inputs, 1)]
+        features = self.transform_ragged(args[0].flatten(0, -2), lengths)  # (patches of all images, D_vision)
+        return (features.view_as(args[0]), *args[1:])
 
 
 class MRopeImages(RaggedImages):

@@ -12,7 +12,7 @@ from transformers import AriaConfig, AriaForConditionalGeneration, AriaProcessor
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.registry import register
 
 
@@ -73,6 +73,29 @@ def tiny_config() -> CustomAriaConfig:
         image_token_index=processor.image_token_id,
         tie_word_embeddings=False,
     )
+
+
+def published_processor() -> CustomAriaProcessor:
+    """Return a processor with the image settings of Aria and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("AriaImageProcessor")()
+    processor.size_conversion = {490: 128, 980: 256}
+    return processor
+
+
+CHECKPOINTS = {
+    "rhymes-ai/Aria": {
+        "vision_config": published.so400m(980, model_type="idefics3_vision"),
+        "text_config": {
+            **published.decoder("aria_text", (2560, 1664, 28, 20, 20), 100352),
+            "moe_num_experts": 64,
+            "moe_topk": 6,
+            "moe_num_shared_experts": 2,
+        },
+        "projector_patch_to_query_dict": {1225: 128, 4900: 256},
+        "tie_word_embeddings": False,
+    },
+}
 
 
 register(CustomAriaForConditionalGeneration)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration,
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.processors import MatchedProcessor, match_connector
 from hfcustom.registry import register
 from hfcustom.towers import unread
@@ -75,6 +75,25 @@ def tiny_config() -> CustomLlavaConfig:
         image_token_index=processor.image_token_id,
         image_seq_length=16,
     )
+
+
+def published_processor() -> CustomLlavaProcessor:
+    """Return a processor with the image settings of LLaVA-1.5 and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("CLIPImageProcessor")(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+    )
+    processor.patch_size = 14
+    return processor
+
+
+CHECKPOINTS = {
+    f"llava-hf/llava-1.5-{size}-hf": {
+        "vision_config": published.CLIP_L_336,
+        "text_config": published.decoder("llama", sizes, 32064),
+    }
+    for size, sizes in (("7b", (4096, 11008, 32, 32, 32)), ("13b", (5120, 13824, 40, 40, 40)))
+}
 
 
 register(CustomLlavaForConditionalGeneration)

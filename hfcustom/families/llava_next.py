@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlavaNextConfig, LlavaNextForConditionalGen
 from hfcustom.anyres import AnyresImages, AnyresProcessor
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.registry import register
 from hfcustom.towers import unread
 
@@ -73,6 +73,29 @@ def tiny_config() -> CustomLlavaNextConfig:
         image_grid_pinpoints=PINPOINTS,
         image_seq_length=16,
     )
+
+
+def published_processor() -> CustomLlavaNextProcessor:
+    """Return a processor with the image settings of LLaVA-1.6 and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("LlavaNextImageProcessor")(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+    )
+    processor.patch_size = 14
+    return processor
+
+
+def _llava_next(text: dict[str, Any]) -> dict[str, Any]:
+    return {"vision_config": published.CLIP_L_336, "text_config": text}
+
+
+CHECKPOINTS = {
+    "llava-hf/llava-v1.6-mistral-7b-hf": _llava_next(
+        published.decoder("mistral", (4096, 14336, 32, 32, 8), 32064),
+    ),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": _llava_next(published.decoder("llama", (4096, 11008, 32, 32, 32), 32064)),
+    "llava-hf/llava-v1.6-34b-hf": _llava_next(published.decoder("llama", (7168, 20480, 60, 56, 8), 64064)),
+}
 
 
 register(CustomLlavaNextForConditionalGeneration)
