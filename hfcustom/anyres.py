@@ -36,6 +36,24 @@ class AnyresImages(RaggedImages):
         """Stand in for pack_image_features, where the tiles of an image come together."""
         return [*super().seam_methods(), (self.inner_path(), "pack_image_features", "_at_packing")]
 
+    def match_processor(self, processor: Any) -> Any:
+        """Give the processor the connector, so that it writes as many placeholders; save it with the model.
+
+        Raises ValueError when it would cut images in another way than this model puts them together.
+        """
+        for name, theirs in self.processor_settings(processor).items():
+            own = getattr(self.config, name)
+            if theirs != own:
+                raise ValueError(
+                    f"The processor's {name} is {theirs}, the model's {own}: the text would get other placeholders than the "
+                    f"model makes tokens. Set both, on the processor and as model.config.{name}."
+                )
+        return super().match_processor(processor)
+
+    def processor_settings(self, processor: Any) -> dict[str, Any]:
+        """Return what the processor must have in common with the model's config."""
+        return {"image_grid_pinpoints": [list(size) for size in processor.image_processor.image_grid_pinpoints]}
+
     def _connect(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         return features  # packing has run the connector
 

@@ -59,8 +59,9 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 
 
 def table_of(text: str) -> dict[str, list[str]]:
-    """Return the words of each line of a printed table, by its first word."""
-    return {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    """Return the words of each line of a printed table, by its first word; a list with commas is one."""
+    lines = [line.replace(", ", ",").split() for line in text.splitlines() if line.strip()]
+    return {line[0]: line for line in lines}
 
 
 # ---- TrainLog -------------------------------------------------------------------------------------------------------
