@@ -6,6 +6,8 @@ and width. One token for 28 x 28 px. Paper: https://arxiv.org/abs/2409.12191; st
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from hfcustom.base import CustomVLM
