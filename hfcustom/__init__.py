@@ -47,6 +47,7 @@ _HOME = {
     "term": "hfcustom.losses",
     "token_loss": "hfcustom.losses",
     "why_bypassed": "hfcustom.trl_adapter",
+    "wrap": "hfcustom.wrapping",
 }
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from hfcustom.train_config import TrainConfig
     from hfcustom.trainer_callback import LossCallback
     from hfcustom.trl_adapter import honour_model, why_bypassed
+    from hfcustom.wrapping import wrap
 
 __all__ = [*_HOME, "__version__"]
 

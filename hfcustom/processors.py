@@ -35,7 +35,11 @@ class OptionalVideo(ProcessorMixin):
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build as stock does, keeping the video settings that this machine cannot use."""
-        result = super().from_args_and_dict(args, processor_dict, **kwargs)
+        if not is_torchvision_available():  # args are the sub-processors that there are, in stock's order
+            at = super().get_attributes().index("video_processor")
+            args = [*args[:at], None, *args[at:]]
+        others = {name: value for name, value in processor_dict.items() if name != "video_processor"}
+        result = super().from_args_and_dict(args, others, **kwargs)
         processor = result[0] if isinstance(result, tuple) else result
         processor._video_settings = processor_dict.get("video_processor")
         return result
@@ -55,6 +59,18 @@ class OptionalVideo(ProcessorMixin):
         super().validate_inputs(images=images, text=text, videos=videos, **kwargs)
 
 
+class SingleBos(ProcessorMixin):
+    """Mixin before a stock processor: texts that begin with BOS, as a chat template writes it, get no second one."""
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """Process as stock does, with add_special_tokens=False, unless it is given, where the texts have their BOS."""
+        texts, bos = [text] if isinstance(text, str) else text or [], self.tokenizer.bos_token
+        given = "add_special_tokens" in {**kwargs, **kwargs.get("text_kwargs", {})}
+        if not given and bos and texts and all(sample.startswith(bos) for sample in texts):
+            kwargs["add_special_tokens"] = False
+        return super().__call__(images=images, text=text, **kwargs)
+
+
 class NeedsTorchvision(ProcessorMixin):
     """Mixin before a stock processor that is a mere placeholder without torchvision: says what to install."""
 
@@ -65,8 +81,15 @@ class NeedsTorchvision(ProcessorMixin):
         return super().__new__(cls)
 
 
-class MatchedProcessor(ProcessorMixin):
-    """Mixin before a stock processor that counts an image's placeholders itself: the model's connector reduces them.
+class WithoutVideo(ProcessorMixin):
+    """Mixin after a stock processor whose __init__ takes the video processor before the tokenizer: a missing one is left out."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*(part for part in args if part is not None), **kwargs)
+
+
+class ConnectedProcessor(ProcessorMixin):
+    """Mixin that knows the model's connector.
 
     `connector` is what the model's config names, with its `hidden_size`; `model.match_processor(processor)` sets it, and
     it is saved with the processor.
@@ -97,6 +120,10 @@ class MatchedProcessor(ProcessorMixin):
             with torch.device("meta"):
                 self._built = dict(self.connector), build_connector(options, self.connector["hidden_size"])
         return self._built[1]
+
+
+class MatchedProcessor(ConnectedProcessor):
+    """Mixin before a stock processor that counts an image's placeholders itself: the model's connector reduces them."""
 
     @property
     def placeholder_token(self) -> str:
@@ -141,3 +168,18 @@ class SizedProcessor(NeedsTorchvision, MatchedProcessor):
         side = self.patch_size * self.spatial_merge_size  # type: ignore[attr-defined]
         rows, columns = (int(length) // side for length in image_inputs["image_sizes"][image_idx])
         return {"image_sizes": [[side * count for count in grid_out(module, rows * columns, (rows, columns))]]}
+
+
+def match_connector(model: Any, processor: Any) -> Any:
+    """Give a processor the model's connector; return it. TypeError for one that cannot follow it."""
+    if not isinstance(processor, ConnectedProcessor):
+        raise TypeError(
+            f"A {type(processor).__name__} cannot follow a connector; load the processor with "
+            f"{model.processor_class.__name__}.from_pretrained, or AutoProcessor from a folder of this model."
+        )
+    connector = model.config.connector
+    if connector is not None:
+        connector = {"name": connector} if isinstance(connector, str) else dict(connector)
+        connector["hidden_size"] = model.config.get_text_config().hidden_size
+    processor.connector = connector
+    return processor

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hfcustom.connectors import Grid, grid_out, reduce_tokens
+from hfcustom.processors import match_connector
 from hfcustom.seam_hooks import SeamHooks
 
 
@@ -45,7 +46,7 @@ class RaggedImages(SeamHooks):
             outputs = stock(*args, **kwargs, return_dict=True)
             features = list(outputs.pooler_output)
             if self.custom_connector is not None:
-                features = self._reduce(features, self.image_grids(self.image_inputs))
+                features = self._connect(features)
                 outputs.pooler_output = tuple(features)
                 self._check_placeholders(sum(map(len, features)), len(features))
         finally:
@@ -57,6 +58,11 @@ class RaggedImages(SeamHooks):
     def match_processor(self, processor: Any) -> Any:
         """Give the processor the connector, so that it writes as many placeholders; save it with the model."""
         return match_connector(self, processor)
+
+    def _connect(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Run the connector on what get_image_features returned, one tensor an image."""
+        assert self.image_inputs is not None, "get_image_features is running"
+        return self._reduce(features, self.image_grids(self.image_inputs))
 
     def _reduce(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[torch.Tensor]:
         reduced: dict[int, torch.Tensor] = {}
@@ -158,16 +164,6 @@ class MRopeImages(RaggedImages):
         ]
         named = {name: value for name, value in inputs.items() if name != "kwargs"} | inputs.get("kwargs", {})
         return stock(**{**named, "image_grid_thw": given.new_tensor(grids)})
-
-
-def match_connector(model: Any, processor: Any) -> Any:
-    """Give a MatchedProcessor the model's connector; return the processor."""
-    connector = model.config.connector
-    if connector is not None:
-        connector = {"name": connector} if isinstance(connector, str) else dict(connector)
-        connector["hidden_size"] = model.config.get_text_config().hidden_size
-    processor.connector = connector
-    return processor
 
 
 def _untouched() -> Callable[..., Any]:

@@ -7,6 +7,8 @@ Letters: B rows, T text tokens, N image tokens, P crops, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -37,7 +39,7 @@ class SeamHooks(PreTrainedModel):
     tokens_per_crop: Any
 
     @property
-    def placeholder_token_id(self) -> int:
+    def placeholder_token_id(self) -> int | None:
         """The id in input_ids that stands for one image token."""
         return int(self.config.image_token_id)
 
@@ -52,9 +54,12 @@ class SeamHooks(PreTrainedModel):
         head: list[tuple[str, str, str, dict[str, bool]]] = [
             (self.stock_parts().paths["head"][0], "register_forward_pre_hook", "_at_head_input", {})
         ]
-        return [
+        borders: list[tuple[str, str, str, dict[str, bool]]] = [
             (self.inner_path(), "register_forward_pre_hook", "_begin_pass", {"with_kwargs": True}),
             (self.inner_path(), "register_forward_hook", "_end_pass", {"always_call": True}),
+        ]
+        return [
+            *(borders if self.inner_path() else []),
             (connector, "register_forward_pre_hook", "_at_connector_input", {}),
             (connector, "register_forward_hook", "_at_connector_output", {}),
             (language, "register_forward_pre_hook", "_at_language_input", {"with_kwargs": True}),
@@ -69,6 +74,21 @@ class SeamHooks(PreTrainedModel):
     def inner_path(self) -> str:
         """Return the path of the model without its head, "" for a family that has none."""
         return "" if self.base_model is self else self.base_model_prefix
+
+    @contextmanager
+    def flat_pass(self, call: Mapping[str, Any]) -> Iterator[None]:
+        """Begin and end the pass around the stock forward of a class without an inner model, whose call would do it.
+
+        Hooks on the model itself would not do: peft calls its forward(), which runs no hook.
+        """
+        if self.inner_path():
+            yield
+            return
+        self._begin_pass(self, (), dict(call))
+        try:
+            yield
+        finally:
+            self._pass = None
 
     def _begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._pass is None:  # the inner model is called directly

@@ -93,9 +93,9 @@ def test_each_turn_is_a_run_of_its_own_that_ends_with_the_end_of_text(family: Fa
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row["images"]])
 def test_no_token_of_an_image_is_labelled(family: Family, name: str) -> None:
     batch = Collator(family.processor)([ROWS[name]])
-    ids = [family.processor.image_token_id, *family.processor.image_token_ids]
-    is_image = torch.isin(batch["input_ids"], torch.tensor(ids))
-    assert is_image.sum() >= 4 * len(ROWS[name]["images"])
+    model = family.model()
+    is_image = batch["input_ids"] == model.placeholder_token_id
+    assert is_image.sum() >= (1 if "placeholders" in model.lacks else 4) * len(ROWS[name]["images"])
     assert (batch["labels"][is_image] == IGNORE).all()
 
 

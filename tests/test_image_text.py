@@ -83,12 +83,9 @@ def test_every_family_can_be_paired(family: Family) -> None:
     model = family.model(loss={"contrastive": 1.0, "sigmoid_contrastive": 1.0}).train()
     model(**family.batch(images)).loss.backward()
     assert {value.count for value in model.loss_values.values()} == {len(images) - 1}
-    connector = hfcustom.find_parts(model)
-    assert any(
-        p.grad is not None and p.grad.any()
-        for key, p in model.named_parameters()
-        if connector.part_of(key) == "vision"
-    )
+    parts = hfcustom.find_parts(model)
+    trained = {parts.part_of(key) for key, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert ("vision" in trained) == (not {f"{path}." for path in parts.paths["vision"]} & set(model.unreached()))
 
 
 def test_an_untied_pair_costs_what_chance_says() -> None:

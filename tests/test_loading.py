@@ -22,7 +22,7 @@ def gated(model_class: Any) -> Any:
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            self.gate = Gate(config.text_config.hidden_size)
+            self.gate = Gate(config.get_text_config().hidden_size)
             self.post_init()
 
         def transform_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -121,7 +121,9 @@ def test_an_init_that_reads_stock_weights_is_told_when_to(internvl: Family, tmp_
     class Copying(internvl.model_class):  # type: ignore[misc, name-defined]
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            self.copied = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+            self.copied = nn.Linear(
+                config.get_text_config().hidden_size, config.get_text_config().vocab_size, bias=False
+            )
             self.copied.weight.data.copy_(self.lm_head.weight.data)
             self.post_init()
 

@@ -145,10 +145,10 @@ def process(
 
 def _refuse_placeholders(processor: Any, example: Example) -> None:
     """A placeholder written out in a text would be taken for an image."""
-    texts = (block["text"] for message in example.messages for block in message["content"] if block["type"] == "text")
-    for text in texts:
-        if processor.image_token in text:
+    texts = [block["text"] for message in example.messages for block in message["content"] if block["type"] == "text"]
+    for mark in {processor.image_token, *processor.tokenizer.convert_ids_to_tokens(processor.image_token_ids)}:
+        if any(mark in text for text in texts):
             raise RowError(
-                f"{example.name}: a text holds {processor.image_token!r}, this processor's mark of an image; write images as "
+                f"{example.name}: a text holds {mark!r}, this processor's mark of an image; write images as "
                 "{'type': 'image'} blocks, and the mark itself in other words."
             )

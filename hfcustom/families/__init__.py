@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from hfcustom.base import CustomVLM
 
 
+HELPERS = ("published", "tiny")  # modules of this folder that are no family
+
+
 def family_names() -> list[str]:
     """Return the names of all families, without importing any."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "tiny")
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in HELPERS)
 
 
 def load_family(name: str) -> ModuleType:

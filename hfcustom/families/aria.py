@@ -12,7 +12,7 @@ from transformers import AriaConfig, AriaForConditionalGeneration, AriaProcessor
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.registry import register
 
 
@@ -31,6 +31,10 @@ class CustomAriaForConditionalGeneration(CustomVLM, AriaForConditionalGeneration
 
     config_class = CustomAriaConfig
     processor_class = CustomAriaProcessor
+
+    def unreached(self) -> dict[str, str]:
+        """Return the tower's last norm."""
+        return {"model.vision_tower.post_layernorm.": "features are the hidden states before it"}
 
     def stock_tokens_per_crop(self) -> int:
         """Return the tokens of a crop of the largest size; smaller ones have fewer (`match_processor` sets them all)."""
@@ -69,6 +73,29 @@ def tiny_config() -> CustomAriaConfig:
         image_token_index=processor.image_token_id,
         tie_word_embeddings=False,
     )
+
+
+def published_processor() -> CustomAriaProcessor:
+    """Return a processor with the image settings of Aria and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("AriaImageProcessor")()
+    processor.size_conversion = {490: 128, 980: 256}
+    return processor
+
+
+CHECKPOINTS = {
+    "rhymes-ai/Aria": {
+        "vision_config": published.so400m(980, model_type="idefics3_vision"),
+        "text_config": {
+            **published.decoder("aria_text", (2560, 1664, 28, 20, 20), 100352),
+            "moe_num_experts": 64,
+            "moe_topk": 6,
+            "moe_num_shared_experts": 2,
+        },
+        "projector_patch_to_query_dict": {1225: 128, 4900: 256},
+        "tie_word_embeddings": False,
+    },
+}
 
 
 register(CustomAriaForConditionalGeneration)

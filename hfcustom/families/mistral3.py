@@ -11,7 +11,7 @@ from transformers import AutoConfig, Mistral3Config, Mistral3ForConditionalGener
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.processors import SizedProcessor
 from hfcustom.ragged import SizedImages
 from hfcustom.registry import register
@@ -65,6 +65,25 @@ def tiny_config() -> CustomMistral3Config:
         image_token_index=processor.image_token_id,
         tie_word_embeddings=False,
     )
+
+
+def published_processor() -> CustomMistral3Processor:
+    """Return a processor with the image settings of Mistral Small 3.1 and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("PixtralImageProcessor")(
+        size={"longest_edge": 1540}, patch_size={"height": 14, "width": 14}
+    )
+    processor.patch_size = 14
+    return processor
+
+
+CHECKPOINTS = {
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": {
+        "vision_config": published.vision(1024, 4096, 24, 16, 1540, 14, model_type="pixtral"),
+        "text_config": {**published.decoder("mistral", (5120, 32768, 40, 32, 8), 131072), "head_dim": 128},
+        "tie_word_embeddings": False,
+    },
+}
 
 
 register(CustomMistral3ForConditionalGeneration)

@@ -148,4 +148,23 @@ def tiny_config() -> CustomMolmo2Config:
     )
 
 
+def published_processor() -> CustomMolmo2Processor:
+    """Return a processor with the image settings of Molmo2 and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("Molmo2ImageProcessor")()
+    return processor
+
+
+def _molmo2(hidden: int, intermediate: int) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": 36}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    return {
+        "adapter_config": {"intermediate_size": intermediate, "text_hidden_size": hidden},
+        "text_config": {**sizes, **heads, "vocab_size": 151936},
+    }
+
+
+CHECKPOINTS = {"allenai/Molmo2-4B": _molmo2(2560, 9728), "allenai/Molmo2-8B": _molmo2(4096, 12288)}
+
+
 register(CustomMolmo2ForConditionalGeneration)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration,
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.processors import SizedProcessor
 from hfcustom.ragged import SizedImages
 from hfcustom.registry import register
@@ -77,6 +77,22 @@ def tiny_config() -> CustomPixtralConfig:
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )
+
+
+def published_processor() -> CustomPixtralProcessor:
+    """Return a processor with the image settings of Pixtral-12B and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("PixtralImageProcessor")()
+    processor.patch_size = 16
+    return processor
+
+
+CHECKPOINTS = {
+    "mistral-community/pixtral-12b": {
+        "vision_config": published.vision(1024, 4096, 24, 16, 1024, 16, model_type="pixtral"),
+        "text_config": {**published.decoder("mistral", (5120, 14336, 40, 32, 8), 131072), "head_dim": 128},
+    },
+}
 
 
 register(CustomPixtralForConditionalGeneration)

@@ -14,7 +14,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VL
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.processors import MatchedProcessor, OptionalVideo
 from hfcustom.ragged import MRopeImages
 from hfcustom.registry import register
@@ -108,6 +108,28 @@ def tiny_config() -> CustomQwen2VLConfig:
         tie_word_embeddings=False,
         **ids,
     )
+
+
+def published_processor() -> CustomQwen2VLProcessor:
+    """Return a processor with the image settings of Qwen2-VL and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("Qwen2VLImageProcessor")(
+        size={"shortest_edge": 56 * 56, "longest_edge": 12845056}
+    )
+    return processor
+
+
+def _qwen2_vl(vocabulary: int, tied: bool, sizes: published.Sizes) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    text = {**published.decoder("qwen2_vl_text", sizes, vocabulary), "rope_parameters": rope}
+    return {"vision_config": {"hidden_size": sizes[0]}, "text_config": text, "tie_word_embeddings": tied}
+
+
+CHECKPOINTS = {
+    "Qwen/Qwen2-VL-2B-Instruct": _qwen2_vl(151936, True, (1536, 8960, 28, 12, 2)),
+    "Qwen/Qwen2-VL-7B-Instruct": _qwen2_vl(152064, False, (3584, 18944, 28, 28, 4)),
+    "Qwen/Qwen2-VL-72B-Instruct": _qwen2_vl(152064, False, (8192, 29568, 80, 64, 8)),
+}
 
 
 register(CustomQwen2VLForConditionalGeneration)

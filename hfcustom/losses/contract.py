@@ -182,8 +182,13 @@ class Loss:
         """Whether this is a term, a function of a LossContext."""
         return self.kind == "term"
 
-    def count_in(self, batch: Batch, image_token_id: int, options: Mapping[str, Any] | None = None) -> float:
-        """Return this loss's divisor for one batch."""
+    def count_in(self, batch: Batch, image_token_id: int | None, options: Mapping[str, Any] | None = None) -> float:
+        """Return this loss's divisor for one batch; ValueError when it needs to know image tokens and nothing tells them."""
+        if image_token_id is None and self.counts_images:
+            raise ValueError(
+                f"Loss {self.name!r} looks for image tokens, and nothing says which id stands for one: "
+                "hfcustom.wrap(model, image_token_id=...)."
+            )
         if self.count == "image_tokens":
             if "input_ids" not in batch:
                 raise ValueError(f"Term {self.name!r} counts image tokens, which needs input_ids in the batch.")
@@ -194,6 +199,13 @@ class Loss:
         values = {name: parameter.default for name, parameter in self.options().items()} | dict(options or {})
         values["image_token_id"] = image_token_id
         return self.count(batch, **{name: values[name] for name in wanted})
+
+    @property
+    def counts_images(self) -> bool:
+        """Whether the divisor depends on where image tokens are."""
+        return self.count == "image_tokens" or (
+            callable(self.count) and "image_token_id" in inspect.signature(self.count).parameters
+        )
 
     def options(self) -> dict[str, inspect.Parameter]:
         """Return the options that the function takes beyond its tensors, by name."""
