@@ -135,17 +135,20 @@ class MatchedProcessor(ConnectedProcessor):
         """Return the rows and columns of an image's tokens, None for square crops."""
         return None
 
-    def reduced_inputs(self, image_inputs: Mapping[str, Any], image_idx: int, module: Any) -> dict[str, Any] | None:
-        """Return inputs of one image that lies as `module` makes it, where stock writes marks between rows of tokens.
+    def reduced_inputs(
+        self, image_inputs: Mapping[str, Any], image_idx: int, module: Any, **kwargs: Any
+    ) -> dict[str, Any] | None:
+        """Return inputs of one image whose tokens lie as `module` makes them, for stock to write it from.
 
-        None lets each run of placeholders be cut to what the connector makes of it.
+        A family needs this where stock writes marks between the rows, or views of several grids; None lets each run of
+        placeholders be cut to what the connector makes of it.
         """
         return None
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """Return what stock writes for an image, with as many placeholders as the connector makes tokens."""
         module, token = self.connector_module(), self.placeholder_token
-        reduced = None if module is None else self.reduced_inputs(image_inputs, image_idx, module)
+        reduced = None if module is None else self.reduced_inputs(image_inputs, image_idx, module, **kwargs)
         if module is None or reduced is not None:
             inputs, at = (image_inputs, image_idx) if reduced is None else (reduced, 0)
             return str(super().replace_image_token(inputs, at, **kwargs))
@@ -158,7 +161,9 @@ class MatchedProcessor(ConnectedProcessor):
 class SizedProcessor(NeedsTorchvision, MatchedProcessor):
     """Mixin before PixtralProcessor, which writes a mark after each row of an image and needs torchvision."""
 
-    def reduced_inputs(self, image_inputs: Mapping[str, Any], image_idx: int, module: Any) -> dict[str, Any]:
+    def reduced_inputs(
+        self, image_inputs: Mapping[str, Any], image_idx: int, module: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         """Return the size in pixels of an image with as many rows and columns as the connector makes."""
         side = self.patch_size * self.spatial_merge_size  # type: ignore[attr-defined]
         rows, columns = (int(length) // side for length in image_inputs["image_sizes"][image_idx])

@@ -89,6 +89,26 @@ class RaggedImages(SeamHooks):
         return features
 
 
+class VideosAsImages(RaggedImages):
+    """Ragged images of a stock class whose `get_video_features` runs `get_image_features`: videos keep their tokens."""
+
+    is_video: bool = False  # while get_video_features runs
+
+    def seam_methods(self) -> list[tuple[str, str, str]]:
+        """Stand in for get_video_features too."""
+        return [*super().seam_methods(), (self.inner_path(), "get_video_features", "_at_video_features")]
+
+    def _at_video_features(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.is_video = True
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            self.is_video = False
+
+    def _at_image_features(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return stock(*args, **kwargs) if self.is_video else super()._at_image_features(stock, *args, **kwargs)
+
+
 class SizedImages(RaggedImages):
     """Ragged images that come with their sizes in pixels; their patches reach the projector in one sequence.
 

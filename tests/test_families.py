@@ -247,6 +247,8 @@ def test_a_replaced_projector_keeps_the_seams_around_it(family: Family) -> None:
             output = self.inner(*args, **kwargs)
             if isinstance(output, torch.Tensor):
                 return 2 * output
+            if isinstance(output, list):
+                return [2 * features for features in output]
             output.last_hidden_state = 2 * output.last_hidden_state
             return output
 
@@ -290,6 +292,7 @@ def test_a_part_replaced_on_a_finished_model_gets_its_seams(family: Family, part
     model, batch = family.model(Watched), family.batch([1])
     with torch.no_grad():
         expected = model(**batch).logits
+        before = sorted(calls)
         path = model.stock_parts().paths[part][0]
         module = copy.deepcopy(model.get_submodule(path))
         for inner in module.modules():  # as a module that someone built anew
@@ -298,7 +301,7 @@ def test_a_part_replaced_on_a_finished_model_gets_its_seams(family: Family, part
         model.set_submodule(path, module)
         calls.clear()
         assert torch.equal(model(**batch).logits, expected)
-    assert sorted(calls) == ["connector", "language"]
+    assert sorted(calls) == before and {"connector", "language"} == set(before)
 
 
 def test_the_language_model_runs_by_itself_as_in_stock(family: Family) -> None:

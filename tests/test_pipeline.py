@@ -30,4 +30,5 @@ def test_a_pipeline_answers_as_generate_does(family: Family, tmp_path: Path, con
     inputs = processor(text=[rendered], images=[[image]], return_tensors="pt")
     tokens = model.generate(**inputs, **OPTIONS)[:, inputs["input_ids"].shape[1] :]
     assert tokens.shape == (1, 8)
-    assert found == processor.batch_decode(tokens, skip_special_tokens=True)[0] != ""
+    said = processor.batch_decode(tokens, skip_special_tokens=True)[0]
+    assert found.strip() == said.strip() != ""  # MiniCPM-V's processor strips what it decodes

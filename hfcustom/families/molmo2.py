@@ -8,7 +8,7 @@ Paper: https://arxiv.org/abs/2601.10611; stock code: transformers/models/molmo2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from hfcustom.configuration import CustomConfig
 from hfcustom.connectors import Grid, grid_out
 from hfcustom.families import tiny
 from hfcustom.processors import MatchedProcessor, NeedsTorchvision
-from hfcustom.ragged import RaggedImages
+from hfcustom.ragged import VideosAsImages
 from hfcustom.registry import register
 
 REQUIRES = ("torchvision",)
@@ -34,7 +34,9 @@ class CustomMolmo2Config(CustomConfig, Molmo2Config):
 class CustomMolmo2Processor(NeedsTorchvision, MatchedProcessor, Molmo2Processor):
     """Molmo2Processor that follows the model's connector, and whose offsets are those in the text it was given."""
 
-    def reduced_inputs(self, image_inputs: Mapping[str, Any], image_idx: int, module: Any) -> dict[str, Any]:
+    def reduced_inputs(
+        self, image_inputs: Mapping[str, Any], image_idx: int, module: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         """Return the rows and columns that the connector makes of the whole image and of its crops."""
         sides = [int(side) for side in image_inputs["image_grids"][image_idx]]
         grids = (grid_out(module, rows * columns, (rows, columns)) for rows, columns in (sides[:2], sides[2:]))
@@ -56,7 +58,7 @@ class CustomMolmo2Processor(NeedsTorchvision, MatchedProcessor, Molmo2Processor)
         return outputs
 
 
-class CustomMolmo2ForConditionalGeneration(RaggedImages, CustomVLM, Molmo2ForConditionalGeneration):
+class CustomMolmo2ForConditionalGeneration(VideosAsImages, CustomVLM, Molmo2ForConditionalGeneration):
     """Molmo 2 with five seams; vision features are a crop's patches in both layers, before the pooling attention."""
 
     config_class = CustomMolmo2Config
@@ -70,12 +72,6 @@ class CustomMolmo2ForConditionalGeneration(RaggedImages, CustomVLM, Molmo2ForCon
     def image_grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
         """Return two grids an image: of the whole, and of its crops together."""
         return [(rows, columns) for rows, columns in inputs["image_grids"].view(-1, 2).tolist()]
-
-    def _at_image_features(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        grids = kwargs["image_grids"] if "image_grids" in kwargs else args[2]
-        if not grids[:, 2:].any():  # get_video_features comes here too: frames have no crops
-            return stock(*args, **kwargs)
-        return super()._at_image_features(stock, *args, **kwargs)
 
     def _reduce(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[torch.Tensor]:
         views = torch.cat(list(features)).split([rows * columns for rows, columns in grids])
