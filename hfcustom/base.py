@@ -112,7 +112,7 @@ class CustomVLM(SeamHooks):
         if config.connector is not None:
             if "connector" in self.lacks:
                 raise ValueError(f"connector={config.connector!r}: this family takes none: {self.lacks['connector']}")
-            self.custom_connector = build_connector(config.connector, config.get_text_config().hidden_size)
+            self.custom_connector = build_connector(config.connector, self.connector_width())
         self.post_init()
 
     def post_init(self) -> None:

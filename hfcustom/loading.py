@@ -126,10 +126,12 @@ def _say_unexpected(model: CustomVLM, unexpected: list[str], source: Any) -> Non
 
 def _fill(model: CustomVLM, fresh: list[str]) -> None:
     """Give tensors that no checkpoint holds the values they have in a model whose added modules were really built."""
+    added = parts.find_parts(model).paths["new"]
     lost = {
         name: buffer
         for name, buffer in model.named_non_persistent_buffers()
-        if not type(model.get_submodule(name.rpartition(".")[0])).__module__.startswith("transformers.")
+        if any(name.startswith(path + ".") for path in added)  # of any class: stock initialises no added module
+        or not type(model.get_submodule(name.rpartition(".")[0])).__module__.startswith("transformers.")
     }
     lost |= {name: model.get_parameter_or_buffer(name) for name in fresh}
     if not lost:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from hfcustom.connectors import Grid, grid_out, reduce_tokens
+from hfcustom.connectors import Grid, frames_together, grid_out, reduce_tokens
 from hfcustom.seam_hooks import SeamHooks
 
 
 class RaggedImages(SeamHooks):
     """Mixin between CustomVLM and a stock class whose `get_image_features` returns a sequence of (N_i, D)."""
 
+    no_pictures = "images have sizes of their own and reach the tower as patches"
     image_inputs: Mapping[str, Any] | None = None  # arguments of get_image_features while it runs, for hooks below it
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
@@ -35,7 +36,11 @@ class RaggedImages(SeamHooks):
 
     def seam_methods(self) -> list[tuple[str, str, str]]:
         """Stand in for get_image_features, which forward() and generate() call."""
-        return [*super().seam_methods(), (self.inner_path(), "get_image_features", "_at_image_features")]
+        found = [*super().seam_methods(), (self.inner_path(), "get_image_features", "_at_image_features")]
+        inner = self.get_submodule(self.inner_path())
+        if frames_together(self.custom_connector) > 1 and hasattr(inner, "get_video_features"):
+            found.append((self.inner_path(), "get_video_features", "_at_video_features"))
+        return found
 
     def _at_image_features(self, stock: Callable[..., Any], *args: Any, return_dict: Any = None, **kwargs: Any) -> Any:
         inputs = inspect.signature(stock).bind(*args, **kwargs).arguments
@@ -46,12 +51,18 @@ class RaggedImages(SeamHooks):
             if self.custom_connector is not None:
                 features = self._reduce(features, self.image_grids(self.image_inputs))
                 outputs.pooler_output = tuple(features)
-                self._check_placeholders(sum(map(len, features)), len(features))
+                self._check_placeholders(sum(map(len, features)), len(features), list(map(len, features)))
         finally:
             self.image_inputs = None
         if self._pass is not None and self._pass.records:
             self._pass.image_features = torch.cat(features)[None]  # (1, tokens of all images, D)
         return outputs.to_tuple() if return_dict is False else outputs
+
+    def _at_video_features(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(
+            f"connector={self.config.connector!r} takes frames together, but {type(self).__name__} has a path of its own for "
+            "videos, which no connector sees. Give the frames as images of one size."
+        )
 
     def match_processor(self, processor: Any) -> Any:
         """Give the processor the connector, so that it writes as many placeholders; save it with the model."""
@@ -59,8 +70,16 @@ class RaggedImages(SeamHooks):
 
     def _reduce(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[torch.Tensor]:
         reduced: dict[int, torch.Tensor] = {}
+        frames = frames_together(self.custom_connector)
+        clips = [range(first, min(first + frames, len(grids))) for first in range(0, len(grids), frames)]
+        for clip in clips:
+            if {grids[image] for image in clip} != {grids[clip[0]]}:
+                raise ValueError(
+                    f"connector={self.config.connector!r} takes {frames} neighbouring images together, which must have one "
+                    f"size; the tokens of some lie {' and '.join(str(grids[image]) for image in clip)}."
+                )
         for grid in dict.fromkeys(grids):
-            at = [image for image, other in enumerate(grids) if other == grid]
+            at = [image for clip in clips if grids[clip[0]] == grid for image in clip]
             stacked = torch.stack([features[image] for image in at])  # (P, N, D)
             reduced.update(
                 zip(at, reduce_tokens(self.custom_connector, stacked, grid, self.config.connector), strict=True)
