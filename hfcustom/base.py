@@ -40,6 +40,7 @@ class CustomVLM(SeamHooks):
     default_connector: ClassVar[str | dict[str, Any] | None] = None
     default_loss: ClassVar[str | dict[str, Any]] = "cross_entropy"
     _input_names: ClassVar[tuple[str, ...]]
+    _frozen_by_init: tuple[str, ...] = ()
     accepts_loss_kwargs = True  # transformers.Trainer then passes num_items_in_batch and does not divide again
 
     # ---- the five seams: what a user overrides ----------------------------------------------------------------------
@@ -120,6 +121,7 @@ class CustomVLM(SeamHooks):
         super().post_init()
         if self._stock_parts is not None:  # the stock __init__ calls this before there is anything to hook
             seams.install(self)
+            self._frozen_by_init = tuple(name for name, p in self.named_parameters() if not p.requires_grad)
 
     def initialize_weights(self) -> None:
         """Initialise the stock modules as stock does; what a subclass adds starts as its __init__ made it.

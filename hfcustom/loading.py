@@ -43,11 +43,13 @@ def load_strictly(
         losses.parse_losses(kwargs["loss"])  # a mistyped name is an error before gigabytes are read
     if kwargs.get("config") is None:
         kwargs |= _own_defaults(cls, source, kwargs)
-    with _report_in_error():
+    with report_in_error():
         model, info = load(*args, output_loading_info=True, **kwargs)
     fresh = _check_missing(model, sorted(info["missing_keys"]), tuple(new_modules), source)
     _say_unexpected(model, sorted(info["unexpected_keys"]), source)
     _fill(model, fresh)
+    for name in model._frozen_by_init:  # transformers makes every loaded parameter trainable
+        model.get_parameter(name).requires_grad_(False)
     return (model, info) if wants_info else model
 
 
@@ -159,7 +161,7 @@ def stock_device() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _report_in_error() -> Iterator[None]:
+def report_in_error() -> Iterator[None]:
     """Hold back transformers' table of missing and unexpected keys; an error that points at it carries it."""
     stock_logger = logging.get_logger("transformers.modeling_utils")
     reports: list[str] = []

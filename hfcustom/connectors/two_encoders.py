@@ -10,6 +10,7 @@ Letters: P crops, N patches of the first tower, N2 of the second, D and D2 their
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -63,17 +64,18 @@ class TwoEncoders(nn.Module):
         self.trainable = trainable
         config = _tower_config(tower)
         self.tower: Any = AutoModel.from_config(config)
+        _check_inputs(self.tower)
         self.tower.requires_grad_(trainable)
-        self.hidden_size, width = hidden_size, _width(config)
+        self.hidden_size, self.tower_width = hidden_size, _width(config)
         if fusion == "concat":
-            self.proj = nn.Linear(hidden_size + width, hidden_size)
+            self.proj = nn.Linear(hidden_size + self.tower_width, hidden_size)
             nn.init.eye_(self.proj.weight)  # (D, D + D2): the identity, then zeros
             nn.init.zeros_(self.proj.bias)
         else:
             check_heads("two_encoders", hidden_size, num_heads)
             self.norm = nn.LayerNorm(hidden_size)
-            self.norm_tower = nn.LayerNorm(width)
-            self.attention = CrossAttention(hidden_size, num_heads, width)
+            self.norm_tower = nn.LayerNorm(self.tower_width)
+            self.attention = CrossAttention(hidden_size, num_heads, self.tower_width)
             nn.init.zeros_(self.attention.o_proj.weight)
             nn.init.zeros_(self.attention.o_proj.bias)
         self.fusion = fusion
@@ -92,9 +94,12 @@ class TwoEncoders(nn.Module):
 
         Raises ValueError when the checkpoint lacks a tensor of the tower, RuntimeError when one has another shape.
         """
-        loaded, info = type(self.tower).from_pretrained(
-            source, config=self.tower.config, output_loading_info=True, **options
-        )
+        from hfcustom.loading import report_in_error  # which needs the connectors itself
+
+        with report_in_error():
+            loaded, info = type(self.tower).from_pretrained(
+                source, config=self.tower.config, output_loading_info=True, **options
+            )
         if info["missing_keys"]:
             raise ValueError(
                 f"{source} has no tensor for {sorted(info['missing_keys'])[0]!r} of {type(self.tower).__name__}. Make the "
@@ -132,7 +137,7 @@ class TwoEncoders(nn.Module):
         scale, shift = (torch.tensor(x, device=pictures.device)[channel] for x in (self.scale, self.shift))
         output = self.tower(pixel_values=(pictures * scale + shift).to(dtype)).last_hidden_state
         if output.ndim == 4:  # a convolutional tower: (P, D2, rows, columns)
-            return output.flatten(2).transpose(1, 2), (output.shape[2], output.shape[3])
+            return self._of_width(output.flatten(2).transpose(1, 2)), (output.shape[2], output.shape[3])
         rows, columns = (side // patch for side, patch in zip(pictures.shape[-2:], self._patch_size(), strict=True))
         extra = output.shape[1] - rows * columns
         if not 0 <= extra <= MAX_EXTRA_TOKENS:
@@ -140,7 +145,15 @@ class TwoEncoders(nn.Module):
                 f"The second tower, {type(self.tower).__name__}, makes {output.shape[1]} tokens of a picture of {rows} x "
                 f"{columns} patches, which is no grid that the first tower's patches can be matched with."
             )
-        return output[:, extra:], (rows, columns)
+        return self._of_width(output[:, extra:]), (rows, columns)
+
+    def _of_width(self, second: torch.Tensor) -> torch.Tensor:
+        if second.shape[-1] != self.tower_width:
+            raise ValueError(
+                f"The second tower, {type(self.tower).__name__}, makes features {second.shape[-1]} wide, which its config, "
+                f"with {self.tower_width}, does not say; choose another tower."
+            )
+        return second
 
     def _patch_size(self) -> tuple[int, int]:
         return _pair(getattr(self.tower.config, "patch_size", 1))
@@ -196,6 +209,17 @@ def _tower_config(tower: Mapping[str, Any] | None) -> PretrainedConfig:
         raise ValueError(unknown("model_type of the second tower:", model_type, CONFIG_MAPPING.keys()))
     config = AutoConfig.for_model(model_type, **values)
     return getattr(config, "vision_config", config)
+
+
+def _check_inputs(tower: nn.Module) -> None:
+    """A tower that cannot work from pixel_values alone cannot be the second one."""
+    inputs = inspect.signature(tower.forward).parameters.values()
+    needed = [x.name for x in inputs if x.default is x.empty and x.kind not in (x.VAR_KEYWORD, x.VAR_POSITIONAL)]
+    if extra := [name for name in needed if name != "pixel_values"]:
+        raise ValueError(
+            f"The second tower, {type(tower).__name__}, wants {', '.join(extra)} beside pixel_values, which two_encoders "
+            "cannot give it; choose a tower of pictures of one size."
+        )
 
 
 def _width(config: Any) -> int:
