@@ -193,7 +193,7 @@ def test_it_learns(internvl: Family, name: str) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert not [name for name, p in trained.items() if torch.equal(p, before[name])]
 
@@ -206,6 +206,21 @@ def test_compiled_logits_equal_eager(internvl: Family, name: str) -> None:
     torch._dynamo.reset()
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend="eager")(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("of", ["internvl", "qwen2_vl"])  # positions in one dimension, and in three
+def test_generation_with_cache_equals_generation_without(of: str, name: str, families: dict[str, Family]) -> None:
+    if refused(families[of], name):
+        return
+    model = families[of].model(connector=spec(name))
+    batch = families[of].batch(clips(name, [2]), model.match_processor(copy.deepcopy(families[of].processor)))
+    inputs = {key: tensor for key, tensor in batch.items() if key != "labels"}
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    cached, plain = (model.generate(**inputs, **options, use_cache=use_cache) for use_cache in (True, False))
+    for a, b in zip(cached.logits, plain.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
