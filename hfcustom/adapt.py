@@ -21,7 +21,16 @@ from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import cached_file
 
-from hfcustom.parts import PartMap, check_parts, expert_matrices, find_parts, is_adapter, unwrap, wrapped_by_peft
+from hfcustom.parts import (
+    PartMap,
+    check_parts,
+    expert_matrices,
+    find_parts,
+    is_adapter,
+    unwrap,
+    without_wrappers,
+    wrapped_by_peft,
+)
 
 Bits = Literal["8bit", "4bit"]
 
@@ -55,11 +64,12 @@ def lora(
     """Wrap a model with LoRA on every Linear of the named parts; return the peft.PeftModel.
 
     Modules that the class adds to its stock parent, and the parts named by `train`, are trained in full, saved and loaded
-    with the adapter; a bare Parameter of the stock class (LLaVA's image_newline) cannot be, stays frozen, and a warning says
-    so. alpha is 2 * rank by default. `experts` adds the routed experts of those parts, whose stacked
-    matrices are no Linear: each expert gets an A and a B of its own, and peft allows no dropout with it. Raises ValueError
-    for a model that has an adapter, an unknown part, a part without a Linear, experts where there are none, and a part
-    both adapted and trained in full (modules that the class adds always are).
+    with the adapter; what such a module froze itself stays frozen (a second vision tower). A bare Parameter of the stock
+    class (LLaVA's image_newline) cannot be saved so, stays frozen, and a warning says it. alpha is 2 * rank by default.
+    `experts` adds the routed experts of those parts, whose stacked matrices are no Linear: each expert gets an A and a B of
+    its own, and peft allows no dropout with it. Raises ValueError for a model that has an adapter, an unknown part, a part
+    without a Linear, experts where there are none, and a part both adapted and trained in full (modules that the class adds
+    always are).
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -86,10 +96,25 @@ def lora(
         target_parameters=stacked or None,
         modules_to_save=saved or None,
     )
+    frozen = _frozen_inside_new(model)
     with _without_peft_warning():
         wrapped = get_peft_model(model, config)
+    _keep_frozen(wrapped, frozen)
     _check_lora(wrapped, targets, stacked, saved)
     return wrapped
+
+
+def _frozen_inside_new(model: nn.Module) -> set[str]:
+    """Return the parameters that added modules keep frozen."""
+    part_map = find_parts(model)
+    return {name for name, p in model.named_parameters() if not p.requires_grad and part_map.part_of(name) == "new"}
+
+
+def _keep_frozen(wrapped: nn.Module, frozen: set[str]) -> None:
+    """peft trains every parameter of a module that it saves with the adapter."""
+    for name, parameter in wrapped.named_parameters():
+        if without_wrappers(name) in frozen:
+            parameter.requires_grad_(False)
 
 
 def _linear_names(model: nn.Module, part_map: PartMap, parts: Iterable[str]) -> list[str]:
@@ -200,10 +225,13 @@ def load_adapter(
                 f"The adapter {adapter} holds the module {name!r}, which {model_class.__name__} has not. Pass the class "
                 "that it was trained with: model_class=..."
             )
+    frozen = _frozen_inside_new(model)
     with _without_peft_warning(), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable).eval()
+            wrapped = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable).eval()
+            _keep_frozen(wrapped, frozen)
+            return wrapped
         except UserWarning as error:
             raise ValueError(f"The adapter {adapter} does not fit {model_class.__name__}: {error}") from error
 

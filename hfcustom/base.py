@@ -40,6 +40,7 @@ class CustomVLM(SeamHooks):
     default_connector: ClassVar[str | dict[str, Any] | None] = None
     default_loss: ClassVar[str | dict[str, Any]] = "cross_entropy"
     _input_names: ClassVar[tuple[str, ...]]
+    _frozen_by_init: tuple[str, ...] = ()
     accepts_loss_kwargs = True  # transformers.Trainer then passes num_items_in_batch and does not divide again
 
     # ---- the five seams: what a user overrides ----------------------------------------------------------------------
@@ -102,7 +103,7 @@ class CustomVLM(SeamHooks):
         if config.connector is not None:
             if "connector" in self.lacks:
                 raise ValueError(f"connector={config.connector!r}: this family takes none: {self.lacks['connector']}")
-            self.custom_connector = build_connector(config.connector, config.get_text_config().hidden_size)
+            self.custom_connector = build_connector(config.connector, self.connector_width())
         self.post_init()
 
     def _start_losses(self) -> None:
@@ -121,6 +122,7 @@ class CustomVLM(SeamHooks):
         super().post_init()
         if self._stock_parts is not None:  # the stock __init__ calls this before there is anything to hook
             seams.install(self)
+            self._frozen_by_init = tuple(name for name, p in self.named_parameters() if not p.requires_grad)
 
     def initialize_weights(self) -> None:
         """Initialise the stock modules as stock does; what a subclass adds starts as its __init__ made it.

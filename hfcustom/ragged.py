@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfcustom.connectors import Grid, reduce_tokens
+from hfcustom.connectors import Grid, frames_together, reduce_tokens
 from hfcustom.processors import match_connector
 from hfcustom.seam_hooks import SeamHooks
 
@@ -23,6 +23,7 @@ from hfcustom.seam_hooks import SeamHooks
 class RaggedImages(SeamHooks):
     """Mixin between CustomVLM and a stock class whose `get_image_features` returns a sequence of (N_i, D)."""
 
+    no_pictures = "images have sizes of their own and reach the tower as patches"
     image_inputs: Mapping[str, Any] | None = None  # arguments of get_image_features while it runs, for hooks below it
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
@@ -38,13 +39,17 @@ class RaggedImages(SeamHooks):
 
     def seam_methods(self) -> list[tuple[str, str, str]]:
         """Stand in for get_image_features, which forward() and generate() call."""
-        return [*super().seam_methods(), (self.inner_path(), "get_image_features", "_at_image_features")]
+        found = [*super().seam_methods(), (self.inner_path(), "get_image_features", "_at_image_features")]
+        inner = self.get_submodule(self.inner_path())
+        if frames_together(self.custom_connector) > 1 and hasattr(inner, "get_video_features"):
+            found.append((self.inner_path(), "get_video_features", "_at_video_features"))
+        return found
 
     def _at_image_features(self, stock: Callable[..., Any], *args: Any, return_dict: Any = None, **kwargs: Any) -> Any:
         outputs = self._features(stock, args, kwargs)
         features = list(outputs.pooler_output)
         if self._pass is not None and self.custom_connector is not None:
-            self._check_placeholders(sum(map(len, features)), len(features))
+            self._check_placeholders(sum(map(len, features)), len(features), list(map(len, features)))
         if self._pass is not None and self._pass.records:
             self._pass.image_features = torch.cat(features)[None]  # (1, tokens of all images, D)
         return outputs.to_tuple() if return_dict is False else outputs
@@ -61,6 +66,12 @@ class RaggedImages(SeamHooks):
             self.image_inputs = None
         return outputs
 
+    def _at_video_features(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            f"connector={self.config.connector!r} takes frames together, but {type(self).__name__} has a path of its own for "
+            "videos, which no connector sees. Give the frames as images of one size."
+        )
+
     def match_processor(self, processor: Any) -> Any:
         """Give the processor the connector, so that it writes as many placeholders; save it with the model."""
         return match_connector(self, processor)
@@ -71,14 +82,28 @@ class RaggedImages(SeamHooks):
         return self._reduce(features, self.image_grids(self.image_inputs))
 
     def _reduce(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[torch.Tensor]:
-        """Run the connector on all that has the same grid; what has several frames or crops of it is one after the other."""
+        """Run the connector on all images that have the same grid; on a video's frames, which share theirs, together."""
+        crops = [
+            image.unflatten(0, (-1, math.prod(grid))) for image, grid in zip(features, grids, strict=True)
+        ]  # (F, N, D)
+        if any(len(image) > 1 for image in crops):
+            parts = zip(crops, grids, strict=True)
+            return [reduce_tokens(self.custom_connector, *part, self.config.connector).flatten(0, 1) for part in parts]
+        frames = frames_together(self.custom_connector)
+        clips = [range(first, min(first + frames, len(grids))) for first in range(0, len(grids), frames)]
+        for clip in clips:
+            if {grids[image] for image in clip} != {grids[clip[0]]}:
+                raise ValueError(
+                    f"connector={self.config.connector!r} takes {frames} neighbouring images together, which must have one "
+                    f"size; the tokens of some lie {' and '.join(str(grids[image]) for image in clip)}."
+                )
         reduced: dict[int, torch.Tensor] = {}
         for grid in dict.fromkeys(grids):
-            at = [image for image, other in enumerate(grids) if other == grid]
-            crops = [features[image].unflatten(0, (-1, math.prod(grid))) for image in at]  # (crops, N, D) an image
-            tokens = reduce_tokens(self.custom_connector, torch.cat(crops), grid, self.config.connector)  # (P, M, D)
-            images = tokens.split([len(image) for image in crops])
-            reduced.update(zip(at, (image.flatten(0, 1) for image in images), strict=True))
+            at = [image for clip in clips if grids[clip[0]] == grid for image in clip]
+            stacked = torch.cat([crops[image] for image in at])  # (P, N, D)
+            reduced.update(
+                zip(at, reduce_tokens(self.custom_connector, stacked, grid, self.config.connector), strict=True)
+            )
         return [reduced[image] for image in range(len(features))]
 
     def transform_ragged(self, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
