@@ -76,7 +76,9 @@ class Family:
             assert hasattr(tiny, name), name
             setattr(tiny, name, value)
         torch.manual_seed(seed)
-        return model_class(tiny).eval()
+        model = model_class(tiny).eval()
+        getattr(self.module, "wake", lambda model: None)(model)
+        return model
 
     def batch(self, images: list[int], processor: Any = None) -> dict[str, torch.Tensor]:
         """Return a training batch with a row for each number of images."""

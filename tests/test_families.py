@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Family, assert_same_model, chat_row
+from conversations import end_of_turn, labelled
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -59,7 +60,10 @@ def test_default_loss_and_gradients_equal_stock_to_rounding(family: Family, imag
     assert grads.keys() == stock_grads.keys()
     largest = max(float(grad.abs().max()) for grad in stock_grads.values())
     for name, grad in grads.items():
-        scale = max(float(stock_grads[name].abs().max()), 1e-4 * largest)
+        size = float(stock_grads[name].abs().max())
+        if max(size, float(grad.abs().max())) < 1e-8 * largest:
+            continue  # zero but for rounding: a key's bias moves all scores alike
+        scale = max(size, 1e-4 * largest)
         assert float((grad - stock_grads[name]).abs().max()) <= 1e-5 * scale, name
 
 
@@ -87,14 +91,12 @@ def test_a_batch_equals_its_rows_alone(family: Family) -> None:
 
 
 def test_labels_are_the_assistant_turns_and_nothing_else(family: Family) -> None:
-    tokenizer = family.processor.tokenizer
     rows = [chat_row(2, seed=3, turns=3), chat_row(0, seed=4), chat_row(1, seed=5, turns=2)]
     batch = Collator(family.processor)(rows)
+    end = end_of_turn(family.processor)
     for at, row in enumerate(rows):
-        labels = batch["labels"][at]
-        said = tokenizer.decode(labels[labels != -100], skip_special_tokens=True).split("\n")
         answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
-        assert [text.strip() for text in said if text.strip()] == answers
+        assert labelled(family.processor, batch["labels"][at]) == [answer + end for answer in answers]
     supervised = batch["input_ids"][batch["labels"] != -100]
     assert not torch.isin(supervised, torch.tensor(family.processor.image_token_ids)).any()
     assert not (batch["labels"][batch["attention_mask"] == 0] != -100).any()
@@ -329,7 +331,7 @@ def test_a_users_forward_keeps_generate_and_trainer_working(family: Family) -> N
     stock_inputs = set(inspect.signature(family.stock_class.forward).parameters)
     assert stock_inputs <= set(inspect.signature(Loud.forward).parameters)
     inputs = {name: tensor for name, tensor in family.batch([1]).items() if name != "labels"}
-    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     assert Loud.calls == 2
 
 
