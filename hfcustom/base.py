@@ -208,7 +208,11 @@ class CustomVLM(SeamHooks):
             call.setdefault("use_cache", False)
         if not return_logits:
             call["logits_to_keep"] = labels.new_empty(0)  # the head runs on no position: (B, 0, V)
-        if self.training and not self.keeps_mask and seams.needs_no_mask(call, self.config.get_text_config()):
+        if (
+            self.training
+            and not self.keeps_mask
+            and seams.needs_no_mask(call, self.config.get_text_config(), self.get_decoder())
+        ):
             del call["attention_mask"]
         for loss in losses.known(self.config.loss):
             call |= {f"output_{name}": True for name in loss.outputs}

@@ -88,6 +88,19 @@ class WithoutVideo(ProcessorMixin):
         super().__init__(*(part for part in args if part is not None), **kwargs)
 
 
+class PrefixProcessor(ProcessorMixin):
+    """Mixin before the processor of a prefix-LM: token_type_ids are 0 in a prompt, which sees itself whole, else 1."""
+
+    def mark_answers(self, batch: Mapping[str, torch.Tensor], answers: torch.Tensor) -> torch.Tensor:
+        """Return the token_type_ids of a training batch, answers (B, T) True at label tokens -> (B, T).
+
+        A row's prompt ends with its first label token, as a prompt to be generated from ends there: earlier answers that
+        are not trained on are prompt, and what comes after is causal, since a question that prompts saw ahead would leak.
+        Padding is 0, as tokenizers write it.
+        """
+        return (answers.cumsum(1) > 0).long() * batch["attention_mask"]
+
+
 class ConnectedProcessor(ProcessorMixin):
     """Mixin that knows the model's connector.
 

@@ -113,12 +113,17 @@ def find_placeholders(
     return (embeds == placeholder).all(-1)  # (B, T)
 
 
-def needs_no_mask(inputs: Mapping[str, Any], text_config: Any) -> bool:
+def needs_no_mask(inputs: Mapping[str, Any], text_config: Any, decoder: nn.Module) -> bool:
     """Whether causal attention alone keeps padding out: it stands on the right, where no real token looks.
 
     Without a mask torch attends causally at half the work. Asked on a CPU only: on a GPU the answer would take a wait.
+    A sliding window is causal too, and stock builds its mask without this one. Tokens that see ahead do need it: those of
+    one type (token_type_ids: a prompt, an image), and all of them in a decoder that leaves causality to the mask.
     """
     mask = inputs.get("attention_mask")
     if mask is None or mask.ndim != 2 or mask.device.type != "cpu" or text_config._attn_implementation != "sdpa":
         return False
-    return inputs.get("position_ids") is None and bool((mask[:, 1:] <= mask[:, :-1]).all())
+    if inputs.get("position_ids") is not None or inputs.get("token_type_ids") is not None:
+        return False
+    causal = all(vars(module).get("is_causal", True) for module in decoder.modules())
+    return causal and bool((mask[:, 1:] <= mask[:, :-1]).all())

@@ -60,7 +60,10 @@ def test_default_loss_and_gradients_equal_stock_to_rounding(family: Family, imag
     assert grads.keys() == stock_grads.keys()
     largest = max(float(grad.abs().max()) for grad in stock_grads.values())
     for name, grad in grads.items():
-        scale = max(float(stock_grads[name].abs().max()), 1e-4 * largest)
+        size = float(stock_grads[name].abs().max())
+        if max(size, float(grad.abs().max())) < 1e-8 * largest:
+            continue  # zero but for rounding: a key's bias moves all scores alike
+        scale = max(size, 1e-4 * largest)
         assert float((grad - stock_grads[name]).abs().max()) <= 1e-5 * scale, name
 
 
@@ -365,7 +368,7 @@ def test_a_users_forward_keeps_generate_and_trainer_working(family: Family) -> N
     stock_inputs = set(inspect.signature(family.stock_class.forward).parameters)
     assert stock_inputs <= set(inspect.signature(Loud.forward).parameters)
     inputs = {name: tensor for name, tensor in family.batch([1]).items() if name != "labels"}
-    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     assert Loud.calls == 2
 
 
