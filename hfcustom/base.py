@@ -81,12 +81,13 @@ class CustomVLM(SeamHooks):
 
     @classmethod
     def stock_class(cls) -> type[PreTrainedModel]:
-        """Return the class of transformers that this one customises.
+        """Return the class of transformers that this one customises, else a plain PreTrainedModel of one's own.
 
         Raises TypeError when there is none among the bases.
         """
-        for base in cls.__mro__:
-            if base.__module__.startswith("transformers.models."):
+        plain = [base for base in cls.__mro__ if issubclass(base, PreTrainedModel) and not issubclass(base, SeamHooks)]
+        for base in (*(base for base in plain if base.__module__.startswith("transformers.models.")), *plain):
+            if base is not PreTrainedModel:
                 return base
         raise TypeError(f"{cls.__name__} must inherit a model class of transformers after CustomVLM.")
 
