@@ -120,7 +120,7 @@ class SeamHooks(PreTrainedModel):
                 seams.install(cast("CustomVLM", self))
             self._pass = seams.ForwardPass(ends_with_inner=True)
         input_ids = args[0] if args else kwargs.get("input_ids")
-        embeds, token = kwargs.get("inputs_embeds"), cast(int, self.placeholder_token_id)
+        embeds, token = kwargs.get("inputs_embeds"), self.placeholder_token_id
         self._pass.image_mask = seams.find_placeholders(self, input_ids, embeds, token)
 
     def _end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -103,9 +103,10 @@ def _carries(module: nn.Module, method: str) -> bool:
 
 
 def find_placeholders(
-    model: Any, input_ids: torch.Tensor | None, embeds: torch.Tensor | None, token: int
+    model: Any, input_ids: torch.Tensor | None, embeds: torch.Tensor | None, token: int | None = None
 ) -> torch.Tensor:
-    """Return the (B, T) mask of a placeholder, from ids or, as the stock classes do, from embeddings."""
+    """Return the (B, T) mask of a placeholder, by default the image's, from ids or, as stock does, from embeddings."""
+    token = model.placeholder_token_id if token is None else token
     if input_ids is not None:
         return input_ids == token  # (B, T)
     assert embeds is not None, "the model got neither input_ids nor inputs_embeds"

@@ -18,7 +18,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Pro
 from hfcustom import seams
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.registry import register
 
 
@@ -117,6 +117,28 @@ def wake(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("mm_input_projection_weight"):
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+
+
+def published_processor() -> CustomGemma3Processor:
+    """Return a processor with the image settings of Gemma 3 and the tiny tokenizer."""
+    settings = tiny.image_processor("Gemma3ImageProcessor")(size={"height": 896, "width": 896})
+    tokenizer = tiny_processor().tokenizer
+    return CustomGemma3Processor(settings, tokenizer, image_seq_length=256)
+
+
+def _gemma3(head_dim: int, sizes: published.Sizes) -> dict[str, Any]:
+    return {
+        "vision_config": published.so400m(896, model_type="siglip_vision_model", vision_use_head=False),
+        "text_config": {**published.decoder("gemma3_text", sizes, 262208), "head_dim": head_dim},
+        "mm_tokens_per_image": 256,
+    }
+
+
+CHECKPOINTS = {
+    "google/gemma-3-4b-it": _gemma3(256, (2560, 10240, 34, 8, 4)),
+    "google/gemma-3-12b-it": _gemma3(256, (3840, 15360, 48, 16, 8)),
+    "google/gemma-3-27b-it": _gemma3(128, (5376, 21504, 62, 32, 16)),
+}
 
 
 register(CustomGemma3ForConditionalGeneration)

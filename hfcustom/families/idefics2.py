@@ -13,7 +13,7 @@ from transformers import AutoConfig, Idefics2Config, Idefics2ForConditionalGener
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.registry import register
 
 
@@ -109,6 +109,33 @@ def tiny_config() -> CustomIdefics2Config:
         image_token_id=processor.image_token_id,
         tie_word_embeddings=False,
     )
+
+
+def published_processor() -> CustomIdefics2Processor:
+    """Return a processor with the image settings of Idefics2-8B and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("Idefics2ImageProcessor")(
+        size={"longest_edge": 980, "shortest_edge": 378}, do_image_splitting=True
+    )
+    processor.image_seq_len = 64
+    return processor
+
+
+CHECKPOINTS = {
+    "HuggingFaceM4/idefics2-8b": {
+        "vision_config": published.so400m(980),
+        "text_config": published.decoder("mistral", (4096, 14336, 32, 32, 8), 32003),
+        "perceiver_config": {
+            "hidden_size": 4096,
+            "resampler_n_latents": 64,
+            "resampler_depth": 3,
+            "resampler_n_heads": 16,
+            "resampler_head_dim": 96,
+            "num_key_value_heads": 4,
+        },
+        "tie_word_embeddings": False,
+    },
+}
 
 
 register(CustomIdefics2ForConditionalGeneration)

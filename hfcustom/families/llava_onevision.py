@@ -20,7 +20,7 @@ from transformers import (
 from hfcustom.anyres import AnyresImages, AnyresProcessor
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.processors import OptionalVideo
 from hfcustom.registry import register
 from hfcustom.towers import unread
@@ -105,6 +105,33 @@ def tiny_config() -> CustomLlavaOnevisionConfig:
         image_grid_pinpoints=PINPOINTS,
         vision_aspect_ratio="anyres_max_2",
     )
+
+
+def published_processor() -> CustomLlavaOnevisionProcessor:
+    """Return a processor with the image settings of LLaVA-OneVision and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("LlavaOnevisionImageProcessor")()
+    processor.num_image_tokens = 729
+    processor.vision_aspect_ratio = "anyres_max_9"
+    return processor
+
+
+def _onevision(text: dict[str, Any], tied: bool) -> dict[str, Any]:
+    vision = {
+        **published.so400m(384, model_type="siglip_vision_model", vision_use_head=False),
+        "num_hidden_layers": 26,
+    }
+    return {"vision_config": vision, "text_config": text, "tie_word_embeddings": tied}
+
+
+CHECKPOINTS = {
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": _onevision(
+        published.decoder("qwen2", (896, 4864, 24, 14, 2), 152000), True
+    ),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": _onevision(
+        published.decoder("qwen2", (3584, 18944, 28, 28, 4), 152000), False
+    ),
+}
 
 
 register(CustomLlavaOnevisionForConditionalGeneration)

@@ -18,7 +18,7 @@ from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration,
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
 from hfcustom.connectors import Grid, grid_out
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.processors import MatchedProcessor, NeedsTorchvision
 from hfcustom.ragged import VideosAsImages
 from hfcustom.registry import register
@@ -127,6 +127,27 @@ def tiny_config() -> CustomMiniCPMV4_6Config:
         image_token_id=processor.image_token_id,
         video_token_id=processor.video_token_id,
     )
+
+
+def published_processor() -> CustomMiniCPMV4_6Processor:
+    """Return a processor with the image settings of MiniCPM-V 4.6 and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("MiniCPMV4_6ImageProcessor")()
+    return processor
+
+
+CHECKPOINTS = {
+    "openbmb/MiniCPM-V-4.6": {
+        "vision_config": published.so400m(980),
+        "text_config": {
+            **published.decoder("qwen3_5_text", (1024, 3584, 24, 8, 2), 248094),
+            "head_dim": 256,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 16,
+        },
+        "tie_word_embeddings": True,
+    },
+}
 
 
 register(CustomMiniCPMV4_6ForConditionalGeneration)

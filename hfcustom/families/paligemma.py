@@ -17,7 +17,7 @@ from transformers.utils import logging
 from hfcustom import losses
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.processors import PrefixProcessor
 from hfcustom.registry import register
 
@@ -188,6 +188,25 @@ def tiny_config() -> CustomPaliGemmaConfig:
         projection_dim=hidden,
         hidden_size=hidden,
     )
+
+
+def published_processor() -> CustomPaliGemmaProcessor:
+    """Return a processor with the image settings of PaliGemma at 224 px and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("SiglipImageProcessor")(size={"height": 224, "width": 224})
+    processor.image_processor.image_seq_length = processor.image_seq_length = 256
+    return processor
+
+
+def _paligemma(image_size: int) -> dict[str, Any]:
+    return {
+        "vision_config": published.so400m(image_size, model_type="siglip_vision_model", vision_use_head=False),
+        "text_config": {**published.decoder("gemma", (2048, 16384, 18, 8, 1), 257216), "head_dim": 256},
+        "projection_dim": 2048,
+    }
+
+
+CHECKPOINTS = {f"google/paligemma-3b-pt-{size}": _paligemma(size) for size in (224, 448, 896)}
 
 
 register(CustomPaliGemmaForConditionalGeneration)

@@ -20,7 +20,7 @@ from transformers import (
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.mrope import WindowedImages
 from hfcustom.processors import GridProcessor, OptionalVideo, WithoutVideo
 from hfcustom.registry import register
@@ -124,6 +124,27 @@ def tiny_config() -> CustomQwen2_5OmniThinkerConfig:
             audio_end="<|audio_eos|>",
         ),
     )
+
+
+def published_processor() -> CustomQwen2_5OmniProcessor:
+    """Return a processor with the image settings of Qwen2.5-Omni and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("Qwen2VLImageProcessor")(
+        size={"shortest_edge": 56 * 56, "longest_edge": 12845056}
+    )
+    return processor
+
+
+CHECKPOINTS = {
+    "Qwen/Qwen2.5-Omni-7B": {  # its thinker
+        "vision_config": {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
+        "text_config": {
+            **published.decoder("qwen2_5_omni_text", (3584, 18944, 28, 28, 4), 152064),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        "tie_word_embeddings": False,
+    },
+}
 
 
 register(CustomQwen2_5OmniThinkerForConditionalGeneration)

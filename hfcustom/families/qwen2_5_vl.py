@@ -7,11 +7,13 @@ Paper: https://arxiv.org/abs/2502.13923; stock code: transformers/models/qwen2_5
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.mrope import WindowedImages
 from hfcustom.processors import GridProcessor, OptionalVideo
 from hfcustom.registry import register
@@ -72,6 +74,30 @@ def tiny_config() -> CustomQwen2_5_VLConfig:
             vision_end="<|vision_end|>",
         ),
     )
+
+
+def published_processor() -> CustomQwen2_5_VLProcessor:
+    """Return a processor with the image settings of Qwen2.5-VL and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("Qwen2VLImageProcessor")(
+        size={"shortest_edge": 56 * 56, "longest_edge": 12845056}
+    )
+    return processor
+
+
+def _qwen2_5_vl(vocabulary: int, vision_intermediate: int, tied: bool, sizes: published.Sizes) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    vision = {"hidden_size": 1280, "intermediate_size": vision_intermediate, "out_hidden_size": sizes[0]}
+    text = {**published.decoder("qwen2_5_vl_text", sizes, vocabulary), "rope_parameters": rope}
+    return {"vision_config": vision, "text_config": text, "tie_word_embeddings": tied}
+
+
+CHECKPOINTS = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": _qwen2_5_vl(151936, 3420, True, (2048, 11008, 36, 16, 2)),
+    "Qwen/Qwen2.5-VL-7B-Instruct": _qwen2_5_vl(152064, 3420, False, (3584, 18944, 28, 28, 4)),
+    "Qwen/Qwen2.5-VL-32B-Instruct": _qwen2_5_vl(152064, 3456, False, (5120, 27648, 64, 40, 8)),
+    "Qwen/Qwen2.5-VL-72B-Instruct": _qwen2_5_vl(152064, 3456, False, (8192, 29568, 80, 64, 8)),
+}
 
 
 register(CustomQwen2_5_VLForConditionalGeneration)
