@@ -108,7 +108,7 @@ def _linear_names(model: nn.Module, part_map: PartMap, parts: Iterable[str]) -> 
     return names
 
 
-def _expert_names(model: nn.Module, part_map: PartMap, parts: Iterable[str]) -> list[str]:
+def _expert_names(model: nn.Module, part_map: PartMap, parts: tuple[str, ...]) -> list[str]:
     names = [name for name, _ in expert_matrices(model) if part_map.find(name) in parts]
     if not names:
         raise ValueError(

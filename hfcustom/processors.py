@@ -67,6 +67,22 @@ class SingleBos(ProcessorMixin):
         return super().__call__(images=images, text=text, **kwargs)
 
 
+class NestedImages(ProcessorMixin):
+    """Mixin before a stock processor that wants images nested by row: a flat list is dealt out to several texts."""
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Nest a flat list by the texts' placeholders; rows that are all without images are no images."""
+        is_list, several = isinstance(images, list | tuple), isinstance(text, list | tuple) and len(text) > 1
+        if is_list and not any(not isinstance(row, list | tuple) or row for row in images):
+            images = None
+        elif is_list and several and not any(isinstance(row, list | tuple) for row in images):
+            counts = [sample.count(self.image_token) for sample in text]  # type: ignore[attr-defined]
+            if sum(counts) == len(images):
+                flat = iter(images)
+                images = [[next(flat) for _ in range(count)] for count in counts]
+        return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+
+
 class MatchedProcessor(ProcessorMixin):
     """Mixin before a stock processor that counts an image's placeholders itself: the model's connector reduces them.
 
