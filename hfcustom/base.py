@@ -36,7 +36,8 @@ class CustomVLM(SeamHooks):
 
     processor_class: ClassVar[type[ProcessorMixin]]
     placeholder_field: ClassVar[str]  # the processor's attribute that holds the placeholders of one image crop
-    lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, or "connector") -> why this family has none
+    lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, "connector"), or "placeholders" -> why not
+    corrections: ClassVar[Mapping[str, str]] = {}  # config field, off by default -> what of stock it corrects
     default_connector: ClassVar[str | dict[str, Any] | None] = None
     default_loss: ClassVar[str | dict[str, Any]] = "cross_entropy"
     _input_names: ClassVar[tuple[str, ...]]
@@ -115,6 +116,7 @@ class CustomVLM(SeamHooks):
         self.loss_step: int | None = None  # the optimiser step, for scheduled weights; fit() and LossCallback set it
         self.step_plan: list[dict[str, Any]] = []  # of micro-batches to come, where only LossCallback sees a step
         self.companions: dict[str, CustomVLM] = {}  # frozen models beside this one, no part of it
+        self._labels_checked = False
         self._parsed_losses: tuple[Any, list[losses.WeightedLoss]] | None = None
         self._pass: seams.ForwardPass | None = None
 
@@ -181,6 +183,10 @@ class CustomVLM(SeamHooks):
             call = self.stock_inputs(inputs)
             with self.flat_pass(call):
                 return super().forward(**call)
+        head = self.loss_head().linear
+        if head is not None and not torch.compiler.is_compiling() and (labels.is_cpu or not self._labels_checked):
+            losses.check_labels(labels, head.out_features)
+            self._labels_checked = True  # asking a GPU takes a wait
         if self.config.loss == "stock":
             losses.refuse_preference(inputs)
             return self._forward_stock(self.stock_inputs(inputs), labels, num_items_in_batch, loss_divisors)
@@ -282,9 +288,9 @@ class CustomVLM(SeamHooks):
 
     def loss_counts(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """Return each loss's count over several batches: what forward() wants as `loss_divisors`."""
-        token, batches = self.placeholder_token_id, list(batches)
+        batches = list(batches)
         return {
-            item.loss.name: sum(item.loss.count_in(batch, token, item.options) for batch in batches)
+            item.loss.name: sum(item.loss.count_in(batch, self, item.options) for batch in batches)
             for item in self.losses()
         }
 
@@ -316,6 +322,10 @@ class CustomVLM(SeamHooks):
         """Make the processor write as many placeholders as this model makes tokens; save it with the model."""
         setattr(processor, self.placeholder_field, self.tokens_per_crop())
         return processor
+
+    def image_token_rows(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
+        """Return the row of data of each image token, (P * N,); None where each stands at its own placeholder."""
+        return None
 
     # ---- loading and saving -------------------------------------------------------------------------------------------
 

@@ -101,6 +101,22 @@ class PrefixProcessor(ProcessorMixin):
         return (answers.cumsum(1) > 0).long() * batch["attention_mask"]
 
 
+class NestedImages(ProcessorMixin):
+    """Mixin before a stock processor that wants images nested by row: a flat list is dealt out to several texts."""
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Nest a flat list by the texts' placeholders; rows that are all without images are no images."""
+        is_list, several = isinstance(images, list | tuple), isinstance(text, list | tuple) and len(text) > 1
+        if is_list and not any(not isinstance(row, list | tuple) or row for row in images):
+            images = None
+        elif is_list and several and not any(isinstance(row, list | tuple) for row in images):
+            counts = [sample.count(self.image_token) for sample in text]  # type: ignore[attr-defined]
+            if sum(counts) == len(images):
+                flat = iter(images)
+                images = [[next(flat) for _ in range(count)] for count in counts]
+        return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+
+
 class ConnectedProcessor(ProcessorMixin):
     """Mixin that knows the model's connector.
 

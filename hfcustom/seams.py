@@ -31,6 +31,7 @@ class ForwardPass:
     ends_with_inner: bool = False  # the inner model was called directly and closes the pass itself
     image_mask: torch.Tensor | None = None  # (B, T) True at image placeholders
     video_mask: torch.Tensor | None = None  # (B, T) True at video placeholders, where a family tells them apart
+    crops: torch.Tensor | None = None  # (P,) which crops hold an image, in families that pad with empty ones
     vision_features: torch.Tensor | None = None  # (P, patches, D_vision)
     image_features: torch.Tensor | None = None  # (P, N, D)
     hidden_states: torch.Tensor | None = None  # (B, T, D)

@@ -80,7 +80,7 @@ def test_training_builds_no_logits_unless_asked(family: Family) -> None:
 
 def test_a_batch_equals_its_rows_alone(family: Family) -> None:
     rows = [chat_row(count, seed) for seed, count in enumerate([2, 0, 1])]
-    model, collate = family.model(), Collator(family.processor)
+    model, collate = family.corrected(), Collator(family.processor)
     together = dict(collate(rows))
     with torch.no_grad():
         logits = model(**together).logits
@@ -106,6 +106,14 @@ def test_images_of_different_sizes_share_a_batch(family: Family, connector: str 
             alone = dict(collate([row]))
             length = alone["input_ids"].shape[1]
             torch.testing.assert_close(logits[at, :length], model(**alone).logits[0], rtol=1e-4, atol=2e-6)
+
+
+def test_a_correction_is_off_by_default_and_says_what_it_corrects(family: Family) -> None:
+    batch, plain = family.batch([2, 0, 1]), family.model()
+    for field, reason in family.model_class.corrections.items():
+        assert getattr(plain.config, field) is False and reason.endswith("default.")
+        with torch.no_grad():
+            assert not torch.equal(family.model(**{field: True})(**batch).logits, plain(**batch).logits)
 
 
 def test_labels_are_the_assistant_turns_and_nothing_else(family: Family) -> None:
@@ -145,9 +153,8 @@ def test_a_key_missing_from_the_checkpoint_is_an_error_that_names_it(family: Fam
     if part not in family.parts:
         assert part not in {model.stock_parts().part_of(name) for name in model.state_dict()}
         return
-    if part == "head" and model.config.tie_word_embeddings:
-        assert "lm_head.weight" in model.all_tied_weights_keys  # a tied head has no tensor of its own to lose
-        return
+    if part == "head" and f"{model.stock_parts().paths[part][0]}.weight" in model.all_tied_weights_keys:
+        return  # a tied head has no tensor of its own to lose
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
