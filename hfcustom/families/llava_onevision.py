@@ -20,7 +20,7 @@ from transformers import (
 from hfcustom.anyres import AnyresImages, AnyresProcessor
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.processors import OptionalVideo
 from hfcustom.registry import register
 from hfcustom.towers import unread
@@ -105,6 +105,27 @@ def tiny_config() -> CustomLlavaOnevisionConfig:
         image_grid_pinpoints=PINPOINTS,
         vision_aspect_ratio="anyres_max_2",
     )
+
+
+def published_processor() -> CustomLlavaOnevisionProcessor:
+    """Return a processor with the image settings of LLaVA-OneVision and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("LlavaOnevisionImageProcessor")()
+    processor.num_image_tokens, processor.vision_aspect_ratio = 729, "anyres_max_9"
+    return processor
+
+
+CHECKPOINTS = {
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": {
+        "text_config": {
+            **published.decoder("qwen2", (896, 4864, 24, 14, 2), 152000),
+            "tie_word_embeddings": True,
+        }
+    },
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": {
+        "text_config": published.decoder("qwen2", (3584, 18944, 28, 28, 4), 152128)
+    },
+}
 
 
 register(CustomLlavaOnevisionForConditionalGeneration)

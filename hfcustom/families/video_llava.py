@@ -22,7 +22,7 @@ from transformers import (
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.processors import MatchedProcessor, OptionalVideo, WithoutVideo, match_connector
 from hfcustom.registry import register
 from hfcustom.towers import unread
@@ -108,6 +108,21 @@ def tiny_config() -> CustomVideoLlavaConfig:
         image_seq_length=16,
         video_seq_length=8 * 17,
     )
+
+
+def published_processor() -> CustomVideoLlavaProcessor:
+    """Return a processor with the image settings of Video-LLaVA and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor, processor.patch_size = VideoLlavaImageProcessor(), 14
+    return processor
+
+
+CHECKPOINTS = {
+    "LanguageBind/Video-LLaVA-7B-hf": {
+        "vision_config": {**published.CLIP_L_336, "image_size": 224},
+        "text_config": published.decoder("llama", (4096, 11008, 32, 32, 32), 32064),
+    }
+}
 
 
 register(CustomVideoLlavaForConditionalGeneration)
