@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from hfcustom.connectors import build_connector
-from hfcustom.families import tiny
 
 NAMES = ["llava_next", "llava_onevision"]
 SIZES = [(50, 30), (30, 50), (28, 28), (90, 20), (100, 100), (17, 60)]  # width, height
@@ -132,34 +131,18 @@ def test_a_connector_is_told_how_tokens_lie(anyres: Family) -> None:
 # ---- published numbers ----------------------------------------------------------------------------------------------
 
 SMALLER = {"name": "average_pool", "size": 2, "hidden_size": 64}
-HUB = {  # crop, patch, pinpoints: tokens of 800 x 1300 px (48 rows of 30 and 108 of 67), and what average_pool leaves
-    "llava_next": ((336, 14), [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]], 2064, 144 + 24 * 16),
-    "llava_onevision": (
-        (384, 14),
-        [[384 * r, 384 * c] for r in range(1, 7) for c in range(1, 7)],
-        8073,
-        14 * 14 + 54 * 35,
-    ),
+HUB = {  # tokens of 800 x 1300 px (width x height): a base view and rows, and what average_pool leaves of them
+    "llava_next": (24 * 24 + 48 * (30 + 1), 12 * 12 + 24 * (15 + 1)),
+    "llava_onevision": (27 * 27 + 108 * (67 + 1), 14 * 14 + 54 * (34 + 1)),
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_counts_of_the_hubs_checkpoints(families: dict[str, Family], name: str) -> None:
-    (crop, patch), pinpoints, tokens, reduced = HUB[name]
-    processor = copy.deepcopy(families[name].processor)
-    square = {"height": crop, "width": crop}
-    if name == "llava_next":
-        settings = {"size": {"shortest_edge": crop}, "crop_size": square}
-        processor.patch_size = patch
-    else:
-        settings = {"size": square}
-        processor.num_image_tokens, processor.vision_aspect_ratio = (crop // patch) ** 2, "anyres_max_9"
-    image_processor = tiny.image_processor(type(processor.image_processor).__name__.removesuffix("Pil"))
-    processor.image_processor = image_processor(**settings, image_grid_pinpoints=pinpoints)
-    assert (seen(processor, (800, 1300))["input_ids"] == processor.image_token_id).sum() == tokens
-    processor.connector = SMALLER
-    found = int((seen(processor, (800, 1300))["input_ids"] == processor.image_token_id).sum())
-    assert found == reduced
+    processor = families[name].module.published_processor()
+    for connector, expected in zip((None, SMALLER), HUB[name], strict=True):
+        processor.connector = connector
+        assert (seen(processor, (800, 1300))["input_ids"] == processor.image_token_id).sum() == expected
 
 
 # ---- what does not fit ----------------------------------------------------------------------------------------------
