@@ -42,6 +42,7 @@ _HOME = {
     "part_table": "hfcustom.parts",
     "quantization_config": "hfcustom.adapt",
     "register": "hfcustom.registry",
+    "resize_images": "hfcustom.resize",
     "show_losses": "hfcustom.console",
     "show_parts": "hfcustom.console",
     "term": "hfcustom.losses",
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from hfcustom.losses import LossContext, term, token_loss
     from hfcustom.parts import find_parts, part_table
     from hfcustom.registry import register
+    from hfcustom.resize import resize_images
     from hfcustom.train import fit
     from hfcustom.train_config import TrainConfig
     from hfcustom.trainer_callback import LossCallback

@@ -35,17 +35,43 @@ from hfcustom.parts import (
 Bits = Literal["8bit", "4bit"]
 
 
-def freeze(model: nn.Module, parts: str | Iterable[str]) -> None:
-    """Stop training the named parts; ValueError for an unknown part, or when nothing would be left to train."""
+def freeze(model: nn.Module, parts: str | Iterable[str], *, keep: Literal["attention"] | None = None) -> None:
+    """Stop training the named parts, or with keep="attention" all of them but their attention layers.
+
+    A vision transformer adapts to a new resolution or task about as well through its attention alone, at a third of the
+    trained weights (Touvron et al. 2022, https://arxiv.org/abs/2203.09795). An attention layer is a module whose class is
+    called so, with its projections and its norms of queries and keys; the norm before it stays frozen. Raises ValueError
+    for an unknown part, a part without attention to keep, or when nothing would be left to train.
+    """
     part_map = find_parts(model)
     frozen = check_parts(parts, part_map.present())
     if not frozen:
         raise ValueError(f"freeze() names no part; this model has {', '.join(part_map.present())}.")
+    if keep not in (None, "attention"):
+        raise ValueError(f"freeze() keep={keep!r}; choose 'attention', or leave it out to freeze all of a part.")
+    kept = {part: attention_layers(model, part) if keep else [] for part in frozen}
     for name, parameter in model.named_parameters():
-        if part_map.part_of(name) in frozen:
+        part = part_map.part_of(name)
+        if part in frozen and not _in(name, kept[part]):
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"Freezing {', '.join(frozen)} leaves nothing to train in {type(unwrap(model)).__name__}.")
+
+
+def attention_layers(model: nn.Module, part: str) -> list[str]:
+    """Return the paths of a part's attention layers; ValueError when it has none."""
+    part_map = find_parts(model)
+    found = [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Attention") and part_map.find(name) == part
+    ]
+    if not found:
+        paths = ", ".join(part_map.paths[part])
+        raise ValueError(
+            f"The part {part!r} ({paths}) has no attention layer to keep; freeze it whole, or not at all."
+        )
+    return found
 
 
 # ---- LoRA -----------------------------------------------------------------------------------------------------------
