@@ -201,7 +201,7 @@ class CustomVLM(SeamHooks):
         call = self.stock_inputs(batch)
         if self.training or not return_logits or losses.is_packed(batch):  # a cache would undo packing
             call.setdefault("use_cache", False)
-        if not return_logits:
+        if not return_logits and not self.ignores_logits_to_keep:
             call["logits_to_keep"] = labels.new_empty(0)  # the head runs on no position: (B, 0, V)
         if self.training and not self.keeps_mask and seams.needs_no_mask(call, self.config.get_text_config()):
             del call["attention_mask"]

@@ -185,7 +185,7 @@ def test_fit_follows_the_schedule(internvl: Family, tmp_path: Path) -> None:
 def test_rates_go_to_parts_and_decay_to_matrices(family: Family) -> None:
     model = family.model(connector={"name": "perceiver_resampler", "num_queries": 4, "num_heads": 4})
     config = TrainConfig(lr=1e-4, connector_lr=1e-3, vision_lr=1e-5, weight_decay=0.3)
-    rates = {"vision": 1e-5, "connector": 1e-3, "new": 1e-3, "language": 1e-4, "head": 1e-4}
+    rates = {"vision": 1e-5, "connector": 1e-3, "new": 1e-3, "language": 1e-4, "head": 1e-4, "other": 1e-4}
     parts, seen = hfcustom.find_parts(model), {}
     for group in make_optimizer(model, config).param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
