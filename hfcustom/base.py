@@ -213,7 +213,7 @@ class CustomVLM(SeamHooks):
         call = self.stock_inputs(batch)
         if self.training or not return_logits or losses.is_packed(batch):  # a cache would undo packing
             call.setdefault("use_cache", False)
-        if not return_logits:
+        if not return_logits and not self.ignores_logits_to_keep:
             call["logits_to_keep"] = labels.new_empty(0)  # the head runs on no position: (B, 0, V)
         if (
             self.training
