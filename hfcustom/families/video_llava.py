@@ -113,19 +113,6 @@ def tiny_config() -> CustomVideoLlavaConfig:
 def published_processor() -> CustomVideoLlavaProcessor:
     """Return a processor with the image settings of Video-LLaVA and the tiny tokenizer."""
     processor = tiny_processor()
-<<<<<<< HEAD
-    processor.image_processor = VideoLlavaImageProcessor()
-    processor.patch_size = 14
-    return processor
-
-
-_CLIP_L_224 = {**published.CLIP_L_336, "image_size": 224}
-CHECKPOINTS = {
-    "LanguageBind/Video-LLaVA-7B-hf": {
-        "vision_config": _CLIP_L_224,
-        "text_config": published.decoder("llama", (4096, 11008, 32, 32, 32), 32064),
-    },
-=======
     processor.image_processor, processor.patch_size = VideoLlavaImageProcessor(), 14
     return processor
 
@@ -135,7 +122,6 @@ CHECKPOINTS = {
         "vision_config": {**published.CLIP_L_336, "image_size": 224},
         "text_config": published.decoder("llama", (4096, 11008, 32, 32, 32), 32064),
     }
->>>>>>> fam-llava
 }
 
 
