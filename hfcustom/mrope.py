@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 from transformers.vision_utils import get_vision_window_index
 
-from hfcustom import seams
+from hfcustom import losses, seams
 from hfcustom.connectors import Grid, grids_out
 from hfcustom.ragged import RaggedImages
 
@@ -51,6 +52,33 @@ class MRopeImages(RaggedImages):
         """Stand in for get_video_features and get_rope_index too, which forward() and generate() call."""
         own = {"get_video_features": "_at_video_features", "get_rope_index": "_at_rope_index"}
         return [*super().seam_methods(), *((self.inner_path(), name, method) for name, method in own.items())]
+
+    def stock_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give rows packed into one the positions by which stock keeps them apart; all else as CustomVLM does."""
+        call: dict[str, Any] = super().stock_inputs(inputs)  # type: ignore[misc]
+        if losses.is_packed(call) and call["position_ids"].ndim == 2:
+            starts = call["position_ids"] == 0  # (B, T)
+            starts[:, 0] = True
+            if int(starts.sum()) > len(starts):
+                call["position_ids"] = torch.cat([call["position_ids"][None], self._packed_positions(call, starts)])
+        return call
+
+    def _packed_positions(self, call: Mapping[str, Any], starts: torch.Tensor) -> torch.Tensor:
+        """Return positions in time, height and width, (3, B, T), each packed row's own; starts (B, T)."""
+        if all(call.get(name) is None for name in GRIDS):
+            return call["position_ids"].expand(3, -1, -1)
+        ends = [*starts.flatten().nonzero().flatten().tolist()[1:], starts.numel()]
+        lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        rows = {
+            name: pad_sequence(call[name].flatten().split(lengths), batch_first=True)  # (R, longest row)
+            for name in ("input_ids", "mm_token_type_ids")
+            if name in call
+        }
+        mask = pad_sequence([starts.new_ones(length, dtype=torch.long) for length in lengths], batch_first=True)
+        place: Any = self.base_model.compute_3d_position_ids
+        asked = {name: call.get(name) for name in inspect.signature(place).parameters}
+        places = place(**{**asked, **rows, "attention_mask": mask})  # (3, R, longest row)
+        return places[:, mask.bool()].unflatten(1, starts.shape)  # (3, B, T)
 
     def _begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super()._begin_pass(module, args, kwargs)

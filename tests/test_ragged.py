@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, Family, chat_row, picture
+from loss_cases import packed
 from transformers.utils import is_torchvision_available
 
 import hfcustom.mrope
@@ -152,6 +153,22 @@ def test_positions_follow_each_images_grid(mrope: Family, connector: Any) -> Non
     for row, mask in enumerate(batch["attention_mask"].bool()):
         kinds = (batch["input_ids"][row, mask] == model.placeholder_token_id).long().tolist()
         assert torch.equal(positions[:, row, mask], expected_positions(kinds, {1: grids}))
+
+
+@pytest.mark.parametrize("connector", [None, "average_pool"], ids=["stock", "token-reducing"])
+@pytest.mark.parametrize("sizes", [SIZES, [[], []]], ids=["images", "text"])
+def test_packed_rows_train_as_padded_ones(mrope: Family, sizes: Any, connector: Any) -> None:
+    """Stock keeps rows apart only by position_ids of four kinds; here those that restart will do, as in any family."""
+    model, processor = matched(mrope, connector)
+    batch = dict(Collator(processor)(rows_of(sizes)))
+    found = []
+    for layout in (batch, packed(batch)):
+        model.zero_grad()
+        loss = model.train()(**layout).loss
+        loss.backward()
+        found.append((loss.detach(), model.get_input_embeddings().weight.grad.clone()))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-6)
 
 
 def test_vision_features_are_seen_in_image_order(mrope: Family) -> None:
