@@ -13,8 +13,8 @@ help:  ## show this list
 quickstart: $(VENV)/recipes  ## train, tune and reload a small model of your own on this machine (5 minutes)
 	$(BIN)/accelerate launch --config_file recipes/accelerate/one_process.yaml recipes/quickstart.py $(ARGS)
 
-test: $(VENV)/dev  ## run the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/dev  ## run the whole test suite, a process for each core
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/dev  ## check style and types
 	$(BIN)/ruff check .

@@ -42,11 +42,13 @@ _HOME = {
     "part_table": "hfcustom.parts",
     "quantization_config": "hfcustom.adapt",
     "register": "hfcustom.registry",
+    "resize_images": "hfcustom.resize",
     "show_losses": "hfcustom.console",
     "show_parts": "hfcustom.console",
     "term": "hfcustom.losses",
     "token_loss": "hfcustom.losses",
     "why_bypassed": "hfcustom.trl_adapter",
+    "wrap": "hfcustom.wrapping",
 }
 
 if TYPE_CHECKING:
@@ -72,10 +74,12 @@ if TYPE_CHECKING:
     from hfcustom.losses import LossContext, term, token_loss
     from hfcustom.parts import find_parts, part_table
     from hfcustom.registry import register
+    from hfcustom.resize import resize_images
     from hfcustom.train import fit
     from hfcustom.train_config import TrainConfig
     from hfcustom.trainer_callback import LossCallback
     from hfcustom.trl_adapter import honour_model, why_bypassed
+    from hfcustom.wrapping import wrap
 
 __all__ = [*_HOME, "__version__"]
 

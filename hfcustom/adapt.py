@@ -21,22 +21,57 @@ from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import cached_file
 
-from hfcustom.parts import PartMap, check_parts, expert_matrices, find_parts, unwrap, wrapped_by_peft
+from hfcustom.parts import (
+    PartMap,
+    check_parts,
+    expert_matrices,
+    find_parts,
+    is_adapter,
+    unwrap,
+    without_wrappers,
+    wrapped_by_peft,
+)
 
 Bits = Literal["8bit", "4bit"]
 
 
-def freeze(model: nn.Module, parts: str | Iterable[str]) -> None:
-    """Stop training the named parts; ValueError for an unknown part, or when nothing would be left to train."""
+def freeze(model: nn.Module, parts: str | Iterable[str], *, keep: Literal["attention"] | None = None) -> None:
+    """Stop training the named parts, or with keep="attention" all of them but their attention layers.
+
+    A vision transformer adapts to a new resolution or task about as well through its attention alone, at a third of the
+    trained weights (Touvron et al. 2022, https://arxiv.org/abs/2203.09795). An attention layer is a module whose class is
+    called so, with its projections and its norms of queries and keys; the norm before it stays frozen. Raises ValueError
+    for an unknown part, a part without attention to keep, or when nothing would be left to train.
+    """
     part_map = find_parts(model)
     frozen = check_parts(parts, part_map.present())
     if not frozen:
         raise ValueError(f"freeze() names no part; this model has {', '.join(part_map.present())}.")
+    if keep not in (None, "attention"):
+        raise ValueError(f"freeze() keep={keep!r}; choose 'attention', or leave it out to freeze all of a part.")
+    kept = {part: attention_layers(model, part) if keep else [] for part in frozen}
     for name, parameter in model.named_parameters():
-        if part_map.part_of(name) in frozen:
+        part = part_map.part_of(name)
+        if part in frozen and not _in(name, kept[part]):
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"Freezing {', '.join(frozen)} leaves nothing to train in {type(unwrap(model)).__name__}.")
+
+
+def attention_layers(model: nn.Module, part: str) -> list[str]:
+    """Return the paths of a part's attention layers; ValueError when it has none."""
+    part_map = find_parts(model)
+    found = [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Attention") and part_map.find(name) == part
+    ]
+    if not found:
+        paths = ", ".join(part_map.paths[part])
+        raise ValueError(
+            f"The part {part!r} ({paths}) has no attention layer to keep; freeze it whole, or not at all."
+        )
+    return found
 
 
 # ---- LoRA -----------------------------------------------------------------------------------------------------------
@@ -50,12 +85,17 @@ def lora(
     alpha: int | None = None,
     dropout: float = 0.0,
     train: str | Iterable[str] = (),
+    experts: bool = False,
 ) -> Any:
     """Wrap a model with LoRA on every Linear of the named parts; return the peft.PeftModel.
 
     Modules that the class adds to its stock parent, and the parts named by `train`, are trained in full, saved and loaded
-    with the adapter. alpha is 2 * rank by default. Raises ValueError for a model that has an adapter, an unknown part, a
-    part without a Linear, and a part both adapted and trained in full (modules that the class adds always are).
+    with the adapter; what such a module froze itself stays frozen (a second vision tower). A bare Parameter of the stock
+    class (LLaVA's image_newline) cannot be saved so, stays frozen, and a warning says it. alpha is 2 * rank by default.
+    `experts` adds the routed experts of those parts, whose stacked matrices are no Linear: each expert gets an A and a B of
+    its own, and peft allows no dropout with it. Raises ValueError for a model that has an adapter, an unknown part, a part
+    without a Linear, experts where there are none, and a part both adapted and trained in full (modules that the class adds
+    always are).
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -71,6 +111,7 @@ def lora(
             f"{', '.join(sorted(both))} cannot have LoRA and be trained in full at once; name it in one place."
         )
     targets = _linear_names(model, part_map, parts)
+    stacked = _expert_names(model, part_map, parts) if experts else []
     saved = _modules_to_save(model, part_map, dict.fromkeys(full))
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -78,12 +119,28 @@ def lora(
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=_pattern(targets),
+        target_parameters=stacked or None,
         modules_to_save=saved or None,
     )
+    frozen = _frozen_inside_new(model)
     with _without_peft_warning():
         wrapped = get_peft_model(model, config)
-    _check_lora(wrapped, targets, saved)
+    _keep_frozen(wrapped, frozen)
+    _check_lora(wrapped, targets, stacked, saved)
     return wrapped
+
+
+def _frozen_inside_new(model: nn.Module) -> set[str]:
+    """Return the parameters that added modules keep frozen."""
+    part_map = find_parts(model)
+    return {name for name, p in model.named_parameters() if not p.requires_grad and part_map.part_of(name) == "new"}
+
+
+def _keep_frozen(wrapped: nn.Module, frozen: set[str]) -> None:
+    """peft trains every parameter of a module that it saves with the adapter."""
+    for name, parameter in wrapped.named_parameters():
+        if without_wrappers(name) in frozen:
+            parameter.requires_grad_(False)
 
 
 def _linear_names(model: nn.Module, part_map: PartMap, parts: Iterable[str]) -> list[str]:
@@ -92,7 +149,7 @@ def _linear_names(model: nn.Module, part_map: PartMap, parts: Iterable[str]) -> 
         found = [
             name
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and part_map.find(name) == part
+            if isinstance(module, nn.Linear) and not _is_own_kind(module) and part_map.find(name) == part
         ]
         if not found:
             paths = ", ".join(part_map.paths[part])
@@ -101,6 +158,21 @@ def _linear_names(model: nn.Module, part_map: PartMap, parts: Iterable[str]) -> 
             )
         names += found
     return names
+
+
+def _expert_names(model: nn.Module, part_map: PartMap, parts: tuple[str, ...]) -> list[str]:
+    names = [name for name, _ in expert_matrices(model) if part_map.find(name) in parts]
+    if not names:
+        raise ValueError(
+            f"experts=True, but {', '.join(parts)} of this {type(model).__name__} holds no experts as stacked matrices; "
+            "leave it out: LoRA is on every Linear already."
+        )
+    return names
+
+
+def _is_own_kind(linear: nn.Linear) -> bool:
+    """Whether a model brought this class of Linear along; Llama 4's router returns a pair, which no wrapper expects."""
+    return type(linear).__module__.startswith("transformers.models.")
 
 
 def _in(name: str, paths: Iterable[str]) -> bool:
@@ -116,25 +188,37 @@ def _pattern(names: list[str]) -> str:
 def _modules_to_save(model: nn.Module, part_map: PartMap, parts: Iterable[str]) -> list[str]:
     modules = dict(model.named_modules())
     paths = [path for part in parts for path in part_map.paths[part]]
-    for path in paths:
-        if path not in modules:
-            raise ValueError(
-                f"{path!r} is a bare Parameter, which peft cannot save with an adapter; wrap it in a small nn.Module."
-            )
-    return paths
+    for path in (path for path in paths if path not in modules):
+        what = f"{path!r} is a bare Parameter, which peft cannot save with an adapter"
+        if part_map.find(path) == "new":
+            raise ValueError(f"{what}; wrap it in a small nn.Module.")
+        logging.getLogger("hfcustom").warning(
+            f"{what}: it stays as it is in the base while the rest of its part is trained. To train it too, train without an "
+            "adapter: freeze() the other parts."
+        )
+    return [path for path in paths if path in modules]
 
 
-def _check_lora(wrapped: Any, targets: list[str], saved: list[str]) -> None:
+def _check_lora(wrapped: Any, targets: list[str], stacked: list[str], saved: list[str]) -> None:
     """peft matches by suffix and by pattern; make sure that it took these modules and no other."""
     core = unwrap(wrapped)
-    adapted = {name.removesuffix(".base_layer") for name, _ in core.named_modules() if name.endswith(".base_layer")}
+    adapted = {
+        ".".join([name.replace(".base_layer", ""), *([module.parameter_name] if _wraps_parameter(module) else [])])
+        for name, module in core.named_modules()
+        if is_adapter(module)
+    }
     copied = {
         name.removesuffix(".modules_to_save") for name, _ in core.named_modules() if name.endswith(".modules_to_save")
     }
-    for what, found, wanted in (("LoRA", adapted, set(targets)), ("full training", copied, set(saved))):
+    for what, found, wanted in (("LoRA", adapted, {*targets, *stacked}), ("full training", copied, set(saved))):
         if found != wanted:
             extra, lost = sorted(found - wanted), sorted(wanted - found)
             raise RuntimeError(f"peft applied {what} to other modules than asked: too many {extra}, missing {lost}.")
+
+
+def _wraps_parameter(adapter: Any) -> bool:
+    """Whether peft adapts one bare Parameter of a module here: it wraps the module once for each."""
+    return type(adapter).__name__ == "ParamWrapper"
 
 
 def load_adapter(
@@ -167,10 +251,13 @@ def load_adapter(
                 f"The adapter {adapter} holds the module {name!r}, which {model_class.__name__} has not. Pass the class "
                 "that it was trained with: model_class=..."
             )
+    frozen = _frozen_inside_new(model)
     with _without_peft_warning(), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable).eval()
+            wrapped = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable).eval()
+            _keep_frozen(wrapped, frozen)
+            return wrapped
         except UserWarning as error:
             raise ValueError(f"The adapter {adapter} does not fit {model_class.__name__}: {error}") from error
 
@@ -268,14 +355,19 @@ def linear_table(model: nn.Module) -> list[LinearRow]:
     core = unwrap(model)
     counts: dict[tuple[str, str, str], int] = {}
     part_map = find_parts(core)
-    kinds = {name: type(module).__name__ for name, module in core.named_modules() if isinstance(module, nn.Linear)}
+    kinds = {name: _kind(module) for name, module in core.named_modules() if isinstance(module, nn.Linear)}
     for name, parameter in expert_matrices(core):
         dtype = str(parameter.dtype).removeprefix("torch.")
         kinds[name] = f"3-D Parameter, not a Linear: stays {dtype}"
     for path, kind in kinds.items():
-        key = (part_map.part_of(path), re.sub(r"(?<=\.)\d+(?=\.)", "*", path.removesuffix(".base_layer")), kind)
+        key = (part_map.part_of(path), re.sub(r"(?<=\.)\d+(?=\.)", "*", path.replace(".base_layer", "")), kind)
         counts[key] = counts.get(key, 0) + 1
     return [LinearRow(*key, count) for key, count in counts.items()]
+
+
+def _kind(linear: nn.Linear) -> str:
+    dtype = str(linear.weight.dtype).removeprefix("torch.")
+    return type(linear).__name__ + (f", not a plain Linear: stays {dtype}" if _is_own_kind(linear) else "")
 
 
 def check_quantization(model: Any) -> list[LinearRow]:
@@ -297,7 +389,11 @@ def check_quantization(model: Any) -> list[LinearRow]:
         )
     skip = list(config.llm_int8_skip_modules)
     wanted = QUANTIZED["8bit" if config.load_in_8bit else "4bit"]
-    linears = {name: module for name, module in core.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        name: module
+        for name, module in core.named_modules()
+        if isinstance(module, nn.Linear) and not _is_own_kind(module)
+    }
     linears = {name.removesuffix(".base_layer"): module for name, module in linears.items() if ".lora_" not in name}
     for entry in skip:
         if all(should_convert_module(name, [entry]) for name in linears):

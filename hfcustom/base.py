@@ -36,10 +36,12 @@ class CustomVLM(SeamHooks):
 
     processor_class: ClassVar[type[ProcessorMixin]]
     placeholder_field: ClassVar[str]  # the processor's attribute that holds the placeholders of one image crop
-    lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, or "connector") -> why this family has none
+    lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, "connector"), or "placeholders" -> why not
+    corrections: ClassVar[Mapping[str, str]] = {}  # config field, off by default -> what of stock it corrects
     default_connector: ClassVar[str | dict[str, Any] | None] = None
     default_loss: ClassVar[str | dict[str, Any]] = "cross_entropy"
     _input_names: ClassVar[tuple[str, ...]]
+    _frozen_by_init: tuple[str, ...] = ()
     accepts_loss_kwargs = True  # transformers.Trainer then passes num_items_in_batch and does not divide again
 
     # ---- the five seams: what a user overrides ----------------------------------------------------------------------
@@ -67,9 +69,7 @@ class CustomVLM(SeamHooks):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         stock = cls.stock_class()
-        share_key_conversion(
-            stock.__name__, cls.__name__
-        )  # some families' conversion goes by the class, not the model_type
+        share_key_conversion(stock.__name__, cls.__name__)  # some families' goes by the class, not by the model_type
         for seam in cls.lacks:
             if getattr(cls, seam, None) is not getattr(CustomVLM, seam, None):
                 raise TypeError(f"{cls.__name__} overrides {seam}, which this family does not have: {cls.lacks[seam]}")
@@ -98,6 +98,17 @@ class CustomVLM(SeamHooks):
             super().__init__(config, *args, **kwargs)
         self._stock_tensors = frozenset(name for name, _ in _named_tensors(self))
         self._stock_parts = parts.find_parts(self)
+        self._start_losses()
+        config.connector = copy.deepcopy(self.default_connector if config.connector is None else config.connector)
+        config.loss = copy.deepcopy(self.default_loss if config.loss is None else config.loss)
+        self.custom_connector: nn.Module | None = None
+        if config.connector is not None:
+            if "connector" in self.lacks:
+                raise ValueError(f"connector={config.connector!r}: this family takes none: {self.lacks['connector']}")
+            self.custom_connector = build_connector(config.connector, self.connector_width())
+        self.post_init()
+
+    def _start_losses(self) -> None:
         stock = self.stock_class().__name__  # transformers reads the kind of loss out of the class name
         self.loss_type = next((kind for kind in LOSS_MAPPING if kind in stock), "ForCausalLM")
         self.loss_values: dict[str, losses.LossValue] = {}  # what the last forward with labels computed, by name
@@ -105,22 +116,16 @@ class CustomVLM(SeamHooks):
         self.loss_step: int | None = None  # the optimiser step, for scheduled weights; fit() and LossCallback set it
         self.step_plan: list[dict[str, Any]] = []  # of micro-batches to come, where only LossCallback sees a step
         self.companions: dict[str, CustomVLM] = {}  # frozen models beside this one, no part of it
+        self._labels_checked = False
         self._parsed_losses: tuple[Any, list[losses.WeightedLoss]] | None = None
         self._pass: seams.ForwardPass | None = None
-        config.connector = copy.deepcopy(self.default_connector if config.connector is None else config.connector)
-        config.loss = copy.deepcopy(self.default_loss if config.loss is None else config.loss)
-        self.custom_connector: nn.Module | None = None
-        if config.connector is not None:
-            if "connector" in self.lacks:
-                raise ValueError(f"connector={config.connector!r}: this family takes none: {self.lacks['connector']}")
-            self.custom_connector = build_connector(config.connector, config.get_text_config().hidden_size)
-        self.post_init()
 
     def post_init(self) -> None:
         """Initialise new weights and put the seams on the parts; call it at the end of your own __init__."""
         super().post_init()
         if self._stock_parts is not None:  # the stock __init__ calls this before there is anything to hook
             seams.install(self)
+            self._frozen_by_init = tuple(name for name, p in self.named_parameters() if not p.requires_grad)
 
     def initialize_weights(self) -> None:
         """Initialise the stock modules as stock does; what a subclass adds starts as its __init__ made it.
@@ -175,7 +180,13 @@ class CustomVLM(SeamHooks):
         inputs.update(zip(self._input_names, args, strict=False))
         labels = inputs.pop("labels", labels)
         if labels is None:
-            return super().forward(**self.stock_inputs(inputs))
+            call = self.stock_inputs(inputs)
+            with self.flat_pass(call):
+                return super().forward(**call)
+        head = self.loss_head().linear
+        if head is not None and not torch.compiler.is_compiling() and (labels.is_cpu or not self._labels_checked):
+            losses.check_labels(labels, head.out_features)
+            self._labels_checked = True  # asking a GPU takes a wait
         if self.config.loss == "stock":
             losses.refuse_preference(inputs)
             return self._forward_stock(self.stock_inputs(inputs), labels, num_items_in_batch, loss_divisors)
@@ -202,17 +213,20 @@ class CustomVLM(SeamHooks):
         call = self.stock_inputs(batch)
         if self.training or not return_logits or losses.is_packed(batch):  # a cache would undo packing
             call.setdefault("use_cache", False)
-        if not return_logits:
+        if not return_logits and not self.ignores_logits_to_keep:
             call["logits_to_keep"] = labels.new_empty(0)  # the head runs on no position: (B, 0, V)
-        if self.training and seams.needs_no_mask(call, self.config.get_text_config()):
+        if (
+            self.training
+            and not self.keeps_mask
+            and seams.needs_no_mask(call, self.config.get_text_config(), self.get_decoder())
+        ):
             del call["attention_mask"]
         for loss in losses.known(self.config.loss):
             call |= {f"output_{name}": True for name in loss.outputs}
         self._pass = passed = seams.ForwardPass(records=True, skips_head=not return_logits)
-        if self.base_model is self:  # no inner model whose call would begin the pass
-            self._begin_pass(self, (), call)
         try:
-            outputs = super().forward(**call, return_dict=True)
+            with self.flat_pass(call):
+                outputs = super().forward(**call, return_dict=True)
         finally:
             self._pass = None
         return losses.LossContext(self, {**batch, "labels": labels}, labels, outputs=outputs, **passed.tensors())
@@ -236,7 +250,8 @@ class CustomVLM(SeamHooks):
         """Run the parent's own path, logits and loss included; seams before the head stay in effect."""
         num_items = num_items if divisors is None else divisors["stock"]
         extra = {} if num_items is None else {"num_items_in_batch": num_items}
-        outputs = super().forward(**inputs, labels=labels, **extra, return_dict=True)
+        with self.flat_pass(inputs):
+            outputs = super().forward(**inputs, labels=labels, **extra, return_dict=True)
         count = losses.count_tokens({"labels": labels})
         if not count:  # stock divides by it
             outputs.loss = outputs.logits[:0].sum()
@@ -273,9 +288,9 @@ class CustomVLM(SeamHooks):
 
     def loss_counts(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """Return each loss's count over several batches: what forward() wants as `loss_divisors`."""
-        token, batches = self.placeholder_token_id, list(batches)
+        batches = list(batches)
         return {
-            item.loss.name: sum(item.loss.count_in(batch, token, item.options) for batch in batches)
+            item.loss.name: sum(item.loss.count_in(batch, self, item.options) for batch in batches)
             for item in self.losses()
         }
 
@@ -283,6 +298,10 @@ class CustomVLM(SeamHooks):
         """Return what terms across the rows of a step want to know of one batch beforehand, {name: (n, ...)}."""
         with torch.no_grad():
             return losses.summarise(self.loss_context(batch, batch["labels"]), self.losses())
+
+    def unreached(self) -> dict[str, str]:
+        """Return what training on images and text never reaches: {how names of parameters begin: why}."""
+        return {f"{path}.": "images and text do not pass it" for path in self.stock_parts().paths["other"]}
 
     # ---- image tokens -------------------------------------------------------------------------------------------------
 
@@ -303,6 +322,10 @@ class CustomVLM(SeamHooks):
         """Make the processor write as many placeholders as this model makes tokens; save it with the model."""
         setattr(processor, self.placeholder_field, self.tokens_per_crop())
         return processor
+
+    def image_token_rows(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
+        """Return the row of data of each image token, (P * N,); None where each stands at its own placeholder."""
+        return None
 
     # ---- loading and saving -------------------------------------------------------------------------------------------
 
@@ -354,11 +377,11 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _show_inputs(forward: Callable[..., Any], stock_forward: Callable[..., Any]) -> None:
     """Give a forward(*args, **kwargs) the stock signature, which generate and Trainer read to know the inputs."""
-    own = inspect.signature(forward).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
-        return
-    stock = inspect.signature(stock_forward).parameters
-    *shown, last = stock.values()
+    own, stock = (inspect.signature(function).parameters for function in (forward, stock_forward))
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    rest = [p for p in own.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    if not rest:
+        return
+    shown = [p for p in stock.values() if p.kind not in variadic]
     extra = [p.replace(kind=p.KEYWORD_ONLY) for p in own.values() if p.name not in stock and p.kind not in variadic]
-    forward.__signature__ = inspect.Signature([*shown, *extra, last])  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.Signature([*shown, *extra, *rest])  # type: ignore[attr-defined]

@@ -261,7 +261,8 @@ def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> Non
     batch = Collator(
         processor, None, *(find(core.losses(), example.columns) for find in (loss_columns, token_columns))
     )([example])
-    image_tokens = int((batch["input_ids"] == core.placeholder_token_id).sum())
+    token = core.placeholder_token_id
+    image_tokens = "an unknown number" if token is None else int((batch["input_ids"] == token).sum())
     supervised = int((batch["labels"] != -100).sum())
     out.print(f"seams in effect: {', '.join(core.overridden_seams()) or 'none (stock)'}")
     out.print(
@@ -293,13 +294,15 @@ def execution_facts(core: Any) -> list[str]:
         adapted = any(name.startswith(holders) and ".lora_" in name for name, _ in core.named_parameters())
         facts.append(
             f"experts: {len(experts)} stacked matrices, run by {text._experts_implementation}"
-            f"{_slow_experts(experts[0][1])}; {'LoRA' if adapted else 'no LoRA'} and no 8 bits on them"
+            f"{_slow_experts(text._experts_implementation, experts[0][1])}; {'LoRA' if adapted else 'no LoRA'} and no 8 bits on them"
         )
     return facts
 
 
-def _slow_experts(weight: torch.Tensor) -> str:
+def _slow_experts(implementation: str, weight: torch.Tensor) -> str:
     """Say where grouped_mm has no kernel and transformers runs a loop instead (integrations/moe.py, 5.23.0)."""
+    if implementation != "grouped_mm":
+        return ""
     old = weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0)
     return " (in a loop: this GPU is older than compute capability 8.0)" if old else ""
 

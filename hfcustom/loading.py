@@ -43,11 +43,13 @@ def load_strictly(
         losses.parse_losses(kwargs["loss"])  # a mistyped name is an error before gigabytes are read
     if kwargs.get("config") is None:
         kwargs |= _own_defaults(cls, source, kwargs)
-    with _report_in_error():
+    with report_in_error():
         model, info = load(*args, output_loading_info=True, **kwargs)
     fresh = _check_missing(model, sorted(info["missing_keys"]), tuple(new_modules), source)
     _say_unexpected(model, sorted(info["unexpected_keys"]), source)
     _fill(model, fresh)
+    for name in model._frozen_by_init:  # transformers makes every loaded parameter trainable
+        model.get_parameter(name).requires_grad_(False)
     return (model, info) if wants_info else model
 
 
@@ -126,10 +128,12 @@ def _say_unexpected(model: CustomVLM, unexpected: list[str], source: Any) -> Non
 
 def _fill(model: CustomVLM, fresh: list[str]) -> None:
     """Give tensors that no checkpoint holds the values they have in a model whose added modules were really built."""
+    added = parts.find_parts(model).paths["new"]
     lost = {
         name: buffer
         for name, buffer in model.named_non_persistent_buffers()
-        if not type(model.get_submodule(name.rpartition(".")[0])).__module__.startswith("transformers.")
+        if any(name.startswith(path + ".") for path in added)  # of any class: stock initialises no added module
+        or not type(model.get_submodule(name.rpartition(".")[0])).__module__.startswith("transformers.")
     }
     lost |= {name: model.get_parameter_or_buffer(name) for name in fresh}
     if not lost:
@@ -157,7 +161,7 @@ def stock_device() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _report_in_error() -> Iterator[None]:
+def report_in_error() -> Iterator[None]:
     """Hold back transformers' table of missing and unexpected keys; an error that points at it carries it."""
     stock_logger = logging.get_logger("transformers.modeling_utils")
     reports: list[str] = []

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 PARTS = ("vision", "connector", "language", "head", "new", "other")
 
@@ -94,7 +95,7 @@ def find_parts(model: nn.Module) -> PartMap:
     core = unwrap(model)
     names = {id(module): name for name, module in core.named_modules()}
     encoder = _image_encoder(core)
-    vision, head = names[id(encoder)], core.get_output_embeddings()
+    vision, head = names[id(encoder)], find_head(core)
     beside = {
         modality: names[id(other)]
         for modality in ("video", "audio")
@@ -116,7 +117,21 @@ def find_parts(model: nn.Module) -> PartMap:
             known.part_of(name)
         except KeyError:
             rest[_child_path(name, holder)] = None
-    return PartMap({**paths, "connector": tuple(rest) or _inside(encoder, vision, core)})
+    modules = dict(core.named_modules())
+    connector = sorted(rest, key=lambda path: path not in modules)  # what can carry a hook before bare Parameters
+    return PartMap({**paths, "connector": tuple(connector) or _inside(encoder, vision, core)})
+
+
+def find_head(core: Any) -> nn.Module | None:
+    """Return the output embeddings: what the class itself says, else what its language model says."""
+    head: nn.Module | None = core.get_output_embeddings()
+    return head_of_language_model(core) if head is None else head
+
+
+def head_of_language_model(core: Any) -> nn.Module | None:
+    """Return the head of a flat class's whole `language_model`, which its own get_output_embeddings() may not find."""
+    language = getattr(core, "language_model", None)
+    return language.get_output_embeddings() if isinstance(language, PreTrainedModel) else None
 
 
 def _inside(encoder: nn.Module, path: str, core: Any) -> tuple[str, ...]:
@@ -143,6 +158,8 @@ def _image_encoder(core: Any) -> nn.Module:
 
 def _decoder(core: Any) -> nn.Module:
     decoder = core.get_decoder()
+    if decoder is core.base_model and core.get_input_embeddings() in decoder.children():
+        return decoder  # the inner model is the language model itself, the image encoder among its layers
     if decoder is core or decoder is core.base_model:
         children = ", ".join(name for name, _ in core.base_model.named_children())
         raise ValueError(f"{type(core).__name__} has no language model among its modules ({children}).")

@@ -38,6 +38,8 @@ from hfcustom.families import family_names, load_family, missing_packages
 from hfcustom.losses import LOSSES
 from hfcustom.registry import REGISTERED
 
+pytest_plugins = ["family_checks"]
+
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
 BENCHMARKS = ROOT / "benchmarks"
@@ -64,6 +66,11 @@ class Family:
     def processor(self) -> Any:
         return self.module.tiny_processor()
 
+    @cached_property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the stock graph; not each family has a connector between its images and its language model."""
+        return self.model().stock_parts().present()
+
     def model(self, model_class: Any = None, seed: int = 0, **config: Any) -> Any:
         """Return a tiny model in eval mode, the same weights for the same seed."""
         tiny = self.module.tiny_config()
@@ -76,7 +83,14 @@ class Family:
             assert hasattr(tiny, name), name
             setattr(tiny, name, value)
         torch.manual_seed(seed)
-        return model_class(tiny).eval()
+        model = model_class(tiny).eval()
+        if hasattr(self.module, "wake"):  # what starts at zero, so that images have an effect in a random model
+            self.module.wake(model)
+        return model
+
+    def corrected(self, model_class: Any = None, **config: Any) -> Any:
+        """Return a tiny model with what its class corrects of stock, for what stock gets wrong in this family."""
+        return self.model(model_class, **dict.fromkeys(self.model_class.corrections, True), **config)
 
     def batch(self, images: list[int], processor: Any = None) -> dict[str, torch.Tensor]:
         """Return a training batch with a row for each number of images."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from hfcustom import adapt
-from hfcustom.parts import find_parts, part_table, unwrap
+from hfcustom.parts import expert_matrices, find_parts, part_table, unwrap
 from hfcustom.train import fit
 from hfcustom.train_config import TrainConfig
 
@@ -45,15 +46,40 @@ def train_a_little(model: nn.Module, batch: dict[str, torch.Tensor], steps: int 
 
 def test_freeze_stops_the_named_parts_and_no_other(family: Family) -> None:
     model = family.model()
-    adapt.freeze(model, ["vision", "connector"])
+    frozen = [part for part in family.parts if part in ("vision", "connector")]
+    adapt.freeze(model, frozen)
     trainable = {row.part: row.trainable for row in part_table(model)}
-    assert trainable["vision"] == trainable["connector"] == 0 < trainable["language"]
+    assert not any(trainable[part] for part in frozen) and trainable["language"]
     with pytest.raises(ValueError, match=r"Unknown part 'langauge'.*Did you mean 'language'"):
         adapt.freeze(model, "langauge")
-    with pytest.raises(ValueError, match=r"Unknown part 'new'; this model has vision, connector, language, head"):
+    with pytest.raises(ValueError, match=rf"Unknown part 'new'; this model has {', '.join(family.parts)}"):
         adapt.freeze(model, "new")
     with pytest.raises(ValueError, match="leaves nothing to train"):
-        adapt.freeze(model, ["language", "head"])
+        adapt.freeze(model, [part for part in family.parts if part not in frozen])
+
+
+def test_freeze_can_leave_the_attention_layers_of_a_part(family: Family) -> None:
+    model = family.model()
+    adapt.freeze(model, ["vision", "language"], keep="attention")
+    layers = {part: adapt.attention_layers(model, part) for part in ("vision", "language")}
+    assert all("attn" in path.lower() or "attention" in path.lower() for paths in layers.values() for path in paths)
+    parts = find_parts(model)
+    for name, parameter in model.named_parameters():
+        part = parts.part_of(name)
+        inside = any(name.startswith(path + ".") for path in layers.get(part, ()))
+        assert parameter.requires_grad == (inside or part not in layers), name
+    for part in layers:
+        trained = {p.trainable for p in part_table(model) if p.part == part}
+        assert 0 < max(trained) < sum(row.parameters for row in part_table(model) if row.part == part)
+
+
+def test_attention_that_is_not_there_cannot_be_kept(internvl: Family) -> None:
+    with pytest.raises(
+        ValueError, match=r"The part 'head' \(lm_head\) has no attention layer to keep; freeze it whole"
+    ):
+        adapt.freeze(internvl.model(), "head", keep="attention")
+    with pytest.raises(ValueError, match="freeze\\(\\) keep='attn'; choose 'attention', or leave it out"):
+        adapt.freeze(internvl.model(), "vision", keep="attn")  # type: ignore[arg-type]
 
 
 # ---- LoRA -----------------------------------------------------------------------------------------------------------
@@ -65,7 +91,7 @@ def test_lora_goes_to_every_linear_of_the_language_model_and_nowhere_else(family
     expected = {
         f"{name}.lora_A"
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(language)
+        if type(module) is nn.Linear and name.startswith(language)
     }
     wrapped = adapt.lora(model, rank=2)
     assert lora_modules(wrapped) == expected and expected
@@ -74,7 +100,14 @@ def test_lora_goes_to_every_linear_of_the_language_model_and_nowhere_else(family
 
 @pytest.mark.parametrize("parts", [["vision"], ["connector"], ["vision", "language"]], ids=" and ".join)
 def test_lora_goes_where_it_is_told(family: Family, parts: list[str]) -> None:
-    wrapped = adapt.lora(family.model(), parts, rank=2)
+    model = family.model()
+    part_map = find_parts(model)
+    with_linears = {part_map.find(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if without := [part for part in parts if part not in with_linears]:  # Chameleon's image encoder is convolutions
+        with pytest.raises(ValueError, match=rf"'{without[0]}'.*(this model has|no Linear module for LoRA)"):
+            adapt.lora(model, parts, rank=2)
+        return
+    wrapped = adapt.lora(model, parts, rank=2)
     assert {row.part for row in part_table(wrapped) if row.trainable} == set(parts)
 
 
@@ -113,6 +146,23 @@ def test_a_bare_parameter_cannot_ride_with_an_adapter(internvl: Family) -> None:
         adapt.lora(internvl.model(Tempered))
 
 
+def test_a_bare_parameter_of_the_stock_class_stays_and_that_is_said(
+    family: Family, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("hfcustom"), "propagate", True)
+    model = family.model()
+    bare = set(find_parts(model).paths["connector"]) & {name for name, _ in model.named_parameters()}
+    wrapped = adapt.lora(model, train="connector", rank=2)
+    said = {line for line in caplog.messages if "is a bare Parameter" in line}
+    assert len(said) == len(bare) and all(any(repr(name) in line for line in said) for name in bare)
+    parts = find_parts(wrapped)
+    for name, parameter in wrapped.named_parameters():
+        if parts.part_of(name) == "connector" and "original_module" not in name:
+            assert parameter.requires_grad != any(name.endswith(path) for path in bare), name
+    adapt.freeze(model := family.model(), ["vision", "language", "head"])  # what the message advises
+    assert all(model.get_parameter(name).requires_grad for name in bare)
+
+
 def test_new_modules_train_save_reload_and_merge_with_the_adapter(family: Family, tmp_path: Path) -> None:
     processor = copy.deepcopy(family.processor)
     base = family.model(connector=CONNECTOR)
@@ -138,6 +188,32 @@ def test_new_modules_train_save_reload_and_merge_with_the_adapter(family: Family
         torch.testing.assert_close(merged(**batch).logits, trained, rtol=1e-4, atol=5e-6)
     merged.save_pretrained(tmp_path / "merged")
     assert_same_model(AutoModelForImageTextToText.from_pretrained(tmp_path / "merged"), merged, batch)
+
+
+def test_lora_on_experts_trains_reloads_and_merges(family: Family, tmp_path: Path) -> None:
+    base, batch = family.model(), family.batch([1, 0])
+    stacked = [name for name, _ in expert_matrices(base)]
+    if not stacked:
+        with pytest.raises(
+            ValueError, match="experts=True, but language of this Custom.* holds no experts as stacked"
+        ):
+            adapt.lora(base, experts=True)
+        return
+    base.save_pretrained(tmp_path / "base")
+    model = adapt.lora(AutoModelForImageTextToText.from_pretrained(tmp_path / "base"), rank=2, experts=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    train_a_little(model, batch)
+    moved = [name for name, p in model.named_parameters() if p.requires_grad and not torch.equal(p, before[name])]
+    assert len([name for name in moved if ".experts." in name and "lora_B" in name]) >= len(stacked)
+    assert {row.kind for row in adapt.linear_table(model)} >= {"Linear", "3-D Parameter, not a Linear: stays float32"}
+    with torch.no_grad():
+        trained = model(**batch).logits
+        model.save_pretrained(tmp_path / "adapter")
+        again = adapt.load_adapter(tmp_path / "adapter", tmp_path / "base")
+        torch.testing.assert_close(again(**batch).logits, trained, rtol=1e-5, atol=1e-6)
+        merged = adapt.merge_adapter(tmp_path / "adapter", tmp_path / "base").eval()
+        torch.testing.assert_close(merged(**batch).logits, trained, rtol=1e-4, atol=5e-6)
+    assert merged.state_dict().keys() == base.state_dict().keys()
 
 
 def test_an_adapter_trained_by_fit_brings_its_class_along(internvl: Family, tmp_path: Path) -> None:
@@ -178,19 +254,28 @@ def test_an_adapter_for_another_class_is_an_error(internvl: Family, tmp_path: Pa
         adapt.load_adapter(tmp_path / "adapter", tmp_path / "base")
 
 
-def test_seams_stay_in_effect_under_an_adapter(internvl: Family) -> None:
+def test_seams_stay_in_effect_under_an_adapter(family: Family) -> None:
+    """peft calls forward() of the model that it wraps, not the model."""
     calls: list[str] = []
 
-    class Seen(internvl.model_class):  # type: ignore[misc, name-defined]
+    class Seen(family.model_class):  # type: ignore[misc, name-defined]
         def transform_vision_features(self, features: torch.Tensor) -> torch.Tensor:
             calls.append("vision")
             return features
 
-    model = adapt.lora(internvl.model(Seen, connector="average_pool"), train="connector", rank=2)
-    processor = copy.deepcopy(internvl.processor)
+        def transform_embeddings(self, embeddings: torch.Tensor, image_mask: torch.Tensor) -> torch.Tensor:
+            calls.append(f"{int(image_mask.any())} embeddings")
+            return embeddings
+
+    model = adapt.lora(family.model(Seen, connector="average_pool"), train="connector", rank=2)
+    processor = copy.deepcopy(family.processor)
     unwrap(model).match_processor(processor)
-    model.train()(**internvl.batch([1], processor)).loss.backward()
-    assert calls == ["vision"]
+    batch = family.batch([1], processor)
+    model.train()(**batch).loss.backward()
+    assert calls == ["vision", "1 embeddings"]
+    with torch.no_grad():
+        model.eval()(**{name: value for name, value in batch.items() if name != "labels"})
+    assert calls == 2 * ["vision", "1 embeddings"]
 
 
 def test_merging_into_quantised_weights_is_refused(internvl: Family, tmp_path: Path) -> None:
@@ -219,14 +304,27 @@ def test_only_the_language_models_linears_are_quantised(family: Family, tmp_path
     config = adapt.quantization_config(tmp_path, bits)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=config)
     table = adapt.check_quantization(model)
+    linears = [module for module in plain.modules() if isinstance(module, nn.Linear)]
+    own_kinds = {type(module).__name__ for module in linears if type(module) is not nn.Linear}  # Llama 4's router
     for row in table:
-        assert (row.kind == KINDS[bits]) == (row.part == "language" and "3-D Parameter" not in row.kind), row
-    counted = sum(row.count for row in table if "Parameter" not in row.kind)
-    assert counted == sum(isinstance(module, nn.Linear) for module in plain.modules())
+        stays = row.kind.partition(", not a ")[0] in {"3-D Parameter", *own_kinds}
+        assert (row.kind == KINDS[bits]) == (row.part == "language" and not stays), row
+    assert sum(row.count for row in table if "Parameter" not in row.kind) == len(linears)
     batch = family.batch([2, 1], processor)
     with torch.no_grad():
         error = (model(**batch).logits - plain(**batch).logits).abs().max()
     assert 0 < float(error) < (0.05 if bits == "8bit" else 0.5)
+
+
+@pytest.mark.parametrize("bits", KINDS)
+def test_a_quantised_model_is_saved_and_reloaded_whole(family: Family, tmp_path: Path, bits: Any) -> None:
+    family.model().save_pretrained(tmp_path / "base")
+    config = adapt.quantization_config(tmp_path / "base", bits)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", quantization_config=config)
+    model.save_pretrained(tmp_path / "quantised")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "quantised")
+    assert adapt.check_quantization(again) == adapt.check_quantization(model)
+    assert_same_model(again, model, family.batch([1, 0]))
 
 
 def test_arias_expert_weights_are_shown_as_what_they_are(families: dict[str, Family], tmp_path: Path) -> None:

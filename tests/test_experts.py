@@ -7,26 +7,34 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Family
+from conftest import FAMILIES, Family
 
 import hfcustom
+from hfcustom.families import load_family
 from hfcustom.losses import find_loss
-from hfcustom.parts import unwrap
+from hfcustom.parts import expert_matrices, unwrap
+from hfcustom.train import checkpoint_activations
 
 TERMS = ("moe_balance", "router_z_loss")
 
 
-@pytest.fixture
-def aria(families: dict[str, Family]) -> Family:
-    return families["aria"]
+MOE = [name for name in FAMILIES if expert_matrices(Family(name, load_family(name)).model())]
+
+
+@pytest.fixture(params=MOE)
+def moe(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
+    return families[request.param]
 
 
 def recorded_routers(model: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Return each router's logits, (B, T, E), seen by hooks of our own."""
+    """Return each router's logits, (B, T, E), from what hooks of our own see it get."""
     seen: list[torch.Tensor] = []
     routers = [module for name, module in model.named_modules() if name.endswith(".router")]
-    hooks = [router.register_forward_hook(lambda module, args, output: seen.append(output[0])) for router in routers]
-    model.model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
+    hooks = [
+        router.register_forward_pre_hook(lambda module, args: seen.append(args[0] @ module.weight.T))
+        for router in routers
+    ]
+    model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
     for hook in hooks:
         hook.remove()
     return [logits.reshape(*batch["labels"].shape, -1) for logits in seen]
@@ -51,14 +59,16 @@ def naive_z(layers: list[torch.Tensor], mask: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def test_values_equal_loops_over_rows_and_tokens(aria: Family) -> None:
-    batch, model = aria.batch([1, 0, 0]), aria.model(loss=dict.fromkeys(TERMS, 1.0))
+def test_values_equal_loops_over_rows_and_tokens(moe: Family) -> None:
+    batch, model = moe.batch([1, 0, 0]), moe.model(loss=dict.fromkeys(TERMS, 1.0))
     layers = recorded_routers(model, batch)
-    assert len(layers) == 2
+    text = model.config.get_text_config()
+    top_k = text.moe_topk if "moe_topk" in vars(text) else text.num_experts_per_tok
+    assert len(layers) == len(expert_matrices(model)) / 2 > 0  # gate and up together, down
     model(**batch)
     values = model.loss_values
     mask = batch["attention_mask"]
-    assert float(values["moe_balance"].sum) == pytest.approx(naive_balance(layers, mask, top_k=2), rel=1e-5)
+    assert float(values["moe_balance"].sum) == pytest.approx(naive_balance(layers, mask, top_k), rel=1e-5)
     assert float(values["router_z_loss"].sum) == pytest.approx(naive_z(layers, mask), rel=1e-5)
     assert (values["moe_balance"].count, values["router_z_loss"].count) == (3, int(mask.sum()))
 
@@ -73,36 +83,36 @@ def test_perfect_balance_is_one_and_collapse_is_the_number_of_experts() -> None:
 
 @pytest.mark.parametrize("name", TERMS)
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "LoRA"])
-def test_gradients_arrive_and_checkpointing_changes_none(aria: Family, name: str, adapted: bool) -> None:
-    batch, gradients = aria.batch([1, 0]), []
+def test_gradients_arrive_and_checkpointing_changes_none(moe: Family, name: str, adapted: bool) -> None:
+    batch, gradients = moe.batch([1, 0]), []
     for enable in (False, True):
-        model = aria.model(loss=name).train()
+        model = moe.model(loss=name).train()
         wrapped = hfcustom.lora(model, rank=2) if adapted else model
         if enable:
-            hfcustom.train.checkpoint_activations(unwrap(wrapped))
+            checkpoint_activations(unwrap(wrapped))
         wrapped(**batch).loss.backward()
         gradients.append({key: p.grad for key, p in wrapped.named_parameters() if p.grad is not None and p.grad.any()})
     reached = [key for key in gradients[0] if ("lora_B" in key if adapted else key.endswith("router.weight"))]
-    assert reached and (adapted or len(reached) == 2)
+    assert reached and (adapted or len(reached) == len(expert_matrices(unwrap(wrapped))) / 2)
     assert gradients[0].keys() == gradients[1].keys()
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-5, atol=1e-8, msg=key)
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_logits_recorded_without_a_gradient_are_an_error(aria: Family, name: str) -> None:
+def test_logits_recorded_without_a_gradient_are_an_error(moe: Family, name: str) -> None:
     """Reentrant checkpointing records inside no_grad."""
-    model = aria.model(loss={"cross_entropy": 1.0, name: 0.1}).train()
-    hfcustom.train.checkpoint_activations(model)
+    model = moe.model(loss={"cross_entropy": 1.0, name: 0.1}).train()
+    checkpoint_activations(model)
     for module in model.modules():
         if "_gradient_checkpointing_func" in vars(module):
             module._gradient_checkpointing_func = lambda function, *args: torch.utils.checkpoint.checkpoint(
                 function, *args, use_reentrant=True
             )
     with pytest.raises(ValueError, match=rf"Term '{name}' would train nothing.*no gradient.*use_reentrant=False"):
-        model(**aria.batch([0]))
+        model(**moe.batch([0]))
     with torch.no_grad():
-        assert float(model(**aria.batch([0])).loss) > 0
+        assert float(model(**moe.batch([0])).loss) > 0
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -147,14 +157,14 @@ def test_wrong_options_are_told(wrong: str) -> None:
 @pytest.mark.parametrize(
     ("recorded", "message"),
     [
-        (torch.full((4, 8), 1 / 8), "AriaForConditionalGeneration records probabilities"),
+        (torch.full((4, 8), 1 / 8), "ForConditionalGeneration records probabilities"),
         (torch.randn(3, 8), r"\(B \* T = 4, experts\) of every layer, but transformers recorded \(3, 8\)"),
     ],
     ids=["probabilities", "other rows"],
 )
-def test_what_is_no_router_logits_is_refused(aria: Family, recorded: torch.Tensor, message: str) -> None:
+def test_what_is_no_router_logits_is_refused(moe: Family, recorded: torch.Tensor, message: str) -> None:
     labels, hidden = torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, 2)
     outputs = {"router_logits": (recorded,)}
-    context = hfcustom.LossContext(aria.model(), {"labels": labels}, labels, hidden, outputs, running="moe_balance")
+    context = hfcustom.LossContext(moe.model(), {"labels": labels}, labels, hidden, outputs, running="moe_balance")
     with pytest.raises(ValueError, match=message):
         context.router_logits  # noqa: B018

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,12 +84,9 @@ def test_every_family_can_be_paired(family: Family) -> None:
     model = family.model(loss={"contrastive": 1.0, "sigmoid_contrastive": 1.0}).train()
     model(**family.batch(images)).loss.backward()
     assert {value.count for value in model.loss_values.values()} == {len(images) - 1}
-    connector = hfcustom.find_parts(model)
-    assert any(
-        p.grad is not None and p.grad.any()
-        for key, p in model.named_parameters()
-        if connector.part_of(key) == "vision"
-    )
+    parts = hfcustom.find_parts(model)
+    trained = {parts.part_of(key) for key, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert ("vision" in trained) == (not {f"{path}." for path in parts.paths["vision"]} & set(model.unreached()))
 
 
 def test_an_untied_pair_costs_what_chance_says() -> None:
@@ -97,7 +95,7 @@ def test_an_untied_pair_costs_what_chance_says() -> None:
     labels = torch.tensor([[-100, 1]] * 4)
     ones = torch.ones(4, 2, 3)
     context = hfcustom.LossContext(
-        None,  # type: ignore[arg-type]
+        SimpleNamespace(image_token_rows=lambda batch: None),  # type: ignore[arg-type]
         {"input_ids": ids, "labels": labels},
         labels,
         ones,

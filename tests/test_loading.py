@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Family, assert_same_model
+from conftest import Family, assert_same_model, stock_config
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,7 +22,7 @@ def gated(model_class: Any) -> Any:
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            self.gate = Gate(config.text_config.hidden_size)
+            self.gate = Gate(config.get_text_config().hidden_size)
             self.post_init()
 
         def transform_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -121,7 +121,9 @@ def test_an_init_that_reads_stock_weights_is_told_when_to(internvl: Family, tmp_
     class Copying(internvl.model_class):  # type: ignore[misc, name-defined]
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            self.copied = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+            self.copied = nn.Linear(
+                config.get_text_config().hidden_size, config.get_text_config().vocab_size, bias=False
+            )
             self.copied.weight.data.copy_(self.lm_head.weight.data)
             self.post_init()
 
@@ -217,6 +219,13 @@ def test_sharded_checkpoints_and_16_bit_weights_load(internvl: Family, tmp_path:
     assert again.dtype == torch.bfloat16
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
     assert internvl.model_class.from_pretrained(tmp_path, dtype="float32").dtype == torch.float32
+
+
+def test_a_checkpoint_of_either_class_is_its_familys(family: Family, tmp_path: Path) -> None:
+    config = family.module.tiny_config()
+    stock_config(family.stock_class, config).save_pretrained(tmp_path / "stock")
+    config.save_pretrained(tmp_path / "custom")
+    assert class_of(str(tmp_path / "stock")) is class_of(str(tmp_path / "custom")) is family.model_class
 
 
 @pytest.mark.parametrize("folder", ["./missing", "/missing/model", "../missing"])

@@ -14,6 +14,7 @@ from hfcustom.parts import check_parts, find_parts, part_table, unwrap
 
 PATHS = {
     "aria": ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head"),
+    "chameleon": ("model.vqmodel", "", "model", "lm_head"),
     "idefics3": ("model.vision_model", "model.connector", "model.text_model", "lm_head"),
     "internvl": ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head"),
     "smolvlm": ("model.vision_model", "model.connector", "model.text_model", "lm_head"),
@@ -35,10 +36,17 @@ def extended(model_class: Any) -> Any:
 
 
 def test_parts_are_found_in_each_family(family: Family) -> None:
-    paths = find_parts(family.model()).paths
-    found = tuple(paths[part][0] for part in ("vision", "connector", "language", "head"))
+    model = family.model()
+    paths = find_parts(model).paths
+    found = tuple(", ".join(paths[part][:1]) for part in ("vision", "connector", "language", "head"))
     assert family.name not in PATHS or found == PATHS[family.name]
-    assert all(len(paths[part]) == 1 for part in ("vision", "connector", "language", "head"))
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    for part in ("vision", "connector", "language", "head"):
+        first, *others = paths[part] or (
+            "",
+        )  # one module, beside it bare Parameters, and in vision a tower for videos
+        assert first in modules and (first or part == "connector")
+        assert all(path in parameters or (part == "vision" and path.endswith(".video_tower")) for path in others)
     assert paths["new"] == ()
 
 
@@ -63,24 +71,23 @@ def test_a_replaced_stock_module_is_new(family: Family) -> None:
     class Replaced(family.model_class):  # type: ignore[misc, name-defined]
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            self.lm_head = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, config.text_config.vocab_size))
+            head = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, config.get_text_config().vocab_size))
+            self.set_submodule(self.stock_parts().paths["head"][0], head)
             self.post_init()
-
-        def get_output_embeddings(self) -> nn.Module:
-            return self.lm_head
 
         def tie_weights(self, *args: Any, **kwargs: Any) -> None:
             pass
 
-    assert set(find_parts(family.model(Replaced, tie_word_embeddings=False)).paths["new"]) == {
-        "lm_head.0",
-        "lm_head.1",
-    }
+    untied = {"tie_word_embeddings": False} if family.model().all_tied_weights_keys else {}
+    model = family.model(Replaced, **untied)
+    head = model.stock_parts().paths["head"][0]
+    assert set(find_parts(model).paths["new"]) == {f"{head}.0", f"{head}.1"}
 
 
 def test_wrappers_do_not_move_a_parameter(family: Family) -> None:
     plain = find_parts(family.model())
-    model = adapt.lora(family.model(), "language", train="connector")
+    beside = "connector" if "connector" in family.parts else "head"
+    model = adapt.lora(family.model(), "language", train=beside)
     assert unwrap(model).__class__ is family.model_class
     wrapped = find_parts(model)
     assert {part: wrapped.paths[part] for part in plain.paths} == plain.paths
@@ -88,11 +95,12 @@ def test_wrappers_do_not_move_a_parameter(family: Family) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             counts[wrapped.part_of(name)] = counts.get(wrapped.part_of(name), 0) + 1
-    assert set(counts) == {"language", "connector"}
+    assert set(counts) == {"language", beside}
     compiled = torch.compile(family.model(), backend="eager")
     assert find_parts(compiled).paths == plain.paths
-    assert find_parts(compiled).part_of("_orig_mod.lm_head.weight") == "head"
-    assert find_parts(compiled).part_of("module.lm_head.weight") == "head"
+    head = plain.paths["head"][0]
+    assert find_parts(compiled).part_of(f"_orig_mod.{head}.weight") == "head"
+    assert find_parts(compiled).part_of(f"module.{head}.weight") == "head"
 
 
 def test_unknown_parts_suggest_the_nearest() -> None:

@@ -110,16 +110,24 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
 
 
-def test_a_stock_checkpoint_is_trained_and_loads_through_auto(checkpoint: Path) -> None:
-    out = finetune(
-        checkpoint, "--freeze", "vision", "--connector-lr", "1e-3", "--eval-data", str(checkpoint / "rows.jsonl")
-    )
+def test_a_stock_checkpoint_is_trained_and_loads_through_auto(family: Family, checkpoint: Path) -> None:
+    rates = ["--connector-lr", "1e-3"] if "connector" in family.parts else []
+    out = finetune(checkpoint, "--freeze", "vision", *rates, "--eval-data", str(checkpoint / "rows.jsonl"))
     model = AutoModelForImageTextToText.from_pretrained(out / "model")
     before = AutoModelForImageTextToText.from_pretrained(checkpoint / "stock").state_dict()
-    assert changed_parts(model, before) >= {"connector", "language"}
+    assert changed_parts(model, before) >= {"connector", "language"} & set(family.parts)
     assert "vision" not in changed_parts(model, before)
     assert AutoProcessor.from_pretrained(out / "model").chat_template
     assert len(losses(out)) == 2
+
+
+def test_only_the_attention_of_a_part_can_be_trained(internvl: Family, tmp_path: Path) -> None:
+    folder = stock_checkpoint(internvl, tmp_path)
+    out = finetune(folder, "--freeze", "connector", "head", "--attention-only", "vision", "language")
+    before = AutoModelForImageTextToText.from_pretrained(folder / "stock").state_dict()
+    model = AutoModelForImageTextToText.from_pretrained(out / "model")
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all(".attention." in name or ".self_attn." in name for name in moved)
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
@@ -187,6 +195,8 @@ CONTRADICTIONS = {
     "quantised without lora": (["--load-in", "8bit"], "load_in=8bit needs --lora"),
     "merge without lora": (["--merge"], "merge has no effect without --lora"),
     "freeze with lora": (["--lora", "--freeze", "vision"], "freeze has no effect with --lora"),
+    "attention with lora": (["--lora", "--attention-only", "vision"], "attention_only has no effect with --lora"),
+    "attention of a frozen part": (["--freeze", "vision", "--attention-only", "vision"], "name a part twice"),
     "full without lora": (["--train-full", "connector"], "train_full has no effect without --lora"),
     "eval steps": (["--eval-steps", "5"], "eval_steps has no effect without --eval-data"),
     "bits": (["--load-in", "3bit"], "'3bit'.*'8bit' or '4bit'"),

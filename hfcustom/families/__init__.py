@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from hfcustom.base import CustomVLM
 
 
+HELPERS = ("published", "tiny")  # modules of this folder that are no family
+
+
 def family_names() -> list[str]:
     """Return the names of all families, without importing any."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "tiny")
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in HELPERS)
 
 
 def load_family(name: str) -> ModuleType:
@@ -47,7 +50,8 @@ def missing_packages(name: str) -> list[str]:
 def class_of(checkpoint: str, **hub: Any) -> type[CustomVLM]:
     """Return the custom class of a checkpoint's family, from its config.json; `hub` goes to the config's download.
 
-    Raises ValueError for a model_type that is no family's, naming the families, FileNotFoundError for a missing folder.
+    A family may take over checkpoints of another's model_type that have a vision tower of its name: its module's
+    `reads(config)` says which. Raises ValueError for a model_type that is no family's, naming the families, FileNotFoundError for a missing folder.
     """
     from transformers import PretrainedConfig
 
@@ -55,11 +59,17 @@ def class_of(checkpoint: str, **hub: Any) -> type[CustomVLM]:
     from hfcustom.registry import REGISTERED
 
     check_source(checkpoint)
-    model_type = PretrainedConfig.get_config_dict(checkpoint, **hub)[0].get("model_type", "")
+    config = PretrainedConfig.get_config_dict(checkpoint, **hub)[0]
+    model_type, tower = config.get("model_type", ""), (config.get("vision_config") or {}).get("model_type", "")
     name = model_type.removeprefix("custom_")
-    if name in family_names():
-        load_family(name)
-        model_type = f"custom_{name}"
+    if tower in family_names() and getattr(load_family(tower), "reads", lambda config: False)(config):
+        name = tower
+    near = [family for family in family_names() if name == family or name.startswith(f"{family}_")]
+    if near:  # the longest: llava_next is not llava; qwen2_5_omni_thinker is a part of qwen2_5_omni
+        family = max(near, key=len)
+        load_family(family)
+        config_class: Any = REGISTERED[f"custom_{family}"].config_class
+        model_type = config_class.model_type if name in (family, *config_class.kin()) else model_type
     if model_type not in REGISTERED:
         cure = "Is it a class of your own? Name its file: --custom my_file.py:MyModel."
         raise ValueError(f"{checkpoint}: {unknown('model_type', model_type, family_names(), cure)}")

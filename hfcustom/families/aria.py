@@ -12,7 +12,7 @@ from transformers import AriaConfig, AriaForConditionalGeneration, AriaProcessor
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.registry import register
 
 
@@ -23,7 +23,24 @@ class CustomAriaConfig(CustomConfig, AriaConfig):
 
 
 class CustomAriaProcessor(AriaProcessor):
-    """AriaProcessor under the custom model's name."""
+    """AriaProcessor whose own `images_kwargs`, where they were changed (`resize_images`), are saved with it.
+
+    Its default of 980 pixels wins over the image processor's max_image_size; stock forgets another one.
+    """
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build as stock does, keeping changed defaults."""
+        others = {name: value for name, value in processor_dict.items() if name != "images_kwargs"}
+        result = super().from_args_and_dict(args, others, **kwargs)
+        if "images_kwargs" in processor_dict:
+            (result[0] if isinstance(result, tuple) else result).images_kwargs = processor_dict["images_kwargs"]
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Serialise, with changed defaults."""
+        changed = self.images_kwargs != AriaProcessor.images_kwargs
+        return super().to_dict() | ({"images_kwargs": self.images_kwargs} if changed else {})
 
 
 class CustomAriaForConditionalGeneration(CustomVLM, AriaForConditionalGeneration):
@@ -31,6 +48,10 @@ class CustomAriaForConditionalGeneration(CustomVLM, AriaForConditionalGeneration
 
     config_class = CustomAriaConfig
     processor_class = CustomAriaProcessor
+
+    def unreached(self) -> dict[str, str]:
+        """Return the tower's last norm."""
+        return {"model.vision_tower.post_layernorm.": "features are the hidden states before it"}
 
     def stock_tokens_per_crop(self) -> int:
         """Return the tokens of a crop of the largest size; smaller ones have fewer (`match_processor` sets them all)."""
@@ -69,6 +90,29 @@ def tiny_config() -> CustomAriaConfig:
         image_token_index=processor.image_token_id,
         tie_word_embeddings=False,
     )
+
+
+def published_processor() -> CustomAriaProcessor:
+    """Return a processor with the image settings of Aria and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("AriaImageProcessor")()
+    processor.size_conversion = {490: 128, 980: 256}
+    return processor
+
+
+CHECKPOINTS = {
+    "rhymes-ai/Aria": {
+        "vision_config": published.so400m(980, model_type="idefics3_vision"),
+        "text_config": {
+            **published.decoder("aria_text", (2560, 1664, 28, 20, 20), 100352),
+            "moe_num_experts": 64,
+            "moe_topk": 6,
+            "moe_num_shared_experts": 2,
+        },
+        "projector_patch_to_query_dict": {1225: 128, 4900: 256},
+        "tie_word_embeddings": False,
+    },
+}
 
 
 register(CustomAriaForConditionalGeneration)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, Idefics3Config, Idefics3ForConditionalGener
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.registry import register
 
 
@@ -62,6 +62,32 @@ def tiny_config() -> CustomIdefics3Config:
         image_token_id=processor.image_token_id,
         tie_word_embeddings=False,
     )
+
+
+def published_processor() -> CustomIdefics3Processor:
+    """Return a processor with the image settings of Idefics3-8B and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("Idefics3ImageProcessor")(
+        size={"longest_edge": 1456}, max_image_size={"longest_edge": 364}, return_row_col_info=True
+    )
+    processor.image_seq_len = 169
+    return processor
+
+
+CHECKPOINTS = {
+    "HuggingFaceM4/Idefics3-8B-Llama3": {
+        "vision_config": published.so400m(364),
+        "text_config": published.decoder("llama", (4096, 14336, 32, 32, 8), 128259),
+        "scale_factor": 2,
+        "tie_word_embeddings": False,
+    },
+    "HuggingFaceTB/SmolVLM-256M-Instruct": {
+        "vision_config": published.vision(768, 3072, 12, 12, 512, 16),
+        "text_config": published.decoder("llama", (576, 1536, 30, 9, 3), 49280),
+        "scale_factor": 4,
+        "tie_word_embeddings": False,
+    },
+}
 
 
 register(CustomIdefics3ForConditionalGeneration)

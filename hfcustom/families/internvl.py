@@ -14,7 +14,7 @@ from transformers import AutoConfig, InternVLConfig, InternVLForConditionalGener
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.processors import OptionalVideo
 from hfcustom.registry import register
 
@@ -96,6 +96,31 @@ def tiny_config() -> CustomInternVLConfig:
         image_seq_length=4,
         tie_word_embeddings=False,
     )
+
+
+def published_processor() -> CustomInternVLProcessor:
+    """Return a processor with the image settings of InternVL3 and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("GotOcr2ImageProcessor")(
+        size={"height": 448, "width": 448}, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
+    )
+    processor.image_seq_length = 256
+    return processor
+
+
+def _internvl3(vision: dict[str, Any], sizes: published.Sizes) -> dict[str, Any]:
+    text = published.decoder("qwen2", sizes, 151674)
+    return {"vision_config": vision, "text_config": text, "tie_word_embeddings": False}
+
+
+CHECKPOINTS = {
+    "OpenGVLab/InternVL3-1B-hf": _internvl3(published.INTERNVIT_300M, (896, 4864, 24, 14, 2)),
+    "OpenGVLab/InternVL3-2B-hf": _internvl3(published.INTERNVIT_300M, (1536, 8960, 28, 12, 2)),
+    "OpenGVLab/InternVL3-8B-hf": _internvl3(published.INTERNVIT_300M, (3584, 18944, 28, 28, 4)),
+    "OpenGVLab/InternVL3-14B-hf": _internvl3(published.INTERNVIT_300M, (5120, 13824, 48, 40, 8)),
+    "OpenGVLab/InternVL3-38B-hf": _internvl3(published.INTERNVIT_6B, (5120, 27648, 64, 40, 8)),
+    "OpenGVLab/InternVL3-78B-hf": _internvl3(published.INTERNVIT_6B, (8192, 29568, 80, 64, 8)),
+}
 
 
 register(CustomInternVLForConditionalGeneration)

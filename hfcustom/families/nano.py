@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.nano.config import NanoVLMConfig
 from hfcustom.nano.model import NanoVLMForConditionalGeneration
 from hfcustom.nano_checkpoints import from_nanovlm, is_nanovlm
@@ -88,6 +88,30 @@ def tiny_config() -> CustomNanoVLMConfig:
         image_token_id=processor.image_token_id,
         tie_word_embeddings=False,
     )
+
+
+def published_processor() -> CustomNanoVLMProcessor:
+    """Return a processor with the image settings of nanoVLM-222M and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("SiglipImageProcessor")(
+        size={"height": 224, "width": 224}, do_normalize=False
+    )
+    processor.image_seq_len = 49
+    return processor
+
+
+CHECKPOINTS = {
+    "lusxvr/nanoVLM-222M": {
+        "vision_config": published.vision(768, 3072, 12, 12, 224, 16),
+        "text_config": published.decoder("llama", (576, 1536, 30, 9, 3), 49152),
+        "scale_factor": 2,
+    },
+    "lusxvr/nanoVLM-460M-8k": {
+        "vision_config": published.vision(768, 3072, 12, 12, 512, 16),
+        "text_config": published.decoder("llama", (960, 2560, 32, 15, 5), 49218),
+        "scale_factor": 4,
+    },
+}
 
 
 AutoConfig.register(NanoVLMConfig.model_type, NanoVLMConfig, exist_ok=True)

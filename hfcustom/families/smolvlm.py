@@ -13,7 +13,7 @@ from transformers.utils import is_torchvision_available
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.processors import OptionalVideo
 from hfcustom.registry import register
 
@@ -77,6 +77,29 @@ def tiny_config() -> CustomSmolVLMConfig:
         image_token_id=processor.image_token_id,
         tie_word_embeddings=True,
     )
+
+
+def published_processor() -> CustomSmolVLMProcessor:
+    """Return a processor with the image settings of SmolVLM2-256M and -500M and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("SmolVLMImageProcessor")(
+        size={"longest_edge": 2048}, max_image_size={"longest_edge": 512}
+    )
+    processor.image_seq_len = 64
+    return processor
+
+
+def _smolvlm2(vision: dict[str, Any], scale: int, sizes: published.Sizes) -> dict[str, Any]:
+    text = published.decoder("llama", sizes, 49280)
+    return {"vision_config": vision, "text_config": text, "scale_factor": scale, "tie_word_embeddings": False}
+
+
+_SIGLIP_B_512 = published.vision(768, 3072, 12, 12, 512, 16)
+CHECKPOINTS = {
+    "HuggingFaceTB/SmolVLM2-256M-Video-Instruct": _smolvlm2(_SIGLIP_B_512, 4, (576, 1536, 30, 9, 3)),
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": _smolvlm2(_SIGLIP_B_512, 4, (960, 2560, 32, 15, 5)),
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": _smolvlm2(published.so400m(384), 3, (2048, 8192, 24, 32, 32)),
+}
 
 
 register(CustomSmolVLMForConditionalGeneration)

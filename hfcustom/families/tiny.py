@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import is_torchvision_available
 
@@ -39,6 +39,15 @@ IDEFICS_TOKENS = (
     "<end_of_utterance>",
     *(f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)),
 )
+QWEN_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 
 
 def image_processor(name: str) -> Any:
@@ -58,6 +67,11 @@ def video_processor(name: str, **settings: Any) -> Any:
     return getattr(transformers, name)(**settings) if is_torchvision_available() else None
 
 
+def token_ids(tokenizer: Any, **tokens: str) -> dict[str, Any]:
+    """Return the config's entries for tokens: image="<image>" -> {"image_token_id": 5}."""
+    return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+
+
 def text_config(tokenizer: Any) -> dict[str, Any]:
     """Return the sizes and the special ids of a tiny language model for a tokenizer."""
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -73,8 +87,14 @@ def train_tokenizer(
     named: dict[str, str] | None = None,
     sentences: Iterable[str] = SENTENCES,
     vocab_size: int = 320,
+    adds_bos: bool = False,
+    late: Sequence[str] = (),
 ) -> Any:
-    """Train a byte-level BPE tokenizer; `specials` get ids 0, 1, ..., `named` become attributes such as `image_token`."""
+    """Train a byte-level BPE tokenizer.
+
+    `specials` get ids 0, 1, ..., `late` ones the last ids, `named` become attributes such as `image_token`. With
+    `adds_bos` it writes BOS before each text, as those of some checkpoints do, whether or not one stands there.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -85,30 +105,45 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(sentences, trainer)
+    if adds_bos:
+        assert bos is not None, "adds_bos needs bos"
+        special = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=special)
+    tokenizer.add_special_tokens(list(late))
     tokens = {"eos_token": eos, "pad_token": pad} | ({"bos_token": bos} if bos else {})
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=named or {}, **tokens)
 
 
-def chat_template(image: str, turn_start: str, turn_end: str, bos: str = "") -> str:
-    """Return a Jinja chat template; `{role}` in `turn_start` becomes the role, images become `image`."""
-    before, _, after = turn_start.partition("{role}")
+def chat_template(image: str, turn_start: str, turn_end: str, bos: str = "", prompt_end: str | None = None) -> str:
+    """Return a Jinja chat template; `{role}` in `turn_start` becomes the role, if there is one, images become `image`.
+
+    `prompt_end` ends turns that are not the assistant's, where those end differently.
+    """
+    before, role, after = turn_start.partition("{role}")
+    name = "{{ message['role'] }}" if role else ""
+    end = _literal(turn_end)
+    if prompt_end is not None:
+        end = "{% if message['role'] == 'assistant' %}" + end + "{% else %}" + _literal(prompt_end) + "{% endif %}"
     return (
         _literal(bos)
         + "{% for message in messages %}"
         + _literal(before)
-        + "{{ message['role'] }}"
+        + name
         + _literal(after)
         + "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
         + "{% for block in message['content'] %}"
         + "{% if block['type'] == 'image' %}"
         + _literal(image)
         + "{% else %}{{ block['text'] }}{% endif %}{% endfor %}{% endif %}"
-        + _literal(turn_end)
+        + end
         + "{% endfor %}{% if add_generation_prompt %}"
-        + _literal(before + "assistant" + after)
+        + _literal(before + ("assistant" if role else "") + after)
         + "{% endif %}"
     )
 
 
 def _literal(text: str) -> str:
     return '{{ "' + text.replace("\n", "\\n") + '" }}' if text else ""
+
+
+QWEN_TEMPLATE = chat_template("<|vision_start|><|image_pad|><|vision_end|>", "<|im_start|>{role}\n", "<|im_end|>\n")

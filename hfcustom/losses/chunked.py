@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hfcustom.losses.config import WeightedLoss
 from hfcustom.losses.values import token_values
+from hfcustom.seams import Seam
 
 CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32
 SLICE_ELEMENTS = 2**20  # logits that a function sees at once on a CPU: 4 MiB, which stays in cache
@@ -59,13 +60,17 @@ class Head:
 
 
 def is_plain_linear(module: nn.Linear) -> bool:
-    """Whether a module is nn.Linear itself with dense weights and nothing attached that a direct product would skip."""
-    attached = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    """Whether a module is nn.Linear itself with dense weights and nothing attached that a direct product would skip.
+
+    A seam may be: the one on a head only keeps the stock forward from running it, and is over when a loss is evaluated.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    attached = [hook for registered in hooks for hook in registered.values() if not isinstance(hook, Seam)]
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
         and "forward" not in vars(module)
-        and not any(attached)
+        and not attached
     )
 
 

@@ -49,7 +49,7 @@ def pair_vectors(context: LossContext) -> torch.Tensor:
     assert context.image_mask is not None, "a row with a pair has image placeholders"
     hidden, features = context.hidden_states, context.features.flatten(0, -2)  # (B, T, D), (P * N, D)
     rows, num_rows = row_ids(context.batch).to(hidden.device), context.num_rows
-    image_rows = rows[context.image_mask.to(hidden.device)]  # (P * N,)
+    image_rows = context.image_rows  # (P * N,)
     if len(image_rows) != len(features):
         raise ValueError(
             f"Term {context.running!r} cannot tell which rows {len(features)} image tokens belong to: the text has "
@@ -70,12 +70,13 @@ def contrastive(context: LossContext, temperature: float = 0.07) -> tuple[torch.
     text the mean of the hidden states at its supervised tokens. CLIP, https://arxiv.org/abs/2103.00020, figure 3, with a
     temperature that is not trained. Rows without an image or without supervised text take no part.
 
+    >>> from types import SimpleNamespace
     >>> from hfcustom.losses import LossContext
     >>> ids = torch.tensor([[9, 1], [9, 2]])  # two rows: an image of one token, a word
     >>> labels = torch.tensor([[-100, 1], [-100, 2]])
     >>> image, cat, dog = torch.eye(3)
     >>> context = LossContext(
-    ...     model=None,
+    ...     model=SimpleNamespace(image_token_rows=lambda batch: None),  # each stands at its placeholder
     ...     batch={"input_ids": ids, "labels": labels},
     ...     labels=labels,
     ...     hidden_states=torch.stack([torch.stack([image, cat]), torch.stack([image, dog])]),
@@ -103,12 +104,13 @@ def sigmoid_contrastive(
     SigLIP, https://arxiv.org/abs/2303.15343, eq. 1 as its algorithm 1 computes it, with the values that its temperature
     and bias start from, not trained. Vectors and rows as in `contrastive`.
 
+    >>> from types import SimpleNamespace
     >>> from hfcustom.losses import LossContext
     >>> ids = torch.tensor([[9, 1], [9, 2]])
     >>> labels = torch.tensor([[-100, 1], [-100, 2]])
     >>> image, cat, dog = torch.eye(3)
     >>> context = LossContext(
-    ...     model=None,
+    ...     model=SimpleNamespace(image_token_rows=lambda batch: None),  # each stands at its placeholder
     ...     batch={"input_ids": ids, "labels": labels},
     ...     labels=labels,
     ...     hidden_states=torch.stack([torch.stack([image, cat]), torch.stack([image, dog])]),

@@ -1,0 +1,5 @@
+"""`python -m hfcustom` is the command `hfcustom`."""
+
+from hfcustom.cli import main
+
+raise SystemExit(main())

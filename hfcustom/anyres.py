@@ -1,0 +1,121 @@
+"""Images of any size as a base view and tiles: the connector seam of LLaVA-NeXT and LLaVA-OneVision, and its processor.
+
+Stock puts the tiles of an image together, cuts off what is padding, and packs base view, rows and a newline after each row.
+A connector sees the base view as a square and the rest as rows and columns without newlines; a newline then follows
+each row that it leaves: (P, N, D) a base view and tiles -> (M + rows * (columns + 1), D) an image.
+Letters: P crops, N tokens a crop, M tokens out, D hidden. Paper: https://llava-vl.github.io/blog/2024-01-30-llava-next/
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfcustom.connectors import Grid, count_tokens_out, grid_out
+from hfcustom.processors import ConnectedProcessor
+from hfcustom.ragged import RaggedImages
+
+
+class AnyresImages(RaggedImages):
+    """Mixin between CustomVLM and a stock class that has `pack_image_features`."""
+
+    def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
+        """Take vision features before the projector, which gets crops of one size."""
+        projector = self.stock_parts().paths["connector"][0]
+        return [*super().seam_hooks(), (projector, "register_forward_pre_hook", "_at_projector_input", {})]
+
+    def _at_projector_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args if self.image_inputs is None else self._at_connector_input(module, args)  # None: a video
+
+    def seam_methods(self) -> list[tuple[str, str, str]]:
+        """Stand in for pack_image_features, where the tiles of an image come together."""
+        return [*super().seam_methods(), (self.inner_path(), "pack_image_features", "_at_packing")]
+
+    def match_processor(self, processor: Any) -> Any:
+        """Give the processor the connector, so that it writes as many placeholders; save it with the model.
+
+        Raises ValueError when it would cut images in another way than this model puts them together.
+        """
+        for name, theirs in self.processor_settings(processor).items():
+            own = getattr(self.config, name)
+            if theirs != own:
+                raise ValueError(
+                    f"The processor's {name} is {theirs}, the model's {own}: the text would get other placeholders than the "
+                    f"model makes tokens. Set both, on the processor and as model.config.{name}."
+                )
+        return super().match_processor(processor)
+
+    def processor_settings(self, processor: Any) -> dict[str, Any]:
+        """Return what the processor must have in common with the model's config."""
+        return {"image_grid_pinpoints": [list(size) for size in processor.image_processor.image_grid_pinpoints]}
+
+    def _connect(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        return features  # packing has run the connector
+
+    def _at_packing(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.custom_connector is None:
+            return stock(*args, **kwargs)
+        inputs = inspect.signature(stock).bind(*args, **kwargs).arguments
+        crops, newline = inputs["image_features"], inputs.get("image_newline")  # a (P, N, D) each image, (D,)
+        images, lengths = stock(**inputs | {"image_newline": None})  # (N + rows * columns, D) each
+        thin = {"image_features": [image[..., :1] for image in crops], "image_newline": lengths.new_zeros(1)}
+        rows = (stock(**inputs | thin)[1] - lengths).tolist()  # with newlines there is a token more a row
+        bases = [image[0] for image in crops]
+        rests = [image[len(base) :] for image, base in zip(images, bases, strict=True)]  # (rows * columns, D)
+        bases = self._reduce(bases, [_square(len(base)) for base in bases])
+        grids = [(height, len(rest) // height) for height, rest in zip(rows, rests, strict=True)]
+        packed = [
+            torch.cat([base, self._lines(rest, grid, newline)])
+            for base, rest, grid in zip(bases, rests, grids, strict=True)
+        ]
+        return packed, lengths.new_tensor([len(image) for image in packed])
+
+    def _lines(self, rest: torch.Tensor, grid: Grid, newline: torch.Tensor | None) -> torch.Tensor:
+        """Reduce what the tiles show, (rows * columns, D), and end each row that is left with a newline."""
+        if len(rest):
+            rows, columns = grid_out(self.custom_connector, len(rest), grid)
+            rest = self._reduce([rest], [grid])[0]
+        else:  # a base view alone is one row
+            rows, columns = 1, 0
+        lines = rest.view(rows, columns, rest.shape[-1])  # (rows, columns, D)
+        if newline is not None:
+            lines = torch.cat([lines, newline.to(lines).expand(rows, 1, -1)], 1)  # (rows, columns + 1, D)
+        return lines.flatten(0, 1)
+
+
+class AnyresProcessor(ConnectedProcessor):
+    """Mixin before a stock processor that counts the tokens of a base view, tiles and newlines."""
+
+    def base_tokens(self, image_inputs: dict[str, Any]) -> int:
+        """Return the tokens of a base view before the connector."""
+        raise NotImplementedError
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """Return the placeholders of an image: stock's count, with the base view as the connector reduces it."""
+        text: str = super().replace_image_token(image_inputs, image_idx, **kwargs)
+        module = self.connector_module()
+        if module is None:
+            return text
+        token: str = self.image_token  # type: ignore[attr-defined]
+        base = self.base_tokens(image_inputs)
+        return token * (len(text) // len(token) - base + count_tokens_out(module, base, _square(base)))
+
+    def _get_unpadded_features(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Return the tokens of the tiles of an image after the connector, and the newlines; stock counts with this."""
+        stock: Any = super()
+        tokens, rows = stock._get_unpadded_features(*args, **kwargs)
+        module = self.connector_module()
+        if module is None:
+            return tokens, rows
+        rows, columns = grid_out(module, tokens, (rows, tokens // rows))
+        return rows * columns, rows
+
+
+def _square(num_tokens: int) -> Grid:
+    side = math.isqrt(num_tokens)
+    return side, side

@@ -1,0 +1,170 @@
+"""Molmo 2 (allenai/Molmo2-4B, Molmo2-8B). The Molmo of 2024 (allenai/Molmo-7B-D-0924) is another, remote code.
+
+ViT, two layers' features side by side -> attention of each 2 x 2 patches + MLP -> Qwen3- or OLMo-like decoder, where the
+features are added to the placeholders' embeddings and all image tokens attend to each other. 196 tokens for the whole image
+at 378 px, then as many rows as its up to 8 overlapping crops have together, all <im_patch>, each row followed by <im_col>.
+Paper: https://arxiv.org/abs/2601.10611; stock code: transformers/models/molmo2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import Molmo2Config, Molmo2ForConditionalGeneration, Molmo2Processor
+
+from hfcustom.base import CustomVLM
+from hfcustom.configuration import CustomConfig
+from hfcustom.connectors import Grid, grid_out
+from hfcustom.families import tiny
+from hfcustom.processors import MatchedProcessor, NeedsTorchvision
+from hfcustom.ragged import VideosAsImages
+from hfcustom.registry import register
+
+REQUIRES = ("torchvision",)
+
+
+class CustomMolmo2Config(CustomConfig, Molmo2Config):
+    """Molmo2Config with `connector` and `loss`."""
+
+    model_type = "custom_molmo2"
+
+
+class CustomMolmo2Processor(NeedsTorchvision, MatchedProcessor, Molmo2Processor):
+    """Molmo2Processor that follows the model's connector, and whose offsets are those in the text it was given."""
+
+    def reduced_inputs(
+        self, image_inputs: Mapping[str, Any], image_idx: int, module: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return the rows and columns that the connector makes of the whole image and of its crops."""
+        sides = [int(side) for side in image_inputs["image_grids"][image_idx]]
+        grids = (grid_out(module, rows * columns, (rows, columns)) for rows, columns in (sides[:2], sides[2:]))
+        return {"image_grids": [[side for grid in grids for side in grid]]}
+
+    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> Any:
+        """Process as stock does; stock writes a beginning before the text, which labels must not be shifted by."""
+        outputs = super().__call__(images=images, text=text, videos=videos, **kwargs)
+        beginning = self.tokenizer.bos_token or self.tokenizer.eos_token
+        texts = [text] if isinstance(text, str) else text or []
+        added = [0 if row.startswith(beginning) else len(beginning) for row in texts]
+        if "offset_mapping" in outputs:
+            rows = zip(outputs["offset_mapping"], added, strict=True)
+            outputs["offset_mapping"] = [[[max(int(at) - n, 0) for at in pair] for pair in row] for row, n in rows]
+        for replacements, n in zip(outputs.get("text_replacement_offsets", ()), added, strict=False):
+            for replacement in replacements:
+                for span in ("span", "new_span"):
+                    replacement[span] = tuple(at - n for at in replacement[span])
+        return outputs
+
+
+class CustomMolmo2ForConditionalGeneration(VideosAsImages, CustomVLM, Molmo2ForConditionalGeneration):
+    """Molmo 2 with five seams; vision features are a crop's patches in both layers, before the pooling attention."""
+
+    config_class = CustomMolmo2Config
+    processor_class = CustomMolmo2Processor
+
+    def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
+        """Take vision features before the projector, which gets all crops in one tensor."""
+        projector = self.stock_parts().paths["connector"][0]
+        return [*super().seam_hooks(), (projector, "register_forward_pre_hook", "_at_connector_input", {})]
+
+    def image_grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
+        """Return two grids an image: of the whole, and of its crops together."""
+        return [(rows, columns) for rows, columns in inputs["image_grids"].view(-1, 2).tolist()]
+
+    def _reduce(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[torch.Tensor]:
+        views = torch.cat(list(features)).split([rows * columns for rows, columns in grids])
+        reduced = super()._reduce(views, grids)
+        return [torch.cat(reduced[at : at + 2]) for at in range(0, len(reduced), 2)]
+
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+IMAGE_TOKENS = (  # beyond the head's vocabulary: they are read, never said
+    "<im_start>",
+    "<im_end>",
+    "<im_patch>",
+    "<im_col>",
+    "<low_res_im_start>",
+    "<|image|>",
+    "<im_low>",
+    "<frame_start>",
+    "<frame_end>",
+    "<|video|>",
+)
+CHAT_TEMPLATE = tiny.chat_template("<|image|>", "<|im_start|>{role}\n", "<|im_end|>\n")
+
+
+def tiny_processor() -> CustomMolmo2Processor:
+    """Return a processor for crops of 4 x 4 patches of 7 px, up to 4 of them, with a tokenizer trained on the spot."""
+    size = {"size": {"height": 28, "width": 28}, "patch_size": 7}
+    crops = {"max_crops": 4, "overlap_margins": [1, 1], "pooling_size": [2, 2]}
+    named = {"image_token": "<|image|>", "video_token": "<|video|>"}
+    image_processor = tiny.image_processor("Molmo2ImageProcessor")(**size, **crops)
+    tokenizer = tiny.train_tokenizer(
+        SPECIAL_TOKENS, eos="<|im_end|>", pad="<|endoftext|>", late=IMAGE_TOKENS, named=named
+    )
+    return CustomMolmo2Processor(
+        image_processor,
+        tiny.video_processor("Molmo2VideoProcessor", **size),
+        tokenizer,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def tiny_config() -> CustomMolmo2Config:
+    """Return a config of the real architecture small enough for a test: 2 + 2 layers.
+
+    The adapter starts large: with stock's 0.02 it would add a billionth to an embedding.
+    """
+    processor = tiny_processor()
+    tokenizer = processor.tokenizer
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+    text = {**tiny.text_config(tokenizer), "head_dim": 16}
+    names = {
+        "image_start_token_id": "<im_start>",
+        "low_res_image_start_token_id": "<low_res_im_start>",
+        "image_end_token_id": "<im_end>",
+        "image_patch_id": "<im_patch>",
+        "frame_start_token_id": "<frame_start>",
+        "frame_end_token_id": "<frame_end>",
+    }
+    return CustomMolmo2Config(
+        vision_config={**tiny.VISION, **heads, "image_size": [28, 28], "patch_size": 7},
+        adapter_config={
+            **heads,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "text_hidden_size": tiny.TEXT["hidden_size"],
+            "vision_feature_layer": [1, 0],
+            "initializer_range": 0.3,
+        },
+        text_config={
+            **text,
+            "vocab_size": len(tokenizer) - len(IMAGE_TOKENS),
+            "additional_vocab_size": len(IMAGE_TOKENS),
+        },
+        **{field: tokenizer.convert_tokens_to_ids(token) for field, token in names.items()},
+    )
+
+
+def published_processor() -> CustomMolmo2Processor:
+    """Return a processor with the image settings of Molmo2 and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("Molmo2ImageProcessor")()
+    return processor
+
+
+def _molmo2(hidden: int, intermediate: int) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": 36}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    return {
+        "adapter_config": {"intermediate_size": intermediate, "text_hidden_size": hidden},
+        "text_config": {**sizes, **heads, "vocab_size": 151936},
+    }
+
+
+CHECKPOINTS = {"allenai/Molmo2-4B": _molmo2(2560, 9728), "allenai/Molmo2-8B": _molmo2(4096, 12288)}
+
+
+register(CustomMolmo2ForConditionalGeneration)

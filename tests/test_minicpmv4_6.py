@@ -1,0 +1,71 @@
+"""MiniCPM-V 4.6 beside what every family must do: views of an image, fewer merges on request, videos left alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Family, picture
+
+from hfcustom.families import missing_packages
+
+pytestmark = pytest.mark.skipif(bool(missing_packages("minicpmv4_6")), reason="works with torchvision only")
+
+
+@pytest.fixture
+def minicpm(families: dict[str, Family]) -> Family:
+    return families["minicpmv4_6"]
+
+
+def matched(minicpm: Family, connector: str | None) -> tuple[Any, Any]:
+    processor = copy.deepcopy(minicpm.processor)
+    model = minicpm.model(connector=connector)
+    return model, model.match_processor(processor)
+
+
+@pytest.mark.parametrize(
+    ("connector", "whole", "piece"), [(None, 4, 4), ("average_pool", 1, 1)], ids=["stock", "token-reducing"]
+)
+def test_the_whole_image_and_each_slice_have_their_own_tokens(
+    minicpm: Family, connector: str | None, whole: int, piece: int
+) -> None:
+    _, processor = matched(minicpm, connector)
+    ids = processor(text=["<|image_pad|>"], images=[[picture(0, (60, 60))]], return_tensors="pt")["input_ids"][0]
+    views = f"<slice>{piece * 'I'}</slice>" * 2
+    text = processor.tokenizer.decode(ids).replace("<|image_pad|>", "I")
+    assert text == f"<image_id>0</image_id><image>{whole * 'I'}</image>{views}\n{views}"  # 2 rows of 2 slices
+
+
+@pytest.mark.parametrize("connector", [None, "average_pool"], ids=["stock", "token-reducing"])
+def test_fewer_merges_may_be_asked_for_in_a_call(minicpm: Family, connector: str | None) -> None:
+    model, processor = matched(minicpm, connector)
+    inputs = {"text": ["<|image_pad|>What?"], "images": [[picture()]], "return_tensors": "pt"}
+    plain, fine = processor(**inputs), processor(**inputs, downsample_mode="4x")
+    counts = [int((batch["input_ids"] == model.placeholder_token_id).sum()) for batch in (plain, fine)]
+    assert counts[1] > 2 * counts[0]
+    with torch.no_grad():
+        logits = model(**fine, downsample_mode="4x").logits
+        if connector is None:
+            stock = minicpm.model(minicpm.stock_class)
+            assert torch.equal(logits, stock(**fine, downsample_mode="4x").logits)
+
+
+def test_a_video_is_left_as_stock_has_it(minicpm: Family) -> None:
+    video = np.stack([np.asarray(picture(seed, (32, 32))) for seed in range(2)])  # (F, H, W, C)
+    metadata = [{"fps": 1, "total_num_frames": 2, "frames_indices": [0, 1]}]
+    processor = matched(minicpm, "average_pool")[1]
+    inputs = processor(
+        text=["<|video_pad|>What?"],
+        videos=[[video]],
+        video_metadata=metadata,
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    assert (inputs["input_ids"] == processor.video_token_id).sum() >= 2
+    with torch.no_grad():
+        expected = minicpm.model(minicpm.stock_class)(**inputs).logits
+        for connector in (None, "average_pool"):
+            assert torch.equal(minicpm.model(connector=connector)(**inputs).logits, expected)
