@@ -20,7 +20,7 @@ from hfcustom import losses
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
 from hfcustom.connectors import reduce_tokens
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.processors import NestedImages
 from hfcustom.registry import register
 
@@ -298,6 +298,27 @@ def wake(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("gate") and not parameter.any():
             nn.init.constant_(parameter, 0.5)
+
+
+def published_processor() -> CustomMllamaProcessor:
+    """Return a processor with the image settings of Llama 3.2 Vision Instruct and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("MllamaImageProcessor")(
+        size={"height": 560, "width": 560}, max_image_tiles=4
+    )
+    return processor
+
+
+def _mllama(sizes: published.Sizes, cross_attention_layers: list[int]) -> dict[str, Any]:
+    vision = {"image_size": 560, "vision_output_dim": 7680}
+    text = {**published.decoder("mllama_text_model", sizes, 128256), "cross_attention_layers": cross_attention_layers}
+    return {"vision_config": vision, "text_config": text}
+
+
+CHECKPOINTS = {
+    "meta-llama/Llama-3.2-11B-Vision-Instruct": _mllama((4096, 14336, 40, 32, 8), [3, 8, 13, 18, 23, 28, 33, 38]),
+    "meta-llama/Llama-3.2-90B-Vision-Instruct": _mllama((8192, 28672, 100, 64, 8), list(range(3, 100, 5))),
+}
 
 
 register(CustomMllamaForConditionalGeneration)
