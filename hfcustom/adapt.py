@@ -114,7 +114,7 @@ def lora(
     stacked = _expert_names(model, part_map, parts) if experts else []
     saved = _modules_to_save(model, part_map, dict.fromkeys(full))
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType.CAUSAL_LM if unwrap(model).can_generate() else None,
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,

@@ -96,7 +96,7 @@ class CustomVLM(SeamHooks):
         config = cast(Any, self.config_class).adopt(config)  # saved as a parent's, it would load as the parent
         with loading.stock_device():
             super().__init__(config, *args, **kwargs)
-        self._stock_tensors = frozenset(name for name, _ in _named_tensors(self))
+        self._stock_tensors = frozenset(name for name, _ in named_tensors(self))
         self._stock_parts = parts.find_parts(self)
         self._start_losses()
         config.connector = copy.deepcopy(self.default_connector if config.connector is None else config.connector)
@@ -143,7 +143,7 @@ class CustomVLM(SeamHooks):
 
     def new_tensor_names(self) -> list[str]:
         """Return the names of the parameters and persistent buffers that this class adds to its stock parent."""
-        return [name for name, _ in _named_tensors(self) if name not in self._stock_tensors]
+        return [name for name, _ in named_tensors(self) if name not in self._stock_tensors]
 
     def overridden_seams(self) -> list[str]:
         """Return the seams that differ from the stock class, in words, for the start-up facts."""
@@ -153,6 +153,11 @@ class CustomVLM(SeamHooks):
         if self.config.loss != "cross_entropy":
             found.append(f"loss {self.config.loss!r}")
         return found
+
+    @staticmethod
+    def check_loss(spec: Any) -> None:
+        """Raise ValueError for a loss that is not known."""
+        losses.parse_losses(spec)
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
@@ -363,7 +368,7 @@ def check_registered(model: CustomVLM) -> None:
         )
 
 
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield parameters and persistent buffers under their own names, leaving out what an adapter added."""
     adapters = tuple(name + "." for name, module in model.named_modules() if parts.is_adapter(module))
     kept = set(model.state_dict(keep_vars=True))

@@ -13,7 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    USER_REGISTERED_MAPPINGS,
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 
@@ -95,7 +99,7 @@ def _inherit_key_conversion(config_class: type[PretrainedConfig]) -> None:
 
 def share_key_conversion(parent: str, name: str) -> bool:
     """Convert checkpoint keys for `name`, a model_type or a class's name, as for `parent`; False where it has no conversion."""
-    conversion = get_checkpoint_conversion_mapping(parent)
-    if conversion is not None:
+    conversion: Any = get_checkpoint_conversion_mapping(parent)
+    if conversion is not None or name in USER_REGISTERED_MAPPINGS:  # None: not as an earlier class of this name
         register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
     return conversion is not None

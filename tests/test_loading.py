@@ -14,6 +14,7 @@ from torch import nn
 
 import hfcustom
 from hfcustom.families import class_of
+from hfcustom.registry import REGISTERED
 
 
 def gated(model_class: Any) -> Any:
@@ -145,6 +146,22 @@ def test_a_class_brings_its_own_defaults_to_another_classs_checkpoint(internvl: 
         assert (config.loss, config.connector) == ("focal", "average_pool")
         assert model_class.from_pretrained(tmp_path / "plain", loss="cross_entropy").config.loss == "cross_entropy"
         assert model_class.from_pretrained(tmp_path / "chosen").config.loss == "z_loss"
+
+
+def test_a_class_reads_its_own_familys_layout_whatever_had_its_name_before(
+    families: dict[str, Family], tmp_path: Path
+) -> None:
+    for name in (
+        "qwen2_vl",
+        "internvl",
+        "smolvlm",
+        "qwen2_vl",
+    ):  # the layouts of the hub differ, smolvlm's needs no conversion
+        family = families[name]
+        family.model(family.stock_class).save_pretrained(tmp_path / name)
+        hfcustom.register(type("Namesake", (family.model_class,), {"__module__": __name__}), model_type=f"my_{name}")
+        model = REGISTERED[f"my_{name}"].from_pretrained(tmp_path / name)
+        assert_same_model(model, family.model(family.stock_class), family.batch([1]))
 
 
 def test_what_is_not_registered_is_not_saved(internvl: Family, tmp_path: Path) -> None:

@@ -261,14 +261,15 @@ def _any_head_loss(head: Head, hidden: torch.Tensor, work: Work) -> tuple[torch.
         return _TileLoss.apply(head.logits(states), part)
 
     pieces = [
-        _recomputed(evaluate, hidden[rows], work.part(rows))
+        recomputed(evaluate, hidden[rows], work.part(rows))
         for rows in chunks(len(hidden), head.vocabulary_size(hidden))
     ]
     totals, sums = zip(*pieces, strict=True)
     return torch.stack(totals).sum(), torch.stack(sums).sum(0)
 
 
-def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
+def recomputed(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function whose intermediate tensors are computed again in the backward pass."""
     if not torch.is_grad_enabled():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False)
@@ -294,7 +295,7 @@ def token_log_probs(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> 
             return logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1)  # (C,)
 
     rows = chunks(len(hidden), head.vocabulary_size(hidden))
-    return torch.cat([_recomputed(evaluate, hidden[part], targets[part]) for part in rows])
+    return torch.cat([recomputed(evaluate, hidden[part], targets[part]) for part in rows])
 
 
 def logits_of(head: Head, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -312,7 +313,7 @@ def logits_of(head: Head, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tens
         return hidden[:, :1].expand(0, len(ids)).to(accumulation_dtype(hidden))
     if head.linear is None:
         parts = chunks(len(hidden), head.vocabulary_size(hidden))
-        return torch.cat([_recomputed(evaluate, hidden[rows]) for rows in parts])  # (M, K)
+        return torch.cat([recomputed(evaluate, hidden[rows]) for rows in parts])  # (M, K)
     bias = None if head.linear.bias is None else head.linear.bias[ids]
     logits = nn.functional.linear(hidden, head.linear.weight[ids], bias)  # (M, K)
     return logits.to(accumulation_dtype(logits))

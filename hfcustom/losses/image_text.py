@@ -4,6 +4,7 @@ image tokens (P, N, D), hidden states (B, T, D) -> one image and one text vector
 negatives of a row are the rows of all micro-batches and processes of the step: `fit` collects everyone's vectors first,
 each batch puts its own, which carry gradients, in their place. A batch's value is its own rows' part of the sum, its
 gradient that of the whole sum with respect to its own rows, so that values and gradients add up to those of one batch.
+The similarities are evaluated in chunks (hfcustom/losses/pairs.py).
 Letters: B rows of a tensor, R rows of data, T text tokens, P crops, N tokens a crop, D hidden, n rows of the step with a
 pair.
 """
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from hfcustom.losses.context import LossContext, mean_rows
 from hfcustom.losses.contract import IGNORE, Batch, count_rows, liked_labels, row_ids, term
+from hfcustom.losses.pairs import PAIR_LOSSES, pair_values
 
 
 def pair_rows(batch: Batch, image_mask: torch.Tensor) -> torch.Tensor:
@@ -89,9 +91,7 @@ def contrastive(context: LossContext, temperature: float = 0.07) -> tuple[torch.
     """
     own = pair_vectors(context)
     everyone, start = _whole_step(context, own)
-    with torch.autocast(own.device.type, enabled=False):
-        scores = everyone[:, 0] @ everyone[:, 1].t() / temperature  # (n, n)
-        losses = -(scores.log_softmax(1).diagonal() + scores.log_softmax(0).diagonal()) / 2  # (n,)
+    losses = pair_values(PAIR_LOSSES["contrastive"], everyone, everyone, 0, 1 / temperature)  # (n,)
     return _own_share(losses, start, len(own))
 
 
@@ -123,10 +123,8 @@ def sigmoid_contrastive(
     """
     own = pair_vectors(context)
     everyone, start = _whole_step(context, own)
-    with torch.autocast(own.device.type, enabled=False):
-        scores = everyone[:, 0] @ everyone[:, 1].t() / temperature + bias  # (n, n)
-        signs = 2 * torch.eye(len(scores), dtype=scores.dtype, device=scores.device) - 1
-        losses = -F.logsigmoid(signs * scores).sum(1)  # (n,)
+    shift = everyone.new_tensor(bias)
+    losses = pair_values(PAIR_LOSSES["sigmoid_contrastive"], everyone, everyone, 0, 1 / temperature, shift)  # (n,)
     return _own_share(losses, start, len(own))
 
 
