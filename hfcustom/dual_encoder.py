@@ -211,7 +211,7 @@ class CustomDualEncoder(PreTrainedModel):
             return_logits = not self.training
         outputs = super().forward(**texts, **images, **kwargs) if return_logits else self._embed(texts, images, kwargs)
         loss = self.pair_loss(outputs.image_embeds, outputs.text_embeds)
-        return self.output_class(**{**outputs, "loss": loss})  # type: ignore[arg-type]
+        return self.output_class(**{**outputs, "loss": loss})
 
     def _embed(self, texts: dict[str, Any], images: dict[str, Any], both: dict[str, Any]) -> Any:
         vision = self.get_image_features(**images, **both, return_dict=True)

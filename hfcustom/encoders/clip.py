@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 from transformers.models.clip.modeling_clip import CLIPOutput
 
 from hfcustom.dual_encoder import CustomDualEncoder, CustomEncoderConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.registry import register
 
 
@@ -60,6 +60,27 @@ def tiny_config() -> CustomCLIPConfig:
         vision_config={**tiny.VISION, "image_size": 28, "patch_size": 7, "projection_dim": 16},
         projection_dim=16,
     )
+
+
+def _clip(vision: dict[str, Any], width: int, heads: int, projection: int) -> dict[str, Any]:
+    text = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": heads,
+        "num_hidden_layers": 12,
+    }
+    return {
+        "vision_config": {**vision, "projection_dim": projection},
+        "text_config": {**text, "projection_dim": projection, "vocab_size": 49408},
+        "projection_dim": projection,
+    }
+
+
+CHECKPOINTS = {
+    "openai/clip-vit-base-patch32": _clip(published.vision(768, 3072, 12, 12, 224, 32), 512, 8, 512),
+    "openai/clip-vit-large-patch14": _clip(published.vision(1024, 4096, 24, 16, 224, 14), 768, 12, 768),
+    "openai/clip-vit-large-patch14-336": _clip(published.vision(1024, 4096, 24, 16, 336, 14), 768, 12, 768),
+}
 
 
 register(CustomCLIPModel)

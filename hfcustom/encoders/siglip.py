@@ -14,7 +14,7 @@ from transformers import SiglipConfig, SiglipModel, SiglipProcessor
 from transformers.models.siglip.modeling_siglip import SiglipOutput
 
 from hfcustom.dual_encoder import CustomDualEncoder, CustomEncoderConfig
-from hfcustom.families import tiny
+from hfcustom.families import published, tiny
 from hfcustom.registry import register
 
 
@@ -57,6 +57,17 @@ def tiny_config() -> CustomSiglipConfig:
         text_config={**text, "projection_size": 32},
         vision_config={**tiny.VISION, "image_size": 28, "patch_size": 7},
     )
+
+
+def _siglip(vision: dict[str, Any], width: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
+    text = {"hidden_size": width, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    return {"vision_config": vision, "text_config": {**text, "num_attention_heads": heads, "projection_size": width}}
+
+
+CHECKPOINTS = {
+    "google/siglip-base-patch16-224": _siglip(published.vision(768, 3072, 12, 12, 224, 16), 768, 3072, 12, 12),
+    "google/siglip-so400m-patch14-384": _siglip(published.so400m(384), 1152, 4304, 27, 16),
+}
 
 
 register(CustomSiglipModel)
