@@ -232,7 +232,7 @@ def _check(core: Any, processor: Any, size: int) -> None:
         raise ValueError(f"its image processor makes crops of {found} pixels.")
     features_of = core.base_model.get_image_features
     known = inspect.signature(features_of).parameters
-    dtype = core.get_submodule(core.stock_parts().paths["vision"][0]).dtype
+    dtype = next(core.get_submodule(core.stock_parts().paths["vision"][0]).parameters()).dtype
     inputs = {
         name: x.to(core.device, dtype if x.is_floating_point() else None) for name, x in batch.items() if name in known
     }

@@ -40,9 +40,7 @@ class NanoVLMConfig(PretrainedConfig):
         check_only("rope_parameters", self.text_config.rope_parameters, {"rope_type": "default"})
         side = self.vision_config.image_size // self.vision_config.patch_size
         if side % self.scale_factor:
-            raise ValueError(
-                f"scale_factor={self.scale_factor} does not divide the {side} patches of an image's side."
-            )
+            raise ValueError(f"scale_factor={self.scale_factor} does not divide the {side} patches of a side.")
 
 
 def check_only(what: str, values: dict[str, Any], only: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (B, 1, T, D/heads) each
+Mask = torch.Tensor | None  # True where a token may look, (B or 1, 1, T, S); None: at all up to itself
 
 
 def rotations(position_ids: torch.Tensor, width: int, theta: float, dtype: torch.dtype) -> Rotation:
@@ -34,10 +35,8 @@ def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     return x * rotation[0] + torch.cat([-second, first], -1) * rotation[1]
 
 
-def causal_mask(
-    x: torch.Tensor, seen: int, real: torch.Tensor | None, position_ids: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Return where the tokens x (B, T, D) after `seen` others may look, (B or 1, 1, T, S); None for all up to themselves.
+def causal_mask(x: torch.Tensor, seen: int, real: torch.Tensor | None, position_ids: torch.Tensor | None) -> Mask:
+    """Return where the tokens x (B, T, D) that follow `seen` others may look.
 
     `real` (B, S) is 0 at padding. Without it, positions (B, T) that start again at 0 begin another text.
     """
@@ -79,9 +78,7 @@ class CausalAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, groups, bias=False)
         self.out_proj = nn.Linear(heads, config.hidden_size, bias=False)
 
-    def forward(
-        self, x: torch.Tensor, rotation: Rotation, mask: torch.Tensor | None, past_key_values: Cache | None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotation: Rotation, mask: Mask, past_key_values: Cache | None) -> torch.Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (B, heads or groups, T, D/heads)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -90,9 +87,7 @@ class CausalAttention(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer)  # (B, groups, S, D/heads)
         causal, dropout = mask is None and q.shape[2] > 1, self.attention_dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout, causal, enable_gqa=True
-        )  # (B, heads, T, D/heads)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=True)  # like q
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -119,9 +114,7 @@ class DecoderBlock(GradientCheckpointingLayer):
         self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
 
-    def forward(
-        self, x: torch.Tensor, rotation: Rotation, mask: torch.Tensor | None, past_key_values: Cache | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotation: Rotation, mask: Mask, past_key_values: Cache | None) -> torch.Tensor:
         x = x + self.attn(self.norm1(x), rotation, mask, past_key_values)
         return x + self.mlp(self.norm2(x))
 

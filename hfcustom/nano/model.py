@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from hfcustom.nano.config import NanoVLMConfig
@@ -60,6 +60,12 @@ class NanoVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.decoder.token_embedding = value
 
     @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        """Return the tower's patches, and the image tokens made of them: (P, C, H, W) -> (P, N, D)."""
+        patches = self.vision_encoder(pixel_values)  # (P, patches, D_vision)
+        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=self.projector(patches))
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,  # (B, T)
@@ -74,10 +80,11 @@ class NanoVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model; kwargs go to the loss function."""
+        if asked := [name for name, value in kwargs.items() if name.startswith("output_") and value]:
+            raise ValueError(f"{', '.join(asked)}: NanoVLM does not record it; a forward hook on a block shows it.")
         embeddings = self.decoder.token_embedding(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         if pixel_values is not None:
-            image_tokens = self.projector(self.vision_encoder(pixel_values))  # (P, N, D)
-            embeddings = self.put(image_tokens, input_ids, embeddings)
+            embeddings = self.merge(self.get_image_features(pixel_values).pooler_output, input_ids, embeddings)
         if past_key_values is None and (self.config.text_config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache()
         outputs = self.decoder(
@@ -93,9 +100,7 @@ class NanoVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
-    def put(
-        self, image_tokens: torch.Tensor, input_ids: torch.Tensor | None, embeddings: torch.Tensor
-    ) -> torch.Tensor:
+    def merge(self, tokens: torch.Tensor, input_ids: torch.Tensor | None, embeddings: torch.Tensor) -> torch.Tensor:
         """Put image tokens (P, N, D) where the placeholders are, in reading order: (B, T, D) -> (B, T, D)."""
         placeholder = self.config.image_token_id
         if input_ids is not None:
@@ -103,10 +108,10 @@ class NanoVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         else:
             vector = self.decoder.token_embedding(torch.tensor(placeholder, device=embeddings.device))  # (D,)
             mask = (embeddings == vector).all(-1)  # (B, T)
-        images, tokens, _ = image_tokens.shape
-        if not torch.compiler.is_compiling() and int(mask.sum()) != images * tokens:
+        images, each = tokens.shape[:2]
+        if not torch.compiler.is_compiling() and int(mask.sum()) != images * each:
             raise ValueError(
                 f"The text has {int(mask.sum())} image placeholders (id {placeholder}), but {images} images make "
-                f"{images * tokens} tokens: the processor has to write {tokens} for each image."
+                f"{images * each} tokens: the processor has to write {each} for each image."
             )
-        return embeddings.masked_scatter(mask[..., None], image_tokens.to(embeddings.dtype))
+        return embeddings.masked_scatter(mask[..., None], tokens.to(embeddings.dtype))
