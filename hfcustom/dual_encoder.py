@@ -115,7 +115,7 @@ class CustomDualEncoder(PreTrainedModel):
         self._stock_tensors = frozenset(name for name, _ in named_tensors(self))
         config.loss = self.default_loss if config.loss is None else config.loss
         if "logit_bias" not in self._stock_tensors:
-            loss = None if config.loss == "stock" else PAIR_LOSSES.get(config.loss)
+            loss = PAIR_LOSSES.get(str(config.loss))  # a model computes without the file of the loss it was trained on
             bias = None if loss is None or loss.bias is None else nn.Parameter(torch.tensor(loss.bias))
             self.register_parameter("logit_bias", bias)
         self.post_init()

@@ -260,6 +260,9 @@ def test_mistakes_name_the_value_and_the_cure(encoder: Encoder, tmp_path: Path) 
         ValueError, match=r"Unknown loss of a contrastive encoder: 'contrstive'. Did you mean 'contrast"
     ):
         encoder.model(loss="contrstive")(**batch, return_loss=True)
+    weighted = encoder.model(loss={"contrastive": 0.5})
+    with pytest.raises(ValueError, match=r"Unknown loss of a contrastive encoder: \{'contrastive': 0.5\}"):
+        weighted(**batch, return_loss=True)
     encoder.model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Unknown loss of a contrastive encoder: 'sigmoid'"):
         encoder.model_class.from_pretrained(tmp_path, loss="sigmoid")

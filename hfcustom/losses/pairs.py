@@ -61,8 +61,8 @@ def _origin(function: RowFunction) -> str:
 
 
 def find_pair_loss(name: Any) -> PairLoss:
-    """Return a registered pair loss; ValueError suggests the nearest."""
-    if name not in PAIR_LOSSES:
+    """Return a registered pair loss; ValueError for anything but the name of one, with the nearest."""
+    if not isinstance(name, str) or name not in PAIR_LOSSES:
         cure = "Decorate your own with @hfcustom.pair_loss, and import its file first."
         raise ValueError(unknown("loss of a contrastive encoder:", name, [*PAIR_LOSSES, "stock"], cure))
     return PAIR_LOSSES[name]
