@@ -18,6 +18,7 @@ import hfcustom
 from hfcustom import console
 from hfcustom.losses import LOSSES, parse_losses
 from hfcustom.options import read
+from hfcustom.parts import expert_matrices
 from hfcustom.train import StepReport
 from hfcustom.train_config import TrainConfig
 
@@ -282,7 +283,8 @@ def test_the_start_shows_seams_image_tokens_and_where_values_came_from(
 
 
 def test_a_stock_model_and_a_plain_config_are_told_so(family: Family, screen: io.StringIO) -> None:
-    console.show_start(family.model(), family.processor, chat_row(1), TrainConfig())
+    model = family.model()
+    console.show_start(model, family.processor, chat_row(1), TrainConfig())
     assert "seams in effect: none (stock)\n" in screen.getvalue()
     facts = screen.getvalue().splitlines()
     kernel = "hfcustom's chunked product (hfcustom/losses/chunked.py)"
@@ -291,8 +293,9 @@ def test_a_stock_model_and_a_plain_config_are_told_so(family: Family, screen: io
         f"losses: cross_entropy; the head is a plain Linear; evaluated by {kernel}",
         "attention: sdpa",
     ]
-    experts = ["experts: 4 stacked matrices, run by grouped_mm; no LoRA and no 8 bits on them"]
-    assert facts[at + 3 :] == (experts if family.name == "aria" else [])
+    stacked, how = len(expert_matrices(model)), model.config.get_text_config()._experts_implementation
+    experts = [f"experts: {stacked} stacked matrices, run by {how}; no LoRA and no 8 bits on them"]
+    assert facts[at + 3 :] == (experts if stacked else [])
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
