@@ -78,7 +78,7 @@ def curve(result: TrainResult, name: str = "loss") -> list[float]:
 
 
 def add_dropout(model: nn.Module, share: float) -> None:
-    """Drop a share of the language model's attention weights in training."""
+    """Drop a share of the attention weights in training."""
     names = ("attention_dropout", "dropout")
     found = [
         (module, name) for module in model.modules() for name in names if isinstance(vars(module).get(name), float)

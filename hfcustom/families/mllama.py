@@ -111,8 +111,8 @@ class CustomMllamaForConditionalGeneration(CustomVLM, MllamaForConditionalGenera
     corrections = {
         "mask_text_rows": "Tokens before a row's first image, and all tokens of a row without images in a batch with images, "
         "attend to every image slot of the batch, empty ones included: their keys are all masked, which softmax turns into "
-        "equal weights (_prepare_cross_attention_mask, 5.23.0). With it they attend to none, and a batch equals its rows "
-        "alone. Checkpoints come from code that did not mask either, so it is off by default."
+        "equal weights (modeling_mllama.py, 5.23.0). With it they attend to none, as in the code that Meta released with the "
+        "models (llama-models, CrossAttention: output * full_text_row_masked_out_mask), and a batch equals its rows alone."
     }
 
     # ---- seams ------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class CustomMllamaForConditionalGeneration(CustomVLM, MllamaForConditionalGenera
         sees_image = kwargs.get("full_text_row_masked_out_mask")  # (B, 1, T, 1)
         if not self.config.mask_text_rows or sees_image is None:
             return None
-        return torch.where(sees_image[:, 0].bool(), output, args[0])  # (B, T, D)
+        return torch.where(sees_image[:, 0].bool().to(output.device), output, args[0].to(output.device))  # (B, T, D)
 
     # ---- image tokens -----------------------------------------------------------------------------------------------
 
