@@ -121,6 +121,14 @@ class MRopeImages(RaggedImages):
             self._check_placeholders(sum(tokens), len(tokens), mask=passed.video_mask, kind="video")
         return outputs.to_tuple() if return_dict is False else outputs
 
+    def _connect(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Run the connector on one video after the other: what takes frames together never takes those of two."""
+        assert self.image_inputs is not None, "get_image_features is running"
+        if self.image_inputs.get("video_grid_thw") is None:
+            return super()._connect(features)
+        grids = self.image_grids(self.image_inputs)
+        return [self._reduce([video], [grid])[0] for video, grid in zip(features, grids, strict=True)]
+
     def _at_rope_index(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inputs = inspect.signature(stock).bind(*args, **kwargs).arguments
         inputs = {**inputs.pop("kwargs", {}), **inputs}

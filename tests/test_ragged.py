@@ -310,6 +310,19 @@ def test_a_video_is_reduced_frame_by_frame(mrope: Family) -> None:
             assert len(tokens) == frames * int(np.prod(halved(grid)))
 
 
+def test_frames_of_two_videos_are_never_taken_together(mrope: Family) -> None:
+    model, plain = mrope.model(connector={"name": "frame_average", "frames": 2}), mrope.model()
+    sizes: list[Size] = [(2, 4, 10), (4, 4, 10)]
+    with torch.no_grad():
+        inputs = {"pixel_values_videos": pixels(sizes), "video_grid_thw": torch.tensor(sizes)}
+        found = model.get_video_features(**inputs).pooler_output
+        for video, tokens in zip(plain.get_video_features(**inputs).pooler_output, found, strict=True):
+            torch.testing.assert_close(tokens, video.view(-1, 2, 10, 64).mean(1).flatten(0, 1))
+        alone: list[Size] = [(1, 4, 10), (1, 4, 10)]
+        with pytest.raises(ValueError, match="frame_average frames=2 takes 2 neighbouring crops together, but 1 came"):
+            model.get_video_features(pixel_values_videos=pixels(alone), video_grid_thw=torch.tensor(alone))
+
+
 def test_the_vision_seam_sees_each_frame_of_a_video_and_losses_see_images(mrope: Family) -> None:
     seen: list[int] = []
 
