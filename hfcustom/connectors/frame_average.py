@@ -7,12 +7,7 @@ next to each other, which the families deliver in this way:
   its kin, whose tower makes one of two pictures);
 - in families whose images have sizes of their own, a row's images, where neighbours of one clip have one size.
 `frames` crops make a clip, from the first crop of a row on, so each row has to hold a multiple of `frames`: a clip of two
-<<<<<<< HEAD
-rows is an error. Qwen2-VL and its kin show the frames of a video together, clip by clip; other families with a separate path
-for videos (LLaVA-OneVision) do not show them to a connector, and say so.
-=======
 rows is an error. Other families with a separate path for videos do not show them to a connector, and say so.
->>>>>>> fam-qwen
 
 The contract wants as many tokens for each crop: a clip's tokens are dealt in order to the places of its frames, which the
 text keeps. With frames=2 the first frame's places hold the first half of the averaged picture, the second's the other.
