@@ -128,6 +128,22 @@ def test_a_connector_is_told_how_tokens_lie(anyres: Family) -> None:
     assert rows < columns
 
 
+def test_neighbouring_images_are_averaged_base_with_base_and_rows_with_rows(families: dict[str, Family]) -> None:
+    family = families["llava_next"]
+    plain, model = family.model(), family.model(connector="frame_average")
+    batch = seen(family.processor, (50, 30), images=2)
+    stock, found = image_tokens(plain, batch), image_tokens(model, batch)
+    base = torch.stack([image[:16] for image in stock]).mean(0)
+    rest = torch.stack([rows_of(plain, image[16:]).flatten(0, 1) for image in stock]).mean(0)
+    assert len(rest) % 2 == 0
+    for tokens, some, others in zip(found, base.chunk(2), rest.chunk(2), strict=True):
+        torch.testing.assert_close(tokens, torch.cat([some, others, plain.model.image_newline.detach()[None]]))
+    rows = [[picture(0, (50, 30)), picture(1, (30, 50))]]
+    uneven = family.processor(text=["<image><image>"], images=rows, return_tensors="pt")
+    with pytest.raises(ValueError, match=r"takes 2 neighbouring images together, which must have one size"):
+        image_tokens(model, uneven)
+
+
 # ---- published numbers ----------------------------------------------------------------------------------------------
 
 SMALLER = {"name": "average_pool", "size": 2, "hidden_size": 64}

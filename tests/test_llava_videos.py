@@ -59,6 +59,15 @@ def test_seams_see_the_images_beside_a_video(family: Family, connector: str | No
             assert torch.equal(logits, family.model(family.stock_class)(**batch).logits)
 
 
+def test_a_connector_that_takes_frames_together_is_refused_for_a_video(family: Family) -> None:
+    model = family.model(connector="frame_average")
+    batch = with_video(family, model.match_processor(copy.deepcopy(family.processor)), images=0)
+    with pytest.raises(
+        ValueError, match=r"'frame_average' takes frames together, but Custom.* Give the frames as images"
+    ):
+        model(**batch)
+
+
 def test_the_deprecated_name_of_pixels_still_works(families: dict[str, Family]) -> None:
     family = families["video_llava"]
     batch, model = family.batch([1]), family.model()

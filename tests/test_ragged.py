@@ -35,6 +35,14 @@ def families_with(mixin: type) -> list[str]:
     return [name for name in FAMILIES if load_family(name) and issubclass(REGISTERED[f"custom_{name}"], mixin)]
 
 
+# An image that is several grids, a base view and tiles, is tested in tests/test_anyres.py.
+ONE_GRID = [
+    name
+    for name in families_with(RaggedImages)
+    if REGISTERED[f"custom_{name}"].image_grids is not RaggedImages.image_grids  # type: ignore[attr-defined]
+]
+
+
 @pytest.fixture(params=families_with(RaggedImages))
 def ragged(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
     return families[request.param]
@@ -115,8 +123,9 @@ def test_a_batch_of_sizes_equals_its_rows_alone(ragged: Family, connector: Any) 
     assert_rows_equal_alone(model, dict(collate(rows)), [dict(collate([row])) for row in rows])
 
 
-def test_placeholders_and_features_follow_each_images_grid(ragged: Family) -> None:
-    model, processor = matched(ragged, "average_pool")
+@pytest.mark.parametrize("name", ONE_GRID)
+def test_placeholders_and_features_follow_each_images_grid(name: str, families: dict[str, Family]) -> None:
+    model, processor = matched(families[name], "average_pool")
     batch = dict(Collator(processor)(rows_of(SIZES)))
     grids = model.image_grids(batch)
     assert len(set(grids)) > 1 and any(side % 2 for grid in grids for side in grid)

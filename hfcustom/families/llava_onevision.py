@@ -129,7 +129,7 @@ CHECKPOINTS = {
         published.decoder("qwen2", (896, 4864, 24, 14, 2), 152000), True
     ),
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": _onevision(
-        published.decoder("qwen2", (3584, 18944, 28, 28, 4), 152000), False
+        published.decoder("qwen2", (3584, 18944, 28, 28, 4), 152128), False
     ),
 }
 
