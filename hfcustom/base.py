@@ -116,7 +116,7 @@ class CustomVLM(SeamHooks):
         self.loss_step: int | None = None  # the optimiser step, for scheduled weights; fit() and LossCallback set it
         self.step_plan: list[dict[str, Any]] = []  # of micro-batches to come, where only LossCallback sees a step
         self.companions: dict[str, CustomVLM] = {}  # frozen models beside this one, no part of it
-        self._labels_checked = False
+        self._labels_checked = False  # against the head's width
         self._parsed_losses: tuple[Any, list[losses.WeightedLoss]] | None = None
         self._pass: seams.ForwardPass | None = None
 

@@ -219,11 +219,12 @@ class SeamHooks(PreTrainedModel):
         if self._pass is None or self._pass.image_mask is None:  # the language model is run by itself
             return args, kwargs
         given = kwargs.get("inputs_embeds")
-        if given is None:  # nothing was merged into them
+        if given is None:  # images are not merged into them in this family
             given = self.get_input_embeddings()(kwargs["input_ids"])
+            kwargs = {**kwargs, "input_ids": None}
         embeddings = self.transform_embeddings(given, self._pass.image_mask)  # (B, T, D)
         check_shape("transform_embeddings", embeddings, given.shape)
-        return args, {**kwargs, "input_ids": None, "inputs_embeds": embeddings}
+        return args, {**kwargs, "inputs_embeds": embeddings}
 
     def _at_head_input(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         return (args[0][:, :0],) if self._pass is not None and self._pass.skips_head else None

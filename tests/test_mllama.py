@@ -122,6 +122,11 @@ def test_cross_attention_states_that_are_given_pass_the_connector_too(mllama: Fa
         states = model.model.multi_modal_projector(model.model.vision_model(**images).last_hidden_state)
         found = model(**batch, cross_attention_states=states.flatten(0, 2)).logits
         assert torch.equal(found, model(**batch, **images).logits)
+        labels = mllama.batch([1])["labels"]
+        given = model.loss_context({**batch, "labels": labels, "cross_attention_states": states.flatten(0, 2)}, labels)
+    assert (
+        len(given.image_rows) == given.image_features.shape[:2].numel() == 2 * int(images["aspect_ratio_mask"].sum())
+    )
 
 
 # ---- the processor --------------------------------------------------------------------------------------------------

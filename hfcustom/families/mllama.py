@@ -43,10 +43,8 @@ class CustomMllamaProcessor(NestedImages, MllamaProcessor):
         options = {**kwargs, **kwargs.get("text_kwargs", {})}
         kwargs |= {} if "add_special_tokens" in options else {"add_special_tokens": False}
         features = super().__call__(images=images, text=text, **kwargs)
-        if "cross_attention_mask" in features:
-            features["cross_attention_mask"] = self._pad_tiles(
-                features["cross_attention_mask"]
-            )  # (B, T, images, slots)
+        if "cross_attention_mask" in features:  # (B, T, images, tiles)
+            features["cross_attention_mask"] = self._pad_tiles(features["cross_attention_mask"], 3)
             features.convert_to_tensors(options.get("return_tensors"))
         if options.get("return_text_replacement_offsets"):
             texts = [text] if isinstance(text, str) else text
@@ -66,10 +64,10 @@ class CustomMllamaProcessor(NestedImages, MllamaProcessor):
         """Process the rows with images as stock does, and put them among those without."""
         shown = [at for at, row in enumerate(images) if row]
         features, replacements = super()._process_images([images[at] for at in shown], **kwargs)
-        pixels, mask = (
-            self._pad_tiles(features[name], dim) for name, dim in (("pixel_values", 2), ("aspect_ratio_mask", 2))
-        )
-        slots, tiles = pixels.shape[2], features["pixel_values"].shape[2]
+        tiles, slots = features["pixel_values"].shape[2], self._tile_slots()
+        if tiles == slots and len(shown) == len(images):
+            return features, replacements
+        pixels, mask = (self._pad_tiles(features[name], 2) for name in ("pixel_values", "aspect_ratio_mask"))
         grids = torch.tensor([0, *(1 + tile_grids(slots).index(grid) for grid in tile_grids(tiles))])
         ids = grids[torch.as_tensor(features["aspect_ratio_ids"])]  # (rows, images): stock counts the grids of `tiles`
         for name, tensor in (("pixel_values", pixels), ("aspect_ratio_mask", mask), ("aspect_ratio_ids", ids)):
@@ -81,13 +79,14 @@ class CustomMllamaProcessor(NestedImages, MllamaProcessor):
         features["num_tiles"] = [next(num_tiles) if row else [] for row in images]
         return features, replacements
 
-    def _pad_tiles(self, features: Any, dim: int = -1) -> torch.Tensor:
+    def _tile_slots(self) -> int:
+        return max(TILE_SLOTS, self.image_processor.max_image_tiles)
+
+    def _pad_tiles(self, features: Any, dim: int) -> torch.Tensor:
         """Fill up the tiles of a tensor to the model's slots: stock stops at `max_image_tiles`, and the model crashes."""
         tensor = torch.as_tensor(features)
-        missing = max(TILE_SLOTS, self.image_processor.max_image_tiles) - tensor.shape[dim]
-        shape = list(tensor.shape)
-        shape[dim] = missing
-        return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+        shape = [*tensor.shape[:dim], self._tile_slots() - tensor.shape[dim], *tensor.shape[dim + 1 :]]
+        return torch.cat([tensor, tensor.new_zeros(shape)], dim) if shape[dim] else tensor
 
 
 def tile_grids(tiles: int) -> list[tuple[int, int]]:
@@ -132,7 +131,7 @@ class CustomMllamaForConditionalGeneration(CustomVLM, MllamaForConditionalGenera
     def _begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super()._begin_pass(module, args, kwargs)
         assert self._pass is not None
-        if self._pass.records and kwargs.get("pixel_values") is not None:
+        if self._pass.records and has_images(kwargs):
             self._pass.crops = visible_tiles(kwargs).any(1).flatten()  # (P,)
 
     def _at_connector_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -154,9 +153,8 @@ class CustomMllamaForConditionalGeneration(CustomVLM, MllamaForConditionalGenera
                 self._pass.image_features = states[self._pass.crops]
         if mask is not None and self.custom_connector is not None:
             by_tile = mask.unflatten(-1, (-1, self.stock_tokens_per_crop()))[..., :1]  # (B, 1, T, images * tiles, 1)
-            mask = by_tile.expand(*by_tile.shape[:-1], self.tokens_per_crop()).flatten(
-                -2
-            )  # (B, 1, T, images * tiles * M)
+            mask = by_tile.expand(*by_tile.shape[:-1], self.tokens_per_crop())
+            mask = mask.flatten(-2)  # (B, 1, T, images * tiles * M)
         return super()._at_language_input(
             module, args, {**kwargs, "cross_attention_states": states, "cross_attention_mask": mask}
         )
@@ -197,7 +195,7 @@ class CustomMllamaForConditionalGeneration(CustomVLM, MllamaForConditionalGenera
     def image_token_rows(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Return the row of data of each image token, (P * N,): the row of the first text that sees its tile."""
         rows = losses.row_ids(batch)  # (B, T)
-        if batch.get("pixel_values") is None:
+        if not has_images(batch):
             return rows.new_zeros(0)
         visible = visible_tiles(batch).flatten(2).to(rows.device)  # (B, T, images * tiles)
         of_tiles = rows.gather(1, visible.int().argmax(1))[visible.any(1)]  # (P,)
@@ -232,6 +230,11 @@ class CustomMllamaForConditionalGeneration(CustomVLM, MllamaForConditionalGenera
         if new_num_tokens is not None:
             new_num_tokens += old_embeddings.num_embeddings - self.get_output_embeddings().out_features
         return super()._get_resized_embeddings(old_embeddings, new_num_tokens, *args, **kw)
+
+
+def has_images(inputs: Mapping[str, Any]) -> bool:
+    """Whether a batch has images, or what the vision tower made of them."""
+    return any(inputs.get(name) is not None for name in ("pixel_values", "cross_attention_states"))
 
 
 def visible_tiles(inputs: Mapping[str, Any]) -> torch.Tensor:
