@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Collator": "hfcustom.data.collate",
     "CustomConfig": "hfcustom.configuration",
+    "CustomDualEncoder": "hfcustom.dual_encoder",
     "CustomVLM": "hfcustom.base",
     "Examples": "hfcustom.data.sources",
     "LossCallback": "hfcustom.trainer_callback",
@@ -26,6 +27,7 @@ _HOME = {
     "character_accuracy": "hfcustom.evaluate",
     "check_quantization": "hfcustom.adapt",
     "connector": "hfcustom.connectors",
+    "encoder_names": "hfcustom.encoders",
     "exact_match": "hfcustom.evaluate",
     "family_names": "hfcustom.families",
     "find_parts": "hfcustom.parts",
@@ -35,13 +37,16 @@ _HOME = {
     "honour_model": "hfcustom.trl_adapter",
     "linear_table": "hfcustom.adapt",
     "load_adapter": "hfcustom.adapt",
+    "load_encoder": "hfcustom.encoders",
     "load_family": "hfcustom.families",
     "load_rows": "hfcustom.data.sources",
     "lora": "hfcustom.adapt",
     "merge_adapter": "hfcustom.adapt",
+    "pair_loss": "hfcustom.losses.pairs",
     "part_table": "hfcustom.parts",
     "quantization_config": "hfcustom.adapt",
     "register": "hfcustom.registry",
+    "resize_images": "hfcustom.resize",
     "show_losses": "hfcustom.console",
     "show_parts": "hfcustom.console",
     "term": "hfcustom.losses",
@@ -68,11 +73,15 @@ if TYPE_CHECKING:
     from hfcustom.data.messages import RowError
     from hfcustom.data.reference import cache_reference
     from hfcustom.data.sources import Examples, load_rows
+    from hfcustom.dual_encoder import CustomDualEncoder
+    from hfcustom.encoders import encoder_names, load_encoder
     from hfcustom.evaluate import character_accuracy, exact_match, generate_answers
     from hfcustom.families import family_names, load_family
     from hfcustom.losses import LossContext, term, token_loss
+    from hfcustom.losses.pairs import pair_loss
     from hfcustom.parts import find_parts, part_table
     from hfcustom.registry import register
+    from hfcustom.resize import resize_images
     from hfcustom.train import fit
     from hfcustom.train_config import TrainConfig
     from hfcustom.trainer_callback import LossCallback

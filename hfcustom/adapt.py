@@ -21,22 +21,57 @@ from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import cached_file
 
-from hfcustom.parts import PartMap, check_parts, expert_matrices, find_parts, is_adapter, unwrap, wrapped_by_peft
+from hfcustom.parts import (
+    PartMap,
+    check_parts,
+    expert_matrices,
+    find_parts,
+    is_adapter,
+    unwrap,
+    without_wrappers,
+    wrapped_by_peft,
+)
 
 Bits = Literal["8bit", "4bit"]
 
 
-def freeze(model: nn.Module, parts: str | Iterable[str]) -> None:
-    """Stop training the named parts; ValueError for an unknown part, or when nothing would be left to train."""
+def freeze(model: nn.Module, parts: str | Iterable[str], *, keep: Literal["attention"] | None = None) -> None:
+    """Stop training the named parts, or with keep="attention" all of them but their attention layers.
+
+    A vision transformer adapts to a new resolution or task about as well through its attention alone, at a third of the
+    trained weights (Touvron et al. 2022, https://arxiv.org/abs/2203.09795). An attention layer is a module whose class is
+    called so, with its projections and its norms of queries and keys; the norm before it stays frozen. Raises ValueError
+    for an unknown part, a part without attention to keep, or when nothing would be left to train.
+    """
     part_map = find_parts(model)
     frozen = check_parts(parts, part_map.present())
     if not frozen:
         raise ValueError(f"freeze() names no part; this model has {', '.join(part_map.present())}.")
+    if keep not in (None, "attention"):
+        raise ValueError(f"freeze() keep={keep!r}; choose 'attention', or leave it out to freeze all of a part.")
+    kept = {part: attention_layers(model, part) if keep else [] for part in frozen}
     for name, parameter in model.named_parameters():
-        if part_map.part_of(name) in frozen:
+        part = part_map.part_of(name)
+        if part in frozen and not _in(name, kept[part]):
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"Freezing {', '.join(frozen)} leaves nothing to train in {type(unwrap(model)).__name__}.")
+
+
+def attention_layers(model: nn.Module, part: str) -> list[str]:
+    """Return the paths of a part's attention layers; ValueError when it has none."""
+    part_map = find_parts(model)
+    found = [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Attention") and part_map.find(name) == part
+    ]
+    if not found:
+        paths = ", ".join(part_map.paths[part])
+        raise ValueError(
+            f"The part {part!r} ({paths}) has no attention layer to keep; freeze it whole, or not at all."
+        )
+    return found
 
 
 # ---- LoRA -----------------------------------------------------------------------------------------------------------
@@ -55,11 +90,12 @@ def lora(
     """Wrap a model with LoRA on every Linear of the named parts; return the peft.PeftModel.
 
     Modules that the class adds to its stock parent, and the parts named by `train`, are trained in full, saved and loaded
-    with the adapter; a bare Parameter of the stock class (LLaVA's image_newline) cannot be, stays frozen, and a warning says
-    so. alpha is 2 * rank by default. `experts` adds the routed experts of those parts, whose stacked
-    matrices are no Linear: each expert gets an A and a B of its own, and peft allows no dropout with it. Raises ValueError
-    for a model that has an adapter, an unknown part, a part without a Linear, experts where there are none, and a part
-    both adapted and trained in full (modules that the class adds always are).
+    with the adapter; what such a module froze itself stays frozen (a second vision tower). A bare Parameter of the stock
+    class (LLaVA's image_newline) cannot be saved so, stays frozen, and a warning says it. alpha is 2 * rank by default.
+    `experts` adds the routed experts of those parts, whose stacked matrices are no Linear: each expert gets an A and a B of
+    its own, and peft allows no dropout with it. Raises ValueError for a model that has an adapter, an unknown part, a part
+    without a Linear, experts where there are none, and a part both adapted and trained in full (modules that the class adds
+    always are).
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -78,7 +114,7 @@ def lora(
     stacked = _expert_names(model, part_map, parts) if experts else []
     saved = _modules_to_save(model, part_map, dict.fromkeys(full))
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType.CAUSAL_LM if unwrap(model).can_generate() else None,
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
@@ -86,10 +122,25 @@ def lora(
         target_parameters=stacked or None,
         modules_to_save=saved or None,
     )
+    frozen = _frozen_inside_new(model)
     with _without_peft_warning():
         wrapped = get_peft_model(model, config)
+    _keep_frozen(wrapped, frozen)
     _check_lora(wrapped, targets, stacked, saved)
     return wrapped
+
+
+def _frozen_inside_new(model: nn.Module) -> set[str]:
+    """Return the parameters that added modules keep frozen."""
+    part_map = find_parts(model)
+    return {name for name, p in model.named_parameters() if not p.requires_grad and part_map.part_of(name) == "new"}
+
+
+def _keep_frozen(wrapped: nn.Module, frozen: set[str]) -> None:
+    """peft trains every parameter of a module that it saves with the adapter."""
+    for name, parameter in wrapped.named_parameters():
+        if without_wrappers(name) in frozen:
+            parameter.requires_grad_(False)
 
 
 def _linear_names(model: nn.Module, part_map: PartMap, parts: Iterable[str]) -> list[str]:
@@ -200,10 +251,13 @@ def load_adapter(
                 f"The adapter {adapter} holds the module {name!r}, which {model_class.__name__} has not. Pass the class "
                 "that it was trained with: model_class=..."
             )
+    frozen = _frozen_inside_new(model)
     with _without_peft_warning(), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable).eval()
+            wrapped = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable).eval()
+            _keep_frozen(wrapped, frozen)
+            return wrapped
         except UserWarning as error:
             raise ValueError(f"The adapter {adapter} does not fit {model_class.__name__}: {error}") from error
 

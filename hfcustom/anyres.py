@@ -24,6 +24,8 @@ from hfcustom.ragged import RaggedImages
 class AnyresImages(RaggedImages):
     """Mixin between CustomVLM and a stock class that has `pack_image_features`."""
 
+    no_pictures = ""  # crops reach the tower as pictures of one size
+
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features before the projector, which gets crops of one size."""
         projector = self.stock_parts().paths["connector"][0]
@@ -35,6 +37,24 @@ class AnyresImages(RaggedImages):
     def seam_methods(self) -> list[tuple[str, str, str]]:
         """Stand in for pack_image_features, where the tiles of an image come together."""
         return [*super().seam_methods(), (self.inner_path(), "pack_image_features", "_at_packing")]
+
+    def match_processor(self, processor: Any) -> Any:
+        """Give the processor the connector, so that it writes as many placeholders; save it with the model.
+
+        Raises ValueError when it would cut images in another way than this model puts them together.
+        """
+        for name, theirs in self.processor_settings(processor).items():
+            own = getattr(self.config, name)
+            if theirs != own:
+                raise ValueError(
+                    f"The processor's {name} is {theirs}, the model's {own}: the text would get other placeholders than the "
+                    f"model makes tokens. Set both, on the processor and as model.config.{name}."
+                )
+        return super().match_processor(processor)
+
+    def processor_settings(self, processor: Any) -> dict[str, Any]:
+        """Return what the processor must have in common with the model's config."""
+        return {"image_grid_pinpoints": [list(size) for size in processor.image_processor.image_grid_pinpoints]}
 
     def _connect(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         return features  # packing has run the connector
@@ -51,19 +71,19 @@ class AnyresImages(RaggedImages):
         rests = [image[len(base) :] for image, base in zip(images, bases, strict=True)]  # (rows * columns, D)
         bases = self._reduce(bases, [_square(len(base)) for base in bases])
         grids = [(height, len(rest) // height) for height, rest in zip(rows, rests, strict=True)]
+        tiled = [image for image, rest in enumerate(rests) if len(rest)]
+        found = self._reduce([rests[image] for image in tiled], [grids[image] for image in tiled])
+        reduced = dict(zip(tiled, found, strict=True))
         packed = [
-            torch.cat([base, self._lines(rest, grid, newline)])
-            for base, rest, grid in zip(bases, rests, grids, strict=True)
+            torch.cat([base, self._lines(reduced.get(image, rests[image]), grids[image], newline)])
+            for image, base in enumerate(bases)
         ]
         return packed, lengths.new_tensor([len(image) for image in packed])
 
     def _lines(self, rest: torch.Tensor, grid: Grid, newline: torch.Tensor | None) -> torch.Tensor:
-        """Reduce what the tiles show, (rows * columns, D), and end each row that is left with a newline."""
-        if len(rest):
-            rows, columns = grid_out(self.custom_connector, len(rest), grid)
-            rest = self._reduce([rest], [grid])[0]
-        else:  # a base view alone is one row
-            rows, columns = 1, 0
+        """End each row of what is left of the tiles, (M, D), with a newline; `grid` is how they lay before the connector."""
+        tokens = math.prod(grid)  # of a base view alone 0, which is one row
+        rows, columns = grid_out(self.custom_connector, tokens, grid) if tokens else (1, 0)
         lines = rest.view(rows, columns, rest.shape[-1])  # (rows, columns, D)
         if newline is not None:
             lines = torch.cat([lines, newline.to(lines).expand(rows, 1, -1)], 1)  # (rows, columns + 1, D)

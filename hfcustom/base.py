@@ -36,10 +36,12 @@ class CustomVLM(SeamHooks):
 
     processor_class: ClassVar[type[ProcessorMixin]]
     placeholder_field: ClassVar[str]  # the processor's attribute that holds the placeholders of one image crop
-    lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, or "connector") -> why this family has none
+    lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, "connector"), or "placeholders" -> why not
+    corrections: ClassVar[Mapping[str, str]] = {}  # config field, off by default -> what of stock it corrects
     default_connector: ClassVar[str | dict[str, Any] | None] = None
     default_loss: ClassVar[str | dict[str, Any]] = "cross_entropy"
     _input_names: ClassVar[tuple[str, ...]]
+    _frozen_by_init: tuple[str, ...] = ()
     accepts_loss_kwargs = True  # transformers.Trainer then passes num_items_in_batch and does not divide again
 
     # ---- the five seams: what a user overrides ----------------------------------------------------------------------
@@ -80,12 +82,13 @@ class CustomVLM(SeamHooks):
 
     @classmethod
     def stock_class(cls) -> type[PreTrainedModel]:
-        """Return the class of transformers that this one customises.
+        """Return the class of transformers that this one customises, else a plain PreTrainedModel of one's own.
 
         Raises TypeError when there is none among the bases.
         """
-        for base in cls.__mro__:
-            if base.__module__.startswith("transformers.models."):
+        plain = [base for base in cls.__mro__ if issubclass(base, PreTrainedModel) and not issubclass(base, SeamHooks)]
+        for base in (*(base for base in plain if base.__module__.startswith("transformers.models.")), *plain):
+            if base is not PreTrainedModel:
                 return base
         raise TypeError(f"{cls.__name__} must inherit a model class of transformers after CustomVLM.")
 
@@ -93,7 +96,7 @@ class CustomVLM(SeamHooks):
         config = cast(Any, self.config_class).adopt(config)  # saved as a parent's, it would load as the parent
         with loading.stock_device():
             super().__init__(config, *args, **kwargs)
-        self._stock_tensors = frozenset(name for name, _ in _named_tensors(self))
+        self._stock_tensors = frozenset(name for name, _ in named_tensors(self))
         self._stock_parts = parts.find_parts(self)
         self._start_losses()
         config.connector = copy.deepcopy(self.default_connector if config.connector is None else config.connector)
@@ -102,7 +105,7 @@ class CustomVLM(SeamHooks):
         if config.connector is not None:
             if "connector" in self.lacks:
                 raise ValueError(f"connector={config.connector!r}: this family takes none: {self.lacks['connector']}")
-            self.custom_connector = build_connector(config.connector, config.get_text_config().hidden_size)
+            self.custom_connector = build_connector(config.connector, self.connector_width())
         self.post_init()
 
     def _start_losses(self) -> None:
@@ -113,6 +116,7 @@ class CustomVLM(SeamHooks):
         self.loss_step: int | None = None  # the optimiser step, for scheduled weights; fit() and LossCallback set it
         self.step_plan: list[dict[str, Any]] = []  # of micro-batches to come, where only LossCallback sees a step
         self.companions: dict[str, CustomVLM] = {}  # frozen models beside this one, no part of it
+        self._labels_checked = False  # against the head's width
         self._parsed_losses: tuple[Any, list[losses.WeightedLoss]] | None = None
         self._pass: seams.ForwardPass | None = None
 
@@ -121,6 +125,7 @@ class CustomVLM(SeamHooks):
         super().post_init()
         if self._stock_parts is not None:  # the stock __init__ calls this before there is anything to hook
             seams.install(self)
+            self._frozen_by_init = tuple(name for name, p in self.named_parameters() if not p.requires_grad)
 
     def initialize_weights(self) -> None:
         """Initialise the stock modules as stock does; what a subclass adds starts as its __init__ made it.
@@ -138,7 +143,7 @@ class CustomVLM(SeamHooks):
 
     def new_tensor_names(self) -> list[str]:
         """Return the names of the parameters and persistent buffers that this class adds to its stock parent."""
-        return [name for name, _ in _named_tensors(self) if name not in self._stock_tensors]
+        return [name for name, _ in named_tensors(self) if name not in self._stock_tensors]
 
     def overridden_seams(self) -> list[str]:
         """Return the seams that differ from the stock class, in words, for the start-up facts."""
@@ -148,6 +153,11 @@ class CustomVLM(SeamHooks):
         if self.config.loss != "cross_entropy":
             found.append(f"loss {self.config.loss!r}")
         return found
+
+    @staticmethod
+    def check_loss(spec: Any) -> None:
+        """Raise ValueError for a loss that is not known."""
+        losses.parse_losses(spec)
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
@@ -178,6 +188,10 @@ class CustomVLM(SeamHooks):
             call = self.stock_inputs(inputs)
             with self.flat_pass(call):
                 return super().forward(**call)
+        head = self.loss_head().linear
+        if head is not None and not torch.compiler.is_compiling() and (labels.is_cpu or not self._labels_checked):
+            losses.check_labels(labels, head.out_features)
+            self._labels_checked = True  # asking a GPU takes a wait
         if self.config.loss == "stock":
             losses.refuse_preference(inputs)
             return self._forward_stock(self.stock_inputs(inputs), labels, num_items_in_batch, loss_divisors)
@@ -204,9 +218,13 @@ class CustomVLM(SeamHooks):
         call = self.stock_inputs(batch)
         if self.training or not return_logits or losses.is_packed(batch):  # a cache would undo packing
             call.setdefault("use_cache", False)
-        if not return_logits:
+        if not return_logits and not self.ignores_logits_to_keep:
             call["logits_to_keep"] = labels.new_empty(0)  # the head runs on no position: (B, 0, V)
-        if self.training and seams.needs_no_mask(call, self.config.get_text_config()):
+        if (
+            self.training
+            and not self.keeps_mask
+            and seams.needs_no_mask(call, self.config.get_text_config(), self.get_decoder())
+        ):
             del call["attention_mask"]
         for loss in losses.known(self.config.loss):
             call |= {f"output_{name}": True for name in loss.outputs}
@@ -275,9 +293,9 @@ class CustomVLM(SeamHooks):
 
     def loss_counts(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """Return each loss's count over several batches: what forward() wants as `loss_divisors`."""
-        token, batches = self.placeholder_token_id, list(batches)
+        batches = list(batches)
         return {
-            item.loss.name: sum(item.loss.count_in(batch, token, item.options) for batch in batches)
+            item.loss.name: sum(item.loss.count_in(batch, self, item.options) for batch in batches)
             for item in self.losses()
         }
 
@@ -309,6 +327,10 @@ class CustomVLM(SeamHooks):
         """Make the processor write as many placeholders as this model makes tokens; save it with the model."""
         setattr(processor, self.placeholder_field, self.tokens_per_crop())
         return processor
+
+    def image_token_rows(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
+        """Return the row of data of each image token, (P * N,); None where each stands at its own placeholder."""
+        return None
 
     # ---- loading and saving -------------------------------------------------------------------------------------------
 
@@ -346,7 +368,7 @@ def check_registered(model: CustomVLM) -> None:
         )
 
 
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield parameters and persistent buffers under their own names, leaving out what an adapter added."""
     adapters = tuple(name + "." for name, module in model.named_modules() if parts.is_adapter(module))
     kept = set(model.state_dict(keep_vars=True))

@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 
 from hfcustom.base import SEAM_METHODS
+from hfcustom.dual_encoder import CustomDualEncoder
+from hfcustom.encoders import load_encoder
 from hfcustom.families import load_family, missing_packages
 from hfcustom.parts import PARTS, part_table
 from hfcustom.registry import REGISTERED
@@ -42,7 +44,7 @@ class FamilyFacts:
     stock_class: str
     custom_class: str
     checkpoints: list[CheckpointFacts]
-    image_tokens: int | None  # of a PICTURE, None where a package is missing
+    image_tokens: int | None  # of a PICTURE, None where a package is missing; 0 for an encoder, which makes one vector
     seams: dict[str, str]  # seam -> "yes", or why there is none
     missing_packages: list[str]
     verified: list[str] = field(default_factory=list)  # what the test suite checks, in words
@@ -75,6 +77,33 @@ def _checkpoint(model_class: Any, id: str, values: dict[str, Any]) -> Checkpoint
         model = model_class(model_class.config_class(**values))
     parts = {row.part: row.parameters for row in part_table(model)}
     return CheckpointFacts(id, sum(parts.values()), {part: parts[part] for part in PARTS if part in parts})
+
+
+def encoder_facts(name: str) -> FamilyFacts:
+    """Return the facts of a contrastive encoder; its text tower counts as language. ValueError suggests the nearest name."""
+    module = load_encoder(name)
+    model_class: Any = REGISTERED[f"custom_{name}"]
+    checkpoints = []
+    for id, values in module.CHECKPOINTS.items():
+        with torch.device("meta"):
+            model = model_class(model_class.config_class(**values))
+        parts = {"vision": 0, "language": 0, "other": 0}
+        for path, parameter in model.named_parameters():
+            part = "vision" if path.startswith("vis") else "language" if path.startswith("text") else "other"
+            parts[part] += parameter.numel()
+        checkpoints.append(CheckpointFacts(id, sum(parts.values()), parts))
+    own = [seam for seam in vars(CustomDualEncoder) if seam.startswith("transform_")]
+    return FamilyFacts(
+        name=name,
+        summary=(module.__doc__ or "").strip().partition("\n")[0],
+        stock_class=model_class.stock_class().__name__,
+        custom_class=f"{module.__name__}.{model_class.__name__}",
+        checkpoints=checkpoints,
+        image_tokens=0,
+        seams={seam: model_class.lacks.get(seam, "yes") for seam in dict.fromkeys((*own, *SEAMS))},
+        missing_packages=[],
+        verified=verified_checks().get(name, []),
+    )
 
 
 def image_tokens(name: str, size: tuple[int, int] = PICTURE) -> int:

@@ -8,6 +8,7 @@ both are plain JSON, so that a saved folder says what the model computes and wha
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,12 @@ class CustomConfig(PretrainedConfig):
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read config.json; a stock parent's is welcome, one of a stranger is a ValueError that names both."""
+        """Read config.json; a stock parent's is welcome, also inside that of a larger model (Qwen2.5-Omni's thinker).
+
+        One of a stranger is a ValueError that names both.
+        """
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        config_dict = own_config(config_dict, cls.kin())
         cls._check_kin(config_dict.get("model_type", cls.model_type), "This checkpoint")
         return {**config_dict, "model_type": cls.model_type}, kwargs
 
@@ -57,13 +62,24 @@ class CustomConfig(PretrainedConfig):
         return cls(**{key: value for key, value in config.to_dict().items() if key != "model_type"})
 
     @classmethod
+    def kin(cls) -> list[str]:
+        """Return the model_types whose config.json this class reads: its own and its parents'."""
+        types = [base.model_type for base in cls.__mro__ if issubclass(base, PretrainedConfig) and base.model_type]
+        return list(dict.fromkeys(types))
+
+    @classmethod
     def _check_kin(cls, model_type: str, what: str) -> None:
-        known = [base.model_type for base in cls.__mro__ if issubclass(base, PretrainedConfig) and base.model_type]
-        if model_type not in known:
+        if model_type not in cls.kin():
             raise ValueError(
-                f"{what} has model_type {model_type!r}, but {cls.__name__} takes {', '.join(dict.fromkeys(known))}. "
+                f"{what} has model_type {model_type!r}, but {cls.__name__} takes {', '.join(cls.kin())}. "
                 "Use the class of that family."
             )
+
+
+def own_config(config: dict[str, Any], kin: Container[str]) -> dict[str, Any]:
+    """Return the part of a config.json that is of one of these model_types, all of it where none is."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return next((part for part in parts if part.get("model_type", "") in kin), config)
 
 
 def _inherit_key_conversion(config_class: type[PretrainedConfig]) -> None:

@@ -13,7 +13,8 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from hfcustom.catalog import PICTURE, FamilyFacts, family_facts
+from hfcustom.catalog import PICTURE, FamilyFacts, encoder_facts, family_facts
+from hfcustom.encoders import encoder_names
 from hfcustom.external import EXTERNAL, External, find_external
 from hfcustom.families import family_names
 from hfcustom.naming import unknown
@@ -23,7 +24,7 @@ COLUMNS = {"vision": "vision", "connector": "conn.", "language": "lang.", "head"
 
 def show_families(names: Sequence[str], as_json: bool = False) -> int:
     """Print families and models outside, all when none is named; return 0, or 2 for an unknown name."""
-    known = family_names()
+    known = [*family_names(), *encoder_names()]
     wanted = {name: find_external(name) if name not in known else None for name in names}
     for name, external in wanted.items():
         if name not in known and external is None:
@@ -33,7 +34,7 @@ def show_families(names: Sequence[str], as_json: bool = False) -> int:
     outside = [key for key in wanted.values() if key is not None] if names else list(EXTERNAL)
     quiet = as_json or not sys.stderr.isatty()
     facts = [
-        family_facts(name)
+        encoder_facts(name) if name in encoder_names() else family_facts(name)
         for name in track(
             chosen, "counting parameters and tokens", console=Console(stderr=True), disable=quiet, transient=True
         )
@@ -130,6 +131,8 @@ def _show_external(out: Console, key: str, model: External, short: bool) -> None
 
 
 def _tokens(family: FamilyFacts) -> str:
+    if family.image_tokens == 0:
+        return "no"
     return "?" if family.image_tokens is None else f"{family.image_tokens:,}"
 
 

@@ -15,16 +15,19 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from logging import Filter, LogRecord
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from hfcustom import losses, parts
+from hfcustom import parts
 
 if TYPE_CHECKING:
     from hfcustom.base import CustomVLM
+    from hfcustom.dual_encoder import CustomDualEncoder
+
+    Custom: TypeAlias = CustomVLM | CustomDualEncoder
 
 logger = logging.get_logger("hfcustom")
 
@@ -33,21 +36,23 @@ STOCK_ON_META: ContextVar[bool] = ContextVar("STOCK_ON_META", default=False)
 
 
 def load_strictly(
-    cls: type[CustomVLM], load: Callable[..., Any], *args: Any, new_modules: Iterable[str], **kwargs: Any
+    cls: type[Custom], load: Callable[..., Any], *args: Any, new_modules: Iterable[str], **kwargs: Any
 ) -> Any:
     """Call the stock `from_pretrained` and check what it loaded; see CustomVLM.from_pretrained."""
     wants_info = kwargs.pop("output_loading_info", False)
     source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
     check_source(source)
     if kwargs.get("loss", "stock") != "stock":
-        losses.parse_losses(kwargs["loss"])  # a mistyped name is an error before gigabytes are read
+        cls.check_loss(kwargs["loss"])  # a mistyped name is an error before gigabytes are read
     if kwargs.get("config") is None:
         kwargs |= _own_defaults(cls, source, kwargs)
-    with _report_in_error():
+    with report_in_error():
         model, info = load(*args, output_loading_info=True, **kwargs)
     fresh = _check_missing(model, sorted(info["missing_keys"]), tuple(new_modules), source)
     _say_unexpected(model, sorted(info["unexpected_keys"]), source)
     _fill(model, fresh)
+    for name in model._frozen_by_init:  # transformers makes every loaded parameter trainable
+        model.get_parameter(name).requires_grad_(False)
     return (model, info) if wants_info else model
 
 
@@ -57,7 +62,7 @@ def check_source(source: Any) -> None:
         raise FileNotFoundError(f"There is no folder {source}; give an existing one, or a name on the hub.")
 
 
-def _own_defaults(cls: type[CustomVLM], source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _own_defaults(cls: type[Custom], source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the class's own connector and loss where the checkpoint recorded only the defaults of another class."""
     from hfcustom.registry import REGISTERED
 
@@ -75,7 +80,7 @@ def _own_defaults(cls: type[CustomVLM], source: Any, kwargs: Mapping[str, Any]) 
     return own
 
 
-def _check_missing(model: CustomVLM, missing: list[str], allowed: tuple[str, ...], source: Any) -> list[str]:
+def _check_missing(model: Custom, missing: list[str], allowed: tuple[str, ...], source: Any) -> list[str]:
     """Return the missing tensors that may be missing; ValueError names the first that may not."""
     added = parts.find_parts(model).paths["new"]
     for name in allowed:
@@ -99,7 +104,7 @@ def _check_missing(model: CustomVLM, missing: list[str], allowed: tuple[str, ...
     return [key for key in missing if any(key == path or key.startswith(path + ".") for path in fresh)]
 
 
-def _check_whole(missing: list[str], fresh: list[str], model: CustomVLM, source: Any) -> None:
+def _check_whole(missing: list[str], fresh: list[str], model: Custom, source: Any) -> None:
     """A module half in the checkpoint is a damaged checkpoint, not a new module."""
     for module in fresh:
         own = {name for name in model.new_tensor_names() if name == module or name.startswith(module + ".")}
@@ -108,7 +113,7 @@ def _check_whole(missing: list[str], fresh: list[str], model: CustomVLM, source:
                 raise ValueError(_missing_message(model, lost[0], module, source))
 
 
-def _missing_message(model: CustomVLM, key: str, module: str | None, source: Any) -> str:
+def _missing_message(model: Custom, key: str, module: str | None, source: Any) -> str:
     if module is None:
         part = parts.find_parts(model).part_of(key)
         cure = "The checkpoint is incomplete or of another architecture; fetch it again, or check its config.json."
@@ -118,18 +123,20 @@ def _missing_message(model: CustomVLM, key: str, module: str | None, source: Any
     return f"{source} has no tensor for {key!r} ({part} of {type(model).__name__}). Nothing was loaded. {cure}"
 
 
-def _say_unexpected(model: CustomVLM, unexpected: list[str], source: Any) -> None:
+def _say_unexpected(model: Custom, unexpected: list[str], source: Any) -> None:
     if unexpected:
         shown = ", ".join(unexpected[:5]) + (f" and {len(unexpected) - 5} more" if len(unexpected) > 5 else "")
         logger.warning(f"{type(model).__name__} has no place for {len(unexpected)} tensors of {source}: {shown}")
 
 
-def _fill(model: CustomVLM, fresh: list[str]) -> None:
+def _fill(model: Custom, fresh: list[str]) -> None:
     """Give tensors that no checkpoint holds the values they have in a model whose added modules were really built."""
+    added = parts.find_parts(model).paths["new"]
     lost = {
         name: buffer
         for name, buffer in model.named_non_persistent_buffers()
-        if not type(model.get_submodule(name.rpartition(".")[0])).__module__.startswith("transformers.")
+        if any(name.startswith(path + ".") for path in added)  # of any class: stock initialises no added module
+        or not type(model.get_submodule(name.rpartition(".")[0])).__module__.startswith("transformers.")
     }
     lost |= {name: model.get_parameter_or_buffer(name) for name in fresh}
     if not lost:
@@ -157,7 +164,7 @@ def stock_device() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _report_in_error() -> Iterator[None]:
+def report_in_error() -> Iterator[None]:
     """Hold back transformers' table of missing and unexpected keys; an error that points at it carries it."""
     stock_logger = logging.get_logger("transformers.modeling_utils")
     reports: list[str] = []

@@ -169,8 +169,9 @@ def _decoder(core: Any) -> nn.Module:
 def _top_level_new(core: Any) -> list[str]:
     """Shortest module (or bare parameter) paths that cover every tensor the subclass added to its stock parent."""
     from hfcustom.base import CustomVLM
+    from hfcustom.dual_encoder import CustomDualEncoder
 
-    if not isinstance(core, CustomVLM):
+    if not isinstance(core, CustomVLM | CustomDualEncoder):
         return []
     stock_prefixes = {
         name[:end]

@@ -15,7 +15,7 @@ import torch
 from transformers import ProcessorMixin
 from transformers.utils import is_torchvision_available
 
-from hfcustom.connectors import Grid, build_connector, count_tokens_out, grid_out
+from hfcustom.connectors import Grid, build_connector, count_tokens_out, grid_out, grids_out
 
 
 class OptionalVideo(ProcessorMixin):
@@ -91,6 +91,35 @@ class WithoutVideo(ProcessorMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*(part for part in args if part is not None), **kwargs)
+
+
+class PrefixProcessor(ProcessorMixin):
+    """Mixin before the processor of a prefix-LM: token_type_ids are 0 in a prompt, which sees itself whole, else 1."""
+
+    def mark_answers(self, batch: Mapping[str, torch.Tensor], answers: torch.Tensor) -> torch.Tensor:
+        """Return the token_type_ids of a training batch, answers (B, T) True at label tokens -> (B, T).
+
+        A row's prompt ends with its first label token, as a prompt to be generated from ends there: earlier answers that
+        are not trained on are prompt, and what comes after is causal, since a question that prompts saw ahead would leak.
+        Padding is 0, as tokenizers write it.
+        """
+        return (answers.cumsum(1) > 0).long() * batch["attention_mask"]
+
+
+class NestedImages(ProcessorMixin):
+    """Mixin before a stock processor that wants images nested by row: a flat list is dealt out to several texts."""
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Nest a flat list by the texts' placeholders; rows that are all without images are no images."""
+        is_list, several = isinstance(images, list | tuple), isinstance(text, list | tuple) and len(text) > 1
+        if is_list and not any(not isinstance(row, list | tuple) or row for row in images):
+            images = None
+        elif is_list and several and not any(isinstance(row, list | tuple) for row in images):
+            counts = [sample.count(self.image_token) for sample in text]  # type: ignore[attr-defined]
+            if sum(counts) == len(images):
+                flat = iter(images)
+                images = [[next(flat) for _ in range(count)] for count in counts]
+        return super().prepare_inputs_layout(images=images, text=text, **kwargs)
 
 
 class ConnectedProcessor(ProcessorMixin):
@@ -173,6 +202,26 @@ class SizedProcessor(NeedsTorchvision, MatchedProcessor):
         side = self.patch_size * self.spatial_merge_size  # type: ignore[attr-defined]
         rows, columns = (int(length) // side for length in image_inputs["image_sizes"][image_idx])
         return {"image_sizes": [[side * count for count in grid_out(module, rows * columns, (rows, columns))]]}
+
+
+class GridProcessor(MatchedProcessor):
+    """MatchedProcessor for images and videos that come with their grids, (P, 3) frames, rows and columns of patches."""
+
+    def image_grid(self, image_inputs: Mapping[str, Any], image_idx: int) -> Grid:
+        """Return the rows and columns of an image's tokens, after the merge of patches."""
+        _, rows, columns = image_inputs["image_grid_thw"][image_idx]
+        merge = self.image_processor.merge_size
+        return int(rows) // merge, int(columns) // merge
+
+    def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
+        """Return what stock writes for a video of the size that the connector leaves."""
+        module = self.connector_module()
+        if module is not None:
+            grid = torch.as_tensor(video_inputs["video_grid_thw"][video_idx])[None]
+            left = grids_out(module, grid, self.video_processor.merge_size)[0].numpy()
+            video_inputs = {**video_inputs, "video_grid_thw": {video_idx: left}}  # stock looks at this one only
+        text: str = super().replace_video_token(video_inputs, video_idx, **kwargs)
+        return text
 
 
 def match_connector(model: Any, processor: Any) -> Any:

@@ -1,7 +1,8 @@
 """register(): make the Auto classes know a custom model, or say exactly why they cannot.
 
 One call covers config, model and processor: AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM and
-AutoProcessor load the class's checkpoints in any process that has imported it.
+AutoProcessor load the class's checkpoints in any process that has imported it; those of a contrastive encoder load
+through AutoModel and AutoModelForZeroShotImageClassification.
 """
 
 from __future__ import annotations
@@ -12,16 +13,28 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar, overload
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from hfcustom.base import CustomVLM
+from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.naming import snake_case
 
-ModelClass = TypeVar("ModelClass", bound=type[CustomVLM])
+Custom = CustomVLM | CustomDualEncoder
+ModelClass = TypeVar("ModelClass", bound=type[Custom])
 
-REGISTERED: dict[str, type[CustomVLM]] = {}  # model_type -> class
+REGISTERED: dict[str, type[Any]] = {}  # model_type -> class
 
 
 @overload
@@ -50,11 +63,13 @@ def register(model_class: Any = None, *, model_type: str | None = None) -> Any:
         _make_config_class(model_class, name)
     config_class: Any = model_class.config_class
     AutoConfig.register(name, config_class, exist_ok=True)
-    for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    encodes = issubclass(model_class, CustomDualEncoder)
+    for auto_class in ENCODER_CLASSES if encodes else VLM_CLASSES:
         auto_class.register(config_class, model_class, exist_ok=True)
     AutoProcessor.register(config_class, model_class.processor_class, exist_ok=True)
-    # pipeline() and trl decide by this table of names whether a model is a vision-language model.
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name] = model_class.__name__
+    # pipeline() and trl decide by these tables of names what a model is for.
+    vlms, encoders = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    (encoders if encodes else vlms)[name] = model_class.__name__
     REGISTERED[name] = model_class
     return model_class
 
@@ -62,7 +77,7 @@ def register(model_class: Any = None, *, model_type: str | None = None) -> Any:
 def _check_class(model_class: object) -> None:
     if not isinstance(model_class, type):
         raise TypeError(f"register() takes a class, not the {type(model_class).__name__} {model_class!r}.")
-    if not issubclass(model_class, CustomVLM):
+    if not issubclass(model_class, Custom):
         raise TypeError(
             f"{model_class.__qualname__} is not a custom model. Subclass one of hfcustom.families, for instance "
             "hfcustom.families.internvl.CustomInternVLForConditionalGeneration."
@@ -70,20 +85,24 @@ def _check_class(model_class: object) -> None:
     model_class.stock_class()
 
 
-def _inherits_config(model_class: type[CustomVLM]) -> bool:
+def _inherits_config(model_class: type[Custom]) -> bool:
     """Whether the config class is a registered parent's, so that saving under it would load the parent."""
     config_class: Any = model_class.config_class
     owner = REGISTERED.get(config_class.model_type)
     return owner is not None and _origin(owner) != _origin(model_class) and owner in model_class.__mro__
 
 
-def _default_model_type(model_class: type[CustomVLM]) -> str:
-    return snake_case(model_class.__name__.removesuffix("ForConditionalGeneration"))
+def _default_model_type(model_class: type[Custom]) -> str:
+    return snake_case(_stem(model_class))
 
 
-def _make_config_class(model_class: type[CustomVLM], model_type: str) -> None:
+def _stem(model_class: type[Custom]) -> str:
+    return model_class.__name__.removesuffix("ForConditionalGeneration").removesuffix("Model")
+
+
+def _make_config_class(model_class: type[Custom], model_type: str) -> None:
     """Give the class a config class of its own, importable from the class's module."""
-    name = model_class.__name__.removesuffix("ForConditionalGeneration") + "Config"
+    name = _stem(model_class) + "Config"
     namespace = {"model_type": model_type, "__module__": model_class.__module__, "__qualname__": name}
     parent: Any = model_class.config_class
     config_class = type(name, (parent,), namespace)
@@ -91,7 +110,7 @@ def _make_config_class(model_class: type[CustomVLM], model_type: str) -> None:
     setattr(sys.modules[model_class.__module__], name, config_class)
 
 
-def _check_model_type(name: str, model_class: type[CustomVLM]) -> None:
+def _check_model_type(name: str, model_class: type[Custom]) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"model_type={name!r} must be lower case letters, digits and underscores.")
     if name in CONFIG_MAPPING_NAMES:
@@ -114,3 +133,7 @@ def _check_model_type(name: str, model_class: type[CustomVLM]) -> None:
 
 def _origin(some_class: type) -> str:
     return f"{some_class.__module__}.{some_class.__qualname__}"
+
+
+ENCODER_CLASSES: tuple[Any, ...] = (AutoModel, AutoModelForZeroShotImageClassification)
+VLM_CLASSES: tuple[Any, ...] = (AutoModelForImageTextToText, AutoModelForMultimodalLM)

@@ -7,8 +7,9 @@ Letters: B rows, T text tokens, N image tokens, P crops, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfcustom import parts, seams
-from hfcustom.connectors import reduce_tokens
+from hfcustom.connectors import find_connector, frames_together, reduce_tokens, takes_pictures
 from hfcustom.naming import check_shape
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ class SeamHooks(PreTrainedModel):
     ignores_logits_to_keep: ClassVar[bool] = (
         False  # the stock forward runs the head on every position whatever it is told
     )
+    keeps_mask: ClassVar[bool] = False  # the stock forward reads more from attention_mask than where padding is
+    no_pictures: ClassVar[str] = ""  # why no picture of a crop can be handed to a connector that wants one
     custom_connector: nn.Module | None
+    _pictures: torch.Tensor | None = None  # (P, 3, H, W), what the vision tower is looking at
     _stock_parts: parts.PartMap | None = None  # until the stock part is built
     _pass: seams.ForwardPass | None
 
@@ -48,17 +52,37 @@ class SeamHooks(PreTrainedModel):
         assert self._stock_parts is not None, "asked for inside the stock __init__"
         return self._stock_parts
 
+    def vision_width(self) -> int:
+        """Return D_vision, the width of what transform_vision_features sees; a family with another one says so."""
+        return int(self.config.vision_config.hidden_size)
+
+    def connector_width(self) -> int:
+        """Return the width at which the configured connector works; ValueError when this family can have none such."""
+        if takes_pictures(find_connector(self.config.connector)[0]):
+            if self.no_pictures:
+                raise ValueError(
+                    f"connector={self.config.connector!r} looks at pictures, but in this family {self.no_pictures}."
+                )
+            return self.vision_width()
+        return int(self.config.get_text_config().hidden_size)
+
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Return (module path, hook registrar, method, options) for each seam."""
-        connector, language = (self.stock_parts().paths[part][0] for part in ("connector", "language"))
+        vision, connector, language = (
+            self.stock_parts().paths[part][0] for part in ("vision", "connector", "language")
+        )
         head: list[tuple[str, str, str, dict[str, bool]]] = [
             (self.stock_parts().paths["head"][0], "register_forward_pre_hook", "_at_head_input", {})
+        ]
+        pictures: list[tuple[str, str, str, dict[str, bool]]] = [
+            (vision, "register_forward_pre_hook", "_at_vision_input", {"with_kwargs": True})
         ]
         borders: list[tuple[str, str, str, dict[str, bool]]] = [
             (self.inner_path(), "register_forward_pre_hook", "_begin_pass", {"with_kwargs": True}),
             (self.inner_path(), "register_forward_hook", "_end_pass", {"always_call": True}),
         ]
         return [
+            *(pictures if takes_pictures(self.custom_connector) else []),
             *(borders if self.inner_path() else []),
             (connector, "register_forward_pre_hook", "_at_connector_input", {}),
             (connector, "register_forward_hook", "_at_connector_output", {}),
@@ -96,11 +120,21 @@ class SeamHooks(PreTrainedModel):
                 seams.install(cast("CustomVLM", self))
             self._pass = seams.ForwardPass(ends_with_inner=True)
         input_ids = args[0] if args else kwargs.get("input_ids")
-        self._pass.image_mask = seams.find_placeholders(self, input_ids, kwargs.get("inputs_embeds"))
+        embeds, token = kwargs.get("inputs_embeds"), self.placeholder_token_id
+        self._pass.image_mask = seams.find_placeholders(self, input_ids, embeds, token)
 
     def _end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._pass is not None and self._pass.ends_with_inner:
             self._pass = None
+
+    def _at_vision_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        pictures = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+        if pictures.ndim != 4:
+            raise ValueError(
+                f"connector={self.config.connector!r} looks at pictures, (P, 3, H, W), but the vision tower of "
+                f"{type(self).__name__} is given {tuple(pictures.shape)}."
+            )
+        self._pictures = pictures
 
     def _at_connector_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self._vision_features(args[0]), *args[1:])
@@ -109,9 +143,25 @@ class SeamHooks(PreTrainedModel):
         given = features.shape
         features = self.transform_vision_features(features)  # (P, patches, D_vision)
         check_shape("transform_vision_features", features, given)
+        if takes_pictures(self.custom_connector):
+            features = self._look_again(features)
         if self._pass is not None and self._pass.records:
             self._pass.vision_features = features
         return features
+
+    def _look_again(self, features: torch.Tensor) -> torch.Tensor:
+        """Run a connector that works on vision features and pictures: (P, patches, D_vision) -> the same shape."""
+        connector: Any = self.custom_connector
+        pictures, self._pictures = self._pictures, None
+        if pictures is None or len(pictures) != len(features):
+            seen = 0 if pictures is None else len(pictures)
+            raise ValueError(
+                f"connector={self.config.connector!r} looks at the picture of each crop: there are {len(features)} crops and "
+                f"{seen} pictures. A video's frames have none in families that read videos with another tower."
+            )
+        looked: torch.Tensor = connector(features, pixel_values=pictures)
+        check_shape(f"connector {self.config.connector!r}", looked, features.shape)
+        return looked
 
     def _at_connector_output(self, module: nn.Module, args: tuple[Any, ...], features: torch.Tensor) -> torch.Tensor:
         if self.custom_connector is not None:
@@ -121,25 +171,57 @@ class SeamHooks(PreTrainedModel):
             self._pass.image_features = features
         return features
 
-    def _check_placeholders(self, tokens: int, crops: int) -> None:
-        """Say what to do when the processor still writes the placeholders of the stock connector."""
+    def _check_placeholders(
+        self,
+        tokens: int,
+        crops: int,
+        lengths: Sequence[int] = (),
+        *,
+        mask: torch.Tensor | None = None,
+        kind: str = "image",
+    ) -> None:
+        """Say what to do when the processor still writes the placeholders of the stock connector; mask (B, T).
+
+        `lengths` are the tokens of each crop where they are not all the same.
+        """
         if self._pass is None or torch.compiler.is_compiling():
             return
-        assert self._pass.image_mask is not None
-        placeholders = int(self._pass.image_mask.sum())
+        mask = self._pass.image_mask if mask is None else mask
+        assert mask is not None
+        placeholders = int(mask.sum())
         if placeholders != tokens:
             raise ValueError(
-                f"The text has {placeholders} image placeholders, the connector {self.config.connector!r} made {tokens} "
+                f"The text has {placeholders} {kind} placeholders, the connector {self.config.connector!r} made {tokens} "
                 f"tokens of {crops} crops. Call model.match_processor(processor) before processing, and save that "
                 "processor with the model."
             )
+        if kind == "image":
+            self._check_clips(lengths or [tokens // crops] * crops)
+
+    def _check_clips(self, lengths: Sequence[int]) -> None:
+        """A connector that takes neighbouring crops together must not mix those of two rows."""
+        frames = frames_together(self.custom_connector)
+        if frames == 1:
+            return
+        assert self._pass is not None and self._pass.image_mask is not None
+        ends = [0, *accumulate(lengths)][::frames]
+        for row, end in enumerate(self._pass.image_mask.sum(1).cumsum(0).tolist()):
+            if end not in ends:
+                raise ValueError(
+                    f"connector={self.config.connector!r} takes {frames} neighbouring crops together, but row {row} of the "
+                    f"batch ends amid such {frames}. Give each row a multiple of {frames} images (repeat a still one), one "
+                    "crop each: switch the processor's multi-crop off."
+                )
 
     def _at_language_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._pass is None or self._pass.image_mask is None:  # the language model is run by itself
             return args, kwargs
-        given = kwargs["inputs_embeds"]
+        given = kwargs.get("inputs_embeds")
+        if given is None:  # images are not merged into them in this family
+            given = self.get_input_embeddings()(kwargs["input_ids"])
+            kwargs = {**kwargs, "input_ids": None}
         embeddings = self.transform_embeddings(given, self._pass.image_mask)  # (B, T, D)
         check_shape("transform_embeddings", embeddings, given.shape)
         return args, {**kwargs, "inputs_embeds": embeddings}

@@ -30,6 +30,8 @@ class ForwardPass:
     skips_head: bool = False  # nobody wants the logits
     ends_with_inner: bool = False  # the inner model was called directly and closes the pass itself
     image_mask: torch.Tensor | None = None  # (B, T) True at image placeholders
+    video_mask: torch.Tensor | None = None  # (B, T) True at video placeholders, where a family tells them apart
+    crops: torch.Tensor | None = None  # (P,) which crops hold an image, in families that pad with empty ones
     vision_features: torch.Tensor | None = None  # (P, patches, D_vision)
     image_features: torch.Tensor | None = None  # (P, N, D)
     hidden_states: torch.Tensor | None = None  # (B, T, D)
@@ -101,9 +103,11 @@ def _carries(module: nn.Module, method: str) -> bool:
     return any(isinstance(hook, Seam) and hook.method == method for hook in hooks)
 
 
-def find_placeholders(model: Any, input_ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
-    """Return the (B, T) mask of image placeholders, from ids or, as the stock classes do, from embeddings."""
-    token = model.placeholder_token_id
+def find_placeholders(
+    model: Any, input_ids: torch.Tensor | None, embeds: torch.Tensor | None, token: int | None = None
+) -> torch.Tensor:
+    """Return the (B, T) mask of a placeholder, by default the image's, from ids or, as stock does, from embeddings."""
+    token = model.placeholder_token_id if token is None else token
     if input_ids is not None:
         return input_ids == token  # (B, T)
     assert embeds is not None, "the model got neither input_ids nor inputs_embeds"
@@ -111,12 +115,17 @@ def find_placeholders(model: Any, input_ids: torch.Tensor | None, embeds: torch.
     return (embeds == placeholder).all(-1)  # (B, T)
 
 
-def needs_no_mask(inputs: Mapping[str, Any], text_config: Any) -> bool:
+def needs_no_mask(inputs: Mapping[str, Any], text_config: Any, decoder: nn.Module) -> bool:
     """Whether causal attention alone keeps padding out: it stands on the right, where no real token looks.
 
     Without a mask torch attends causally at half the work. Asked on a CPU only: on a GPU the answer would take a wait.
+    A sliding window is causal too, and stock builds its mask without this one. Tokens that see ahead do need it: those of
+    one type (token_type_ids: a prompt, an image), and all of them in a decoder that leaves causality to the mask.
     """
     mask = inputs.get("attention_mask")
     if mask is None or mask.ndim != 2 or mask.device.type != "cpu" or text_config._attn_implementation != "sdpa":
         return False
-    return inputs.get("position_ids") is None and bool((mask[:, 1:] <= mask[:, :-1]).all())
+    if inputs.get("position_ids") is not None or inputs.get("token_type_ids") is not None:
+        return False
+    causal = all(vars(module).get("is_causal", True) for module in decoder.modules())
+    return causal and bool((mask[:, 1:] <= mask[:, :-1]).all())

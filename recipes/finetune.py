@@ -39,6 +39,9 @@ class FinetuneConfig(TrainConfig):
     freeze: Annotated[list[str], "parts to keep as they are: vision, connector, language, head"] = field(
         default_factory=list
     )
+    attention_only: Annotated[list[str], "parts of which only the attention layers are trained"] = field(
+        default_factory=list
+    )
     lora: Annotated[bool, "train LoRA matrices instead of the parts in lora_parts"] = False
     lora_parts: Annotated[list[str], "parts that get LoRA"] = field(default_factory=lambda: ["language"])
     lora_rank: Annotated[int, "rank of the LoRA matrices"] = 16
@@ -67,6 +70,11 @@ class FinetuneConfig(TrainConfig):
                 "train_full has no effect without --lora; everything not frozen is trained",
             ),
             (not (self.lora and self.freeze), "freeze has no effect with --lora, which freezes all it does not name"),
+            (not (self.lora and self.attention_only), "attention_only has no effect with --lora"),
+            (
+                not set(self.freeze) & set(self.attention_only),
+                f"freeze={self.freeze} and attention_only={self.attention_only} name a part twice",
+            ),
             (self.eval_data is not None or self.eval_steps is None, "eval_steps has no effect without --eval-data"),
             (self.lora_rank > 0, f"lora_rank={self.lora_rank} must be positive"),
         ]
@@ -128,13 +136,15 @@ def add_companions(model: Any, config: FinetuneConfig) -> None:
 
 
 def choose_what_trains(model: Any, config: FinetuneConfig) -> Any:
-    """Freeze parts, or wrap the model with LoRA."""
+    """Freeze parts, whole or but for their attention, or wrap the model with LoRA."""
     if config.lora:
         return hfcustom.lora(
             model, config.lora_parts, rank=config.lora_rank, dropout=config.lora_dropout, train=config.train_full
         )
     if config.freeze:
         hfcustom.freeze(model, config.freeze)
+    if config.attention_only:
+        hfcustom.freeze(model, config.attention_only, keep="attention")
     return model
 
 

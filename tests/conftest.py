@@ -88,6 +88,10 @@ class Family:
             self.module.wake(model)
         return model
 
+    def corrected(self, model_class: Any = None, **config: Any) -> Any:
+        """Return a tiny model with what its class corrects of stock, for what stock gets wrong in this family."""
+        return self.model(model_class, **dict.fromkeys(self.model_class.corrections, True), **config)
+
     def batch(self, images: list[int], processor: Any = None) -> dict[str, torch.Tensor]:
         """Return a training batch with a row for each number of images."""
         return dict(

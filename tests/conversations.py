@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from conftest import picture
 
+from hfcustom.data.collate import Collator
 from hfcustom.losses import IGNORE
 
 IMAGE = {"type": "image"}
@@ -48,6 +49,13 @@ def placeholder_text(processor: Any) -> str:
     messages = [{"role": "user", "content": [text("BEFORE"), IMAGE, text("AFTER")]}]
     rendered = processor.apply_chat_template(messages).split("BEFORE")[1].split("AFTER")[0]
     return rendered.replace(processor.image_token, "")
+
+
+def glued_blank(processor: Any) -> str:
+    """Return the blank that the processor itself writes between an image and a word, as part of the word's token."""
+    row = conversation(turn("user", "Draw."), turn("assistant", IMAGE, "AFTER"))
+    written = processor.tokenizer.decode(Collator(processor)([row])["input_ids"][0])
+    return " " if " AFTER" in written and " AFTER" not in processor.apply_chat_template(row["messages"]) else ""
 
 
 def with_markers(processor: Any) -> Any:

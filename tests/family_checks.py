@@ -15,6 +15,7 @@ import pytest
 from filelock import FileLock
 
 from hfcustom.catalog import VERIFIED
+from hfcustom.encoders import encoder_names
 from hfcustom.families import family_names
 
 OUTCOMES = pytest.StashKey[dict[tuple[str, str, str], set[str]]]()  # (family, file, check) -> outcomes of its cases
@@ -44,7 +45,9 @@ class Recorder:
 def case_of(nodeid: str) -> tuple[str, str, str] | None:
     """Return the family, file and check of a test, None for one that is not of a family."""
     found = re.fullmatch(r"(?:.*/)?test_(\w+)\.py::test_(\w+)\[(.+)\]", nodeid)
-    family = next((name for name in family_names() if found and name in found[3].split("-")), None)
+    family = next(
+        (name for name in (*family_names(), *encoder_names()) if found and name in found[3].split("-")), None
+    )
     return (family, found[1], found[2].replace("_", " ")) if found and family else None
 
 

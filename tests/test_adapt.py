@@ -58,6 +58,30 @@ def test_freeze_stops_the_named_parts_and_no_other(family: Family) -> None:
         adapt.freeze(model, [part for part in family.parts if part not in frozen])
 
 
+def test_freeze_can_leave_the_attention_layers_of_a_part(family: Family) -> None:
+    model = family.model()
+    adapt.freeze(model, ["vision", "language"], keep="attention")
+    layers = {part: adapt.attention_layers(model, part) for part in ("vision", "language")}
+    assert all("attn" in path.lower() or "attention" in path.lower() for paths in layers.values() for path in paths)
+    parts = find_parts(model)
+    for name, parameter in model.named_parameters():
+        part = parts.part_of(name)
+        inside = any(name.startswith(path + ".") for path in layers.get(part, ()))
+        assert parameter.requires_grad == (inside or part not in layers), name
+    for part in layers:
+        trained = {p.trainable for p in part_table(model) if p.part == part}
+        assert 0 < max(trained) < sum(row.parameters for row in part_table(model) if row.part == part)
+
+
+def test_attention_that_is_not_there_cannot_be_kept(internvl: Family) -> None:
+    with pytest.raises(
+        ValueError, match=r"The part 'head' \(lm_head\) has no attention layer to keep; freeze it whole"
+    ):
+        adapt.freeze(internvl.model(), "head", keep="attention")
+    with pytest.raises(ValueError, match="freeze\\(\\) keep='attn'; choose 'attention', or leave it out"):
+        adapt.freeze(internvl.model(), "vision", keep="attn")  # type: ignore[arg-type]
+
+
 # ---- LoRA -----------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,10 +90,9 @@ def test_bfloat16_stays_near_float32(internvl: Family) -> None:
 
 
 def test_whole_numbers_are_numbers_too() -> None:
-    labels = torch.tensor([3, -100])
-    assert (
-        find_loss("auxiliary_regression").count_in({"labels": torch.zeros(2, 4), "auxiliary_labels": labels}, 0) == 2
-    )
+    batch = {"labels": torch.zeros(2, 4), "auxiliary_labels": torch.tensor([3, -100])}
+    model: Any = SimpleNamespace(placeholder_token_id=0)
+    assert find_loss("auxiliary_regression").count_in(batch, model) == 2
 
 
 CLASSES, NUMBERS = LABELS

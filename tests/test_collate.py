@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import Family, chat_row
-from conversations import IMAGE, conversation, end_of_turn, labelled, placeholder_text, text, turn, with_markers
+from conversations import (
+    IMAGE,
+    conversation,
+    end_of_turn,
+    glued_blank,
+    labelled,
+    placeholder_text,
+    text,
+    turn,
+    with_markers,
+)
 from tokenizers.processors import TemplateProcessing
 
 from hfcustom.data.collate import Collator
@@ -51,13 +61,14 @@ ROWS = {
 
 def answers(row: dict[str, Any], processor: Any) -> str:
     """Return what the model is to learn: each answer, and the marker that ends its turn."""
-    words = {"image": placeholder_text(processor)}
-    learned = ""
+    learned, blank = "", glued_blank(processor)
     for message in row["messages"]:
         if message["role"] == "assistant":
             content = message["content"]
             blocks = [text(content)] if isinstance(content, str) else content
-            learned += "".join(words.get(block["type"], block.get("text")) for block in blocks)
+            for block, before in zip(blocks, [None, *blocks], strict=False):
+                glue = blank if before == IMAGE and block["type"] == "text" and not block["text"][0].isspace() else ""
+                learned += placeholder_text(processor) if block == IMAGE else glue + block["text"]
             learned += end_of_turn(processor)
     return learned
 
@@ -296,10 +307,13 @@ def test_markers_are_trusted_where_rendering_turn_by_turn_would_fail(internvl: F
 
 
 def test_a_placeholder_written_out_in_a_text_is_named(family: Family) -> None:
-    row = chat_row(1)
-    row["messages"][0]["content"].append({"type": "text", "text": f"What is {family.processor.image_token}?"})
-    with pytest.raises(RowError, match=r"row 1: a text holds '.*', this processor's mark of an image.*blocks"):
-        Collator(family.processor)([chat_row(0), row])
+    processor = family.processor
+    expanded = processor.tokenizer.convert_ids_to_tokens(processor.image_token_ids)  # in some families another token
+    for mark in {processor.image_token, *expanded}:
+        row = chat_row(1)
+        row["messages"][0]["content"].append({"type": "text", "text": f"What is {mark}?"})
+        with pytest.raises(RowError, match=r"row 1: a text holds '.*', this processor's mark of an image.*blocks"):
+            Collator(processor)([chat_row(0), row])
 
 
 def test_a_conversation_that_starts_with_the_assistant_is_named(family: Family) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,7 +95,7 @@ def test_an_untied_pair_costs_what_chance_says() -> None:
     labels = torch.tensor([[-100, 1]] * 4)
     ones = torch.ones(4, 2, 3)
     context = hfcustom.LossContext(
-        None,  # type: ignore[arg-type]
+        SimpleNamespace(image_token_rows=lambda batch: None),  # type: ignore[arg-type]
         {"input_ids": ids, "labels": labels},
         labels,
         ones,

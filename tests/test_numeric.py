@@ -163,7 +163,7 @@ def test_boxes_have_the_gradient_of_their_distance() -> None:
 def naive_box(model: Any, batch: dict[str, torch.Tensor], first: int, num: int) -> torch.Tensor:
     """Return the mean distance of the boxes, from full logits, token by token."""
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "token_weights")}
-    logits = model.compute_logits(model.model(**inputs, use_cache=False).last_hidden_state)  # (B, T, V)
+    logits = model(**inputs, use_cache=False).logits  # (B, T, V)
     expected, said = [], []
     for row, labels in enumerate(batch["labels"].tolist()):
         run: list[int] = []

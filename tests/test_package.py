@@ -62,7 +62,15 @@ def test_the_version_is_that_of_the_package() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["hfcustom", "hfcustom.options", "hfcustom.train_config", "hfcustom.naming", "hfcustom.families"]
+    "module",
+    [
+        "hfcustom",
+        "hfcustom.encoders",
+        "hfcustom.families",
+        "hfcustom.naming",
+        "hfcustom.options",
+        "hfcustom.train_config",
+    ],
 )
 def test_importing_loads_neither_torch_nor_transformers(module: str) -> None:
     script = (

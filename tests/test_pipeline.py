@@ -9,6 +9,9 @@ import pytest
 from conftest import Family, picture
 from transformers import pipeline
 
+from hfcustom.data.collate import process
+from hfcustom.data.messages import Example
+
 OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 
 
@@ -27,7 +30,7 @@ def test_a_pipeline_answers_as_generate_does(family: Family, tmp_path: Path, con
 
     prompt = [{"role": "user", "content": [{"type": "image"}, text]}]
     rendered = processor.apply_chat_template(prompt, add_generation_prompt=True)
-    inputs = processor(text=[rendered], images=[[image]], return_tensors="pt")
+    inputs = process(processor, [rendered], [Example(prompt, [image], "row")], padding_side="left")
     tokens = model.generate(**inputs, **OPTIONS)[:, inputs["input_ids"].shape[1] :]
     assert tokens.shape == (1, 8)
     said = processor.batch_decode(tokens, skip_special_tokens=True)[0]

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Family, chat_row, picture
+from conftest import FAMILIES, Family, chat_row, picture
 from transformers import AutoProcessor
 from transformers.utils import is_torchvision_available
 
 from hfcustom.data.collate import Collator
+from hfcustom.processors import OptionalVideo
+from hfcustom.registry import REGISTERED
 
-VIDEO_SETTINGS = {"video_processor_type": "InternVLVideoProcessor", "size": {"height": 56, "width": 56}}
+WITH_VIDEO = [name for name in FAMILIES if issubclass(REGISTERED[f"custom_{name}"].processor_class, OptionalVideo)]
 
 
 def test_it_reloads_through_auto_and_makes_the_same_tensors(family: Family, tmp_path: Path) -> None:
@@ -41,18 +43,26 @@ def test_it_loads_from_the_folder_of_the_stock_class(family: Family, tmp_path: P
     )
 
 
-def test_video_settings_survive_a_machine_that_cannot_use_them(internvl: Family, tmp_path: Path) -> None:
-    internvl.processor.save_pretrained(tmp_path)
+@pytest.mark.parametrize("name", WITH_VIDEO)
+def test_video_settings_survive_a_machine_that_cannot_use_them(
+    name: str, families: dict[str, Family], tmp_path: Path
+) -> None:
+    processor: Any = families[name].processor
+    processor.save_pretrained(tmp_path)
     file = tmp_path / "processor_config.json"
     content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, "video_processor": VIDEO_SETTINGS}))
-    AutoProcessor.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    content["video_processor"]["image_mean"] = [0.1, 0.2, 0.3]
+    file.write_text(json.dumps(content))
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert type(again) is type(processor) and type(again.tokenizer) is type(processor.tokenizer)
+    again.save_pretrained(tmp_path / "again")
     written = json.loads((tmp_path / "again" / "processor_config.json").read_text())["video_processor"]
-    assert written["video_processor_type"] == "InternVLVideoProcessor"
-    assert written["size"] == VIDEO_SETTINGS["size"]
+    for key in ("video_processor_type", "image_mean", "size"):
+        assert written[key] == content["video_processor"][key], key
+    assert written["video_processor_type"] == processor.video_processor_type
 
 
-@pytest.mark.parametrize("name", ["internvl", "smolvlm"])
+@pytest.mark.parametrize("name", WITH_VIDEO)
 def test_a_video_works_or_says_what_to_install(name: str, families: dict[str, Family]) -> None:
     processor: Any = families[name].processor
     video = np.stack([np.asarray(picture(seed, (32, 32))) for seed in range(4)])  # (F, H, W, C)

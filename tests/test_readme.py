@@ -20,6 +20,7 @@ SMALL = {
     "make quickstart": "--max-steps 3 --lora-steps 2 --train-rows 24 --held-out-rows 6 --batch-size 4",
     "make test": "tests/test_naming.py -q",
     "accelerate launch recipes/finetune.py": "--max-steps 2 --batch-size 2",
+    "hfcustom families": "",
 }
 
 
@@ -99,6 +100,11 @@ def test_the_file_tree_is_true() -> None:
     unlisted = {path.relative_to(ROOT).as_posix() for path in sources} - listed
     unlisted -= {"hfcustom/data/__init__.py", "hfcustom/losses/__init__.py"}
     assert not unlisted, f"README.md does not list {sorted(unlisted)}"
+
+
+def test_the_family_that_the_guide_shows_is_the_file() -> None:
+    (shown,) = [text for kind, text in blocks(DOCUMENTS[1]) if kind == "python" and text.startswith('"""Idefics3')]
+    assert shown == (ROOT / "hfcustom/families/idefics3.py").read_text()
 
 
 def test_links_lead_somewhere() -> None:

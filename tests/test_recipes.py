@@ -121,6 +121,15 @@ def test_a_stock_checkpoint_is_trained_and_loads_through_auto(family: Family, ch
     assert len(losses(out)) == 2
 
 
+def test_only_the_attention_of_a_part_can_be_trained(internvl: Family, tmp_path: Path) -> None:
+    folder = stock_checkpoint(internvl, tmp_path)
+    out = finetune(folder, "--freeze", "connector", "head", "--attention-only", "vision", "language")
+    before = AutoModelForImageTextToText.from_pretrained(folder / "stock").state_dict()
+    model = AutoModelForImageTextToText.from_pretrained(out / "model")
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all(".attention." in name or ".self_attn." in name for name in moved)
+
+
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_lora_on_quantised_weights_merges_into_full_precision(
     checkpoint: Path, bits: str, capsys: pytest.CaptureFixture[str]
@@ -186,6 +195,8 @@ CONTRADICTIONS = {
     "quantised without lora": (["--load-in", "8bit"], "load_in=8bit needs --lora"),
     "merge without lora": (["--merge"], "merge has no effect without --lora"),
     "freeze with lora": (["--lora", "--freeze", "vision"], "freeze has no effect with --lora"),
+    "attention with lora": (["--lora", "--attention-only", "vision"], "attention_only has no effect with --lora"),
+    "attention of a frozen part": (["--freeze", "vision", "--attention-only", "vision"], "name a part twice"),
     "full without lora": (["--train-full", "connector"], "train_full has no effect without --lora"),
     "eval steps": (["--eval-steps", "5"], "eval_steps has no effect without --eval-data"),
     "bits": (["--load-in", "3bit"], "'3bit'.*'8bit' or '4bit'"),

@@ -39,7 +39,7 @@ def log_probs(model: Any, family: Family, rows: Any) -> list[float]:
 
 
 def test_pairs_get_a_column_for_each_answer(family: Family) -> None:
-    model, rows = family.model(), pair_rows(IMAGES[:5])
+    model, rows = family.corrected(), pair_rows(IMAGES[:5])
     cached = hfcustom.cache_reference(model, family.processor, rows, batch_size=2)
     expected = log_probs(model, family, rows)
     found = [value for row in cached for value in row.columns.values()]

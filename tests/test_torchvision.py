@@ -30,6 +30,7 @@ FILES = [
     "pipeline",
     "evaluate",
     "experts",
+    "ragged",
 ]
 NEED_IT = [name for name in family_names() if missing_packages(name)]
 SAME = "processor or video or labels or placeholders or bit_equal"  # what images and their tokens could change

@@ -78,11 +78,14 @@ def curve(result: TrainResult, name: str = "loss") -> list[float]:
 
 
 def add_dropout(model: nn.Module, share: float) -> None:
-    """Drop a share of the language model's attention weights in training."""
-    attentions = [module for module in model.modules() if hasattr(module, "attention_dropout")]
-    assert attentions, "no module has attention_dropout"
-    for attention in attentions:
-        attention.attention_dropout = share
+    """Drop a share of the attention weights in training."""
+    names = ("attention_dropout", "dropout")
+    found = [
+        (module, name) for module in model.modules() for name in names if isinstance(vars(module).get(name), float)
+    ]
+    assert found, f"no module has one of {names}"
+    for module, name in found:
+        setattr(module, name, share)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:

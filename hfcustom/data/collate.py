@@ -20,6 +20,7 @@ from hfcustom.data.columns import TOKEN_WEIGHTS, check_columns, column_tensor
 from hfcustom.data.labels import render, token_weights
 from hfcustom.data.messages import Example, RowError, read_row
 from hfcustom.losses import IGNORE
+from hfcustom.processors import PrefixProcessor
 
 logger = logging.get_logger("hfcustom")
 
@@ -65,12 +66,15 @@ class Collator:
         features = process(self.processor, texts, answers, padding_side="right", with_offsets=True)
         offsets = features.pop("offset_mapping")  # (B, T, 2)
         replaced = features.pop("text_replacement_offsets", None) or [[]] * len(answers)
+        self._check_processor(features, texts, offsets, replaced)
         for answer, mask in zip(answers, features["attention_mask"], strict=True):
             self._check_length(mask, answer)
         ids = features["input_ids"]
         weights = torch.stack([token_weights(*row) for row in zip(offsets, spans, replaced, strict=True)])  # (B, T)
         weights[torch.isin(ids, self.placeholder_ids)] = 0.0
         batch = Batch(features, labels=ids.masked_fill(weights == 0, IGNORE))
+        if isinstance(self.processor, PrefixProcessor):
+            batch["token_type_ids"] = self.processor.mark_answers(batch, weights != 0)
         batch.images = sum(len(answer.images) for answer in answers)
         if answers[0].preferred is not None:
             batch["preference"] = torch.tensor([1.0 if answer.preferred else -1.0 for answer in answers])  # (B,)
@@ -88,6 +92,21 @@ class Collator:
                 weights
                 if name == TOKEN_WEIGHTS
                 else column_tensor(name, examples, batch["labels"], name in self.token_columns)
+            )
+
+    def _check_processor(
+        self, features: Mapping[str, Any], texts: Sequence[str], offsets: torch.Tensor, replaced: Sequence[Any]
+    ) -> None:
+        """A processor that makes labels, or expands a text without a record, would put labels on other words."""
+        grown = any(
+            not records and int(row.max()) > len(text)
+            for text, row, records in zip(texts, offsets, replaced, strict=True)
+        )
+        if grown or "labels" in features:
+            does = "expands images without saying where" if grown else "makes labels of its own"
+            raise ValueError(
+                f"{type(self.processor).__name__} {does}, so labels would be on other words; load the processor of the "
+                "family's custom class: model.processor_class.from_pretrained(...)."
             )
 
     def _check_length(self, attention_mask: torch.Tensor, example: Example) -> None:

@@ -104,13 +104,17 @@ def _block_spans(text: str, start: int, end: int, message: Message, where: str) 
 def token_weights(
     offsets: torch.Tensor, spans: Sequence[WeightedSpan], replacements: Sequence[Mapping[str, Any]]
 ) -> torch.Tensor:
-    """Return what each token weighs, 0 outside of the spans and in all that was written for an image: (T, 2) -> (T,)."""
+    """Return what each token weighs, 0 outside of the spans and in all that was written for an image: (T, 2) -> (T,).
+
+    A replacement of type "text" is of the words themselves, which a processor has changed.
+    """
     weights = torch.zeros(len(offsets))  # (T,)
     for start, end, weight in spans:
         expanded = (expanded_position(char, replacements) for char in (start, end))
         weights[tokens_inside(offsets, *expanded)] = weight
     for placeholder in replacements:  # marks of rows included
-        weights[tokens_inside(offsets, *placeholder["new_span"])] = 0.0
+        if placeholder["type"] != "text":
+            weights[tokens_inside(offsets, *placeholder["new_span"])] = 0.0
     return weights
 
 

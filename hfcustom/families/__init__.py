@@ -54,7 +54,7 @@ def class_of(checkpoint: str, **hub: Any) -> type[CustomVLM]:
 
     A family may read more than its own model_type: its module's `reads(config)` says which. It is asked about a config whose
     vision tower has its name (Pixtral, published as a llava), and about one whose model_type is no family's.
-    Raises ValueError for a model_type that is none, naming the families, FileNotFoundError for a missing folder.
+    Raises ValueError for one that nobody reads, naming the families, FileNotFoundError for a missing folder.
     """
     from transformers import PretrainedConfig
 
@@ -67,11 +67,14 @@ def class_of(checkpoint: str, **hub: Any) -> type[CustomVLM]:
     name = model_type.removeprefix("custom_")
     if reads(tower, config):
         name = tower
-    elif name not in family_names() and model_type not in REGISTERED:
-        name = next((family for family in family_names() if reads(family, config)), name)
-    if name in family_names():
-        load_family(name)
-        model_type = f"custom_{name}"
+    near = [family for family in family_names() if name == family or name.startswith(f"{family}_")]
+    if not near and model_type not in REGISTERED:
+        near = [family for family in family_names() if reads(family, config)]
+    if near:  # the longest: llava_next is not llava; qwen2_5_omni_thinker is a part of qwen2_5_omni
+        family = max(near, key=len)
+        load_family(family)
+        config_class: Any = REGISTERED[f"custom_{family}"].config_class
+        model_type = config_class.model_type if name in (family, *config_class.kin()) else model_type
     if model_type not in REGISTERED:
         cure = "Is it a class of your own? Name its file: --custom my_file.py:MyModel."
         raise ValueError(f"{checkpoint}: {unknown('model_type', model_type, family_names(), cure)}")

@@ -23,7 +23,24 @@ class CustomAriaConfig(CustomConfig, AriaConfig):
 
 
 class CustomAriaProcessor(AriaProcessor):
-    """AriaProcessor under the custom model's name."""
+    """AriaProcessor whose own `images_kwargs`, where they were changed (`resize_images`), are saved with it.
+
+    Its default of 980 pixels wins over the image processor's max_image_size; stock forgets another one.
+    """
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build as stock does, keeping changed defaults."""
+        others = {name: value for name, value in processor_dict.items() if name != "images_kwargs"}
+        result = super().from_args_and_dict(args, others, **kwargs)
+        if "images_kwargs" in processor_dict:
+            (result[0] if isinstance(result, tuple) else result).images_kwargs = processor_dict["images_kwargs"]
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Serialise, with changed defaults."""
+        changed = self.images_kwargs != AriaProcessor.images_kwargs
+        return super().to_dict() | ({"images_kwargs": self.images_kwargs} if changed else {})
 
 
 class CustomAriaForConditionalGeneration(CustomVLM, AriaForConditionalGeneration):

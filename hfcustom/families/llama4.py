@@ -50,14 +50,11 @@ class CustomLlama4Processor(MatchedProcessor, SingleBos, Llama4Processor):
         return self.img_patch_token
 
     @property
-    def image_token_ids(self) -> Any:
-        """The ids of all that is written for an image, separators of tiles included."""
+    def _image_token_ids(self) -> list[int]:
+        """The ids of all that is written for an image, separators of tiles included; `image_token_ids` returns them."""
         tokens = (self.img_patch_token, self.image_token, self.start_of_img_token, self.end_of_img_token)
-        return self.tokenizer.convert_tokens_to_ids([*tokens, self.tile_token, self.tile_global_token])
-
-    @image_token_ids.setter
-    def image_token_ids(self, value: Any) -> None:
-        raise AttributeError("image_token_ids follow the tokenizer of this processor.")
+        ids: list[int] = self.tokenizer.convert_tokens_to_ids([*tokens, self.tile_token, self.tile_global_token])
+        return ids
 
     def _process_images(self, images: Any, **kwargs: Any) -> Any:
         features, replacements = super()._process_images(images, **kwargs)

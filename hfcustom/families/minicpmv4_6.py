@@ -147,9 +147,11 @@ def published_processor() -> CustomMiniCPMV4_6Processor:
 
 CHECKPOINTS = {
     "openbmb/MiniCPM-V-4.6": {
-        "vision_config": published.vision(1152, 4304, 27, 16, 980, 14),
+        "vision_config": published.so400m(980),
         "text_config": {
             **published.decoder("qwen3_5_text", (1024, 3584, 24, 8, 2), 248094),
+            "head_dim": 256,
+            "linear_num_key_heads": 16,
             "linear_num_value_heads": 16,
         },
         "tie_word_embeddings": True,

@@ -43,9 +43,9 @@ class CustomNemotronH_Omni_Reasoning_V3_Config(CustomConfig, NemotronH_Omni_Reas
     tie_word_embeddings: bool = False  # stock has no such field, and ties nothing
 
     @classmethod
-    def _check_kin(cls, model_type: str, what: str) -> None:
-        if model_type != PUBLISHED_TYPE:
-            super()._check_kin(model_type, what)
+    def kin(cls) -> list[str]:
+        """Return the model_types whose config.json this class reads, the published one included."""
+        return [*super().kin(), PUBLISHED_TYPE]
 
 
 class CustomNemotronH_Omni_Reasoning_V3Processor(NeedsTorchvision, MatchedProcessor, StockProcessor):

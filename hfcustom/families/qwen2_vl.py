@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
 from hfcustom.families import published, tiny
-from hfcustom.processors import MatchedProcessor, OptionalVideo
-from hfcustom.ragged import MRopeImages
+from hfcustom.mrope import MRopeImages
+from hfcustom.processors import GridProcessor, OptionalVideo
 from hfcustom.registry import register
 
 
@@ -26,74 +24,33 @@ class CustomQwen2VLConfig(CustomConfig, Qwen2VLConfig):
     model_type = "custom_qwen2_vl"
 
 
-class CustomQwen2VLProcessor(MatchedProcessor, OptionalVideo, Qwen2VLProcessor):
+class CustomQwen2VLProcessor(GridProcessor, OptionalVideo, Qwen2VLProcessor):
     """Qwen2VLProcessor that works without torchvision and follows the model's connector."""
 
     video_processor_type = "Qwen2VLVideoProcessor"
 
-    def image_grid(self, image_inputs: Any, image_idx: int) -> tuple[int, int]:
-        """Return the rows and columns of an image's tokens, after the 2 x 2 merge."""
-        frames, rows, columns = (int(side) for side in image_inputs["image_grid_thw"][image_idx])
-        merge = self.image_processor.merge_size
-        return frames * rows // merge, columns // merge
-
 
 class CustomQwen2VLForConditionalGeneration(MRopeImages, CustomVLM, Qwen2VLForConditionalGeneration):
-    """Qwen2-VL with five seams; vision features are one image's patches, the four that are merged side by side."""
+    """Qwen2-VL with five seams; vision features are one image's patches, or a frame's, the four that are merged side by side."""
 
     config_class = CustomQwen2VLConfig
     processor_class = CustomQwen2VLProcessor
 
-    def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
-        """Take vision features before the merger."""
-        merger = self.stock_parts().paths["connector"][0]
-        return [*super().seam_hooks(), (merger, "register_forward_pre_hook", "_at_merger_input", {})]
-
-    def _at_merger_input(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        if self.image_inputs is None:  # a video
-            return args
-        lengths = self.image_inputs["image_grid_thw"].prod(-1).tolist()
-        return (self.transform_ragged(args[0], lengths), *args[1:])
-
-
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-CHAT_TEMPLATE = tiny.chat_template(
-    "<|vision_start|><|image_pad|><|vision_end|>", "<|im_start|>{role}\n", "<|im_end|>\n"
-)
-
 
 def tiny_processor() -> CustomQwen2VLProcessor:
     """Return a processor for patches of 7 px and images of 4 to 16 tokens, with a tokenizer trained on the spot."""
+    sizes = {"patch_size": 7, "merge_size": 2, "size": {"shortest_edge": 4 * 14**2, "longest_edge": 16 * 14**2}}
     return CustomQwen2VLProcessor(
-        tiny.image_processor("Qwen2VLImageProcessor")(
-            patch_size=7, merge_size=2, size={"shortest_edge": 4 * 14**2, "longest_edge": 16 * 14**2}
-        ),
-        tiny.train_tokenizer(SPECIAL_TOKENS, eos="<|im_end|>", pad="<|endoftext|>"),
-        tiny.video_processor("Qwen2VLVideoProcessor", patch_size=7, merge_size=2),
-        chat_template=CHAT_TEMPLATE,
+        tiny.image_processor("Qwen2VLImageProcessor")(**sizes),
+        tiny.train_tokenizer(tiny.QWEN_TOKENS, eos="<|im_end|>", pad="<|endoftext|>"),
+        tiny.video_processor("Qwen2VLVideoProcessor", **sizes),
+        chat_template=tiny.QWEN_TEMPLATE,
     )
 
 
 def tiny_config() -> CustomQwen2VLConfig:
     """Return a config of the real architecture small enough for a test: 2 + 2 layers."""
-    processor = tiny_processor()
-    ids = {
-        f"{name}_token_id": processor.tokenizer.convert_tokens_to_ids(f"<|{token}|>")
-        for name, token in (
-            ("image", "image_pad"),
-            ("video", "video_pad"),
-            ("vision_start", "vision_start"),
-            ("vision_end", "vision_end"),
-        )
-    }
+    tokenizer = tiny_processor().tokenizer
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     return CustomQwen2VLConfig(
         vision_config={
@@ -104,9 +61,15 @@ def tiny_config() -> CustomQwen2VLConfig:
             "mlp_ratio": 2,
             "patch_size": 7,
         },
-        text_config={**tiny.text_config(processor.tokenizer), "rope_parameters": rope},
+        text_config={**tiny.text_config(tokenizer), "rope_parameters": rope},
         tie_word_embeddings=False,
-        **ids,
+        **tiny.token_ids(
+            tokenizer,
+            image="<|image_pad|>",
+            video="<|video_pad|>",
+            vision_start="<|vision_start|>",
+            vision_end="<|vision_end|>",
+        ),
     )
 
 

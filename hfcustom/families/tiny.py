@@ -39,6 +39,15 @@ IDEFICS_TOKENS = (
     "<end_of_utterance>",
     *(f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)),
 )
+QWEN_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 
 
 def image_processor(name: str) -> Any:
@@ -56,6 +65,11 @@ def image_processor(name: str) -> Any:
 def video_processor(name: str, **settings: Any) -> Any:
     """Return a video processor, or None without torchvision."""
     return getattr(transformers, name)(**settings) if is_torchvision_available() else None
+
+
+def token_ids(tokenizer: Any, **tokens: str) -> dict[str, Any]:
+    """Return the config's entries for tokens: image="<image>" -> {"image_token_id": 5}."""
+    return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
 
 
 def text_config(tokenizer: Any) -> dict[str, Any]:
@@ -130,3 +144,6 @@ def chat_template(image: str, turn_start: str, turn_end: str, bos: str = "", pro
 
 def _literal(text: str) -> str:
     return '{{ "' + text.replace("\n", "\\n") + '" }}' if text else ""
+
+
+QWEN_TEMPLATE = chat_template("<|vision_start|><|image_pad|><|vision_end|>", "<|im_start|>{role}\n", "<|im_end|>\n")

@@ -5,6 +5,7 @@ come along goes into the file of its kind, and is found by the tests.
 """
 
 from hfcustom.losses import alignment, auxiliary, distillation, experts, image_text, numeric  # register their losses
+from hfcustom.losses.checks import check_labels
 from hfcustom.losses.chunked import Head, token_log_probs, token_loss_total
 from hfcustom.losses.config import (
     WeightedLoss,

@@ -1,10 +1,24 @@
-"""Checks of what a config gives a loss as options; a wrong one is told the value and what is allowed."""
+"""Checks of labels, and of what a config gives a loss as options; a wrong one is told the value and what is allowed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from typing import Any
+
+import torch
+
+from hfcustom.losses.contract import IGNORE
+
+
+def check_labels(labels: torch.Tensor, vocabulary_size: int) -> None:
+    """Raise ValueError for labels (B, T) that the head has no logit for; on a GPU they would end the process."""
+    wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= vocabulary_size))]
+    if len(wrong):
+        raise ValueError(
+            f"labels hold {int(wrong[0])}, and {len(wrong)} such in all; the head has logits for 0 to {vocabulary_size - 1}. "
+            f"Set what is not to be learnt to {IGNORE}, the marks of images among it, as hfcustom.Collator does."
+        )
 
 
 def check_number(loss: str, option: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:

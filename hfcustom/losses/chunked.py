@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hfcustom.losses.config import WeightedLoss
 from hfcustom.losses.values import token_values
+from hfcustom.seams import Seam
 
 CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32
 SLICE_ELEMENTS = 2**20  # logits that a function sees at once on a CPU: 4 MiB, which stays in cache
@@ -59,13 +60,17 @@ class Head:
 
 
 def is_plain_linear(module: nn.Linear) -> bool:
-    """Whether a module is nn.Linear itself with dense weights and nothing attached that a direct product would skip."""
-    attached = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    """Whether a module is nn.Linear itself with dense weights and nothing attached that a direct product would skip.
+
+    A seam may be: the one on a head only keeps the stock forward from running it, and is over when a loss is evaluated.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    attached = [hook for registered in hooks for hook in registered.values() if not isinstance(hook, Seam)]
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
         and "forward" not in vars(module)
-        and not any(attached)
+        and not attached
     )
 
 
@@ -256,14 +261,15 @@ def _any_head_loss(head: Head, hidden: torch.Tensor, work: Work) -> tuple[torch.
         return _TileLoss.apply(head.logits(states), part)
 
     pieces = [
-        _recomputed(evaluate, hidden[rows], work.part(rows))
+        recomputed(evaluate, hidden[rows], work.part(rows))
         for rows in chunks(len(hidden), head.vocabulary_size(hidden))
     ]
     totals, sums = zip(*pieces, strict=True)
     return torch.stack(totals).sum(), torch.stack(sums).sum(0)
 
 
-def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
+def recomputed(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function whose intermediate tensors are computed again in the backward pass."""
     if not torch.is_grad_enabled():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False)
@@ -289,7 +295,7 @@ def token_log_probs(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> 
             return logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1)  # (C,)
 
     rows = chunks(len(hidden), head.vocabulary_size(hidden))
-    return torch.cat([_recomputed(evaluate, hidden[part], targets[part]) for part in rows])
+    return torch.cat([recomputed(evaluate, hidden[part], targets[part]) for part in rows])
 
 
 def logits_of(head: Head, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -307,7 +313,7 @@ def logits_of(head: Head, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tens
         return hidden[:, :1].expand(0, len(ids)).to(accumulation_dtype(hidden))
     if head.linear is None:
         parts = chunks(len(hidden), head.vocabulary_size(hidden))
-        return torch.cat([_recomputed(evaluate, hidden[rows]) for rows in parts])  # (M, K)
+        return torch.cat([recomputed(evaluate, hidden[rows]) for rows in parts])  # (M, K)
     bias = None if head.linear.bias is None else head.linear.bias[ids]
     logits = nn.functional.linear(hidden, head.linear.weight[ids], bias)  # (M, K)
     return logits.to(accumulation_dtype(logits))

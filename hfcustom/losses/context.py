@@ -185,6 +185,15 @@ class LossContext:
             raise ValueError(f"Term {self.running!r} needs image features, but no row of this batch has an image.")
         return self.image_features
 
+    @property
+    def image_rows(self) -> torch.Tensor:
+        """The row of data of each image token, (P * N,): that of its placeholder, unless the family says otherwise."""
+        rows = self.model.image_token_rows(self.batch)
+        if rows is None:
+            assert self.image_mask is not None, "a row with an image has placeholders"
+            rows = row_ids(self.batch)[self.image_mask.to(self.labels.device)]
+        return rows.to(self.hidden_states.device)
+
     def step_summary(self) -> StepSummary | None:
         """Return what the running term's `summary` gave for the whole step; None where this batch is the step."""
         return self.summaries.get(self.running)

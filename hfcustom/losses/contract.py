@@ -19,11 +19,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from hfcustom.naming import unknown
+
+if TYPE_CHECKING:
+    from hfcustom.base import CustomVLM
 
 IGNORE = -100
 
@@ -182,9 +185,9 @@ class Loss:
         """Whether this is a term, a function of a LossContext."""
         return self.kind == "term"
 
-    def count_in(self, batch: Batch, image_token_id: int | None, options: Mapping[str, Any] | None = None) -> float:
+    def count_in(self, batch: Batch, model: CustomVLM, options: Mapping[str, Any] | None = None) -> float:
         """Return this loss's divisor for one batch; ValueError when it needs to know image tokens and nothing tells them."""
-        if image_token_id is None and self.counts_images:
+        if model.placeholder_token_id is None and self.counts_images:
             raise ValueError(
                 f"Loss {self.name!r} looks for image tokens, and nothing says which id stands for one: "
                 "hfcustom.wrap(model, image_token_id=...)."
@@ -192,12 +195,13 @@ class Loss:
         if self.count == "image_tokens":
             if "input_ids" not in batch:
                 raise ValueError(f"Term {self.name!r} counts image tokens, which needs input_ids in the batch.")
-            return int((batch["input_ids"] == image_token_id).sum())
+            rows = model.image_token_rows(batch)
+            return int((batch["input_ids"] == model.placeholder_token_id).sum()) if rows is None else len(rows)
         if isinstance(self.count, str):
             return COUNTS[self.count](batch)
         wanted = list(inspect.signature(self.count).parameters)[1:]
         values = {name: parameter.default for name, parameter in self.options().items()} | dict(options or {})
-        values["image_token_id"] = image_token_id
+        values["image_token_id"] = model.placeholder_token_id
         return self.count(batch, **{name: values[name] for name in wanted})
 
     @property

@@ -4,6 +4,7 @@ image tokens (P, N, D), hidden states (B, T, D) -> one image and one text vector
 negatives of a row are the rows of all micro-batches and processes of the step: `fit` collects everyone's vectors first,
 each batch puts its own, which carry gradients, in their place. A batch's value is its own rows' part of the sum, its
 gradient that of the whole sum with respect to its own rows, so that values and gradients add up to those of one batch.
+The similarities are evaluated in chunks (hfcustom/losses/pairs.py).
 Letters: B rows of a tensor, R rows of data, T text tokens, P crops, N tokens a crop, D hidden, n rows of the step with a
 pair.
 """
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from hfcustom.losses.context import LossContext, mean_rows
 from hfcustom.losses.contract import IGNORE, Batch, count_rows, liked_labels, row_ids, term
+from hfcustom.losses.pairs import PAIR_LOSSES, pair_values
 
 
 def pair_rows(batch: Batch, image_mask: torch.Tensor) -> torch.Tensor:
@@ -49,7 +51,7 @@ def pair_vectors(context: LossContext) -> torch.Tensor:
     assert context.image_mask is not None, "a row with a pair has image placeholders"
     hidden, features = context.hidden_states, context.features.flatten(0, -2)  # (B, T, D), (P * N, D)
     rows, num_rows = row_ids(context.batch).to(hidden.device), context.num_rows
-    image_rows = rows[context.image_mask.to(hidden.device)]  # (P * N,)
+    image_rows = context.image_rows  # (P * N,)
     if len(image_rows) != len(features):
         raise ValueError(
             f"Term {context.running!r} cannot tell which rows {len(features)} image tokens belong to: the text has "
@@ -70,12 +72,13 @@ def contrastive(context: LossContext, temperature: float = 0.07) -> tuple[torch.
     text the mean of the hidden states at its supervised tokens. CLIP, https://arxiv.org/abs/2103.00020, figure 3, with a
     temperature that is not trained. Rows without an image or without supervised text take no part.
 
+    >>> from types import SimpleNamespace
     >>> from hfcustom.losses import LossContext
     >>> ids = torch.tensor([[9, 1], [9, 2]])  # two rows: an image of one token, a word
     >>> labels = torch.tensor([[-100, 1], [-100, 2]])
     >>> image, cat, dog = torch.eye(3)
     >>> context = LossContext(
-    ...     model=None,
+    ...     model=SimpleNamespace(image_token_rows=lambda batch: None),  # each stands at its placeholder
     ...     batch={"input_ids": ids, "labels": labels},
     ...     labels=labels,
     ...     hidden_states=torch.stack([torch.stack([image, cat]), torch.stack([image, dog])]),
@@ -88,9 +91,7 @@ def contrastive(context: LossContext, temperature: float = 0.07) -> tuple[torch.
     """
     own = pair_vectors(context)
     everyone, start = _whole_step(context, own)
-    with torch.autocast(own.device.type, enabled=False):
-        scores = everyone[:, 0] @ everyone[:, 1].t() / temperature  # (n, n)
-        losses = -(scores.log_softmax(1).diagonal() + scores.log_softmax(0).diagonal()) / 2  # (n,)
+    losses = pair_values(PAIR_LOSSES["contrastive"], everyone, everyone, 0, 1 / temperature)  # (n,)
     return _own_share(losses, start, len(own))
 
 
@@ -103,12 +104,13 @@ def sigmoid_contrastive(
     SigLIP, https://arxiv.org/abs/2303.15343, eq. 1 as its algorithm 1 computes it, with the values that its temperature
     and bias start from, not trained. Vectors and rows as in `contrastive`.
 
+    >>> from types import SimpleNamespace
     >>> from hfcustom.losses import LossContext
     >>> ids = torch.tensor([[9, 1], [9, 2]])
     >>> labels = torch.tensor([[-100, 1], [-100, 2]])
     >>> image, cat, dog = torch.eye(3)
     >>> context = LossContext(
-    ...     model=None,
+    ...     model=SimpleNamespace(image_token_rows=lambda batch: None),  # each stands at its placeholder
     ...     batch={"input_ids": ids, "labels": labels},
     ...     labels=labels,
     ...     hidden_states=torch.stack([torch.stack([image, cat]), torch.stack([image, dog])]),
@@ -121,10 +123,8 @@ def sigmoid_contrastive(
     """
     own = pair_vectors(context)
     everyone, start = _whole_step(context, own)
-    with torch.autocast(own.device.type, enabled=False):
-        scores = everyone[:, 0] @ everyone[:, 1].t() / temperature + bias  # (n, n)
-        signs = 2 * torch.eye(len(scores), dtype=scores.dtype, device=scores.device) - 1
-        losses = -F.logsigmoid(signs * scores).sum(1)  # (n,)
+    shift = everyone.new_tensor(bias)
+    losses = pair_values(PAIR_LOSSES["sigmoid_contrastive"], everyone, everyone, 0, 1 / temperature, shift)  # (n,)
     return _own_share(losses, start, len(own))
 
 

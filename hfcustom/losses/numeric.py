@@ -12,6 +12,7 @@ Letters: B rows of a tensor, T text tokens, M supervised tokens, V vocabulary, K
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -97,9 +98,10 @@ def _check_coordinates(first_id: Any, num_ids: Any, vocabulary_size: int = 2**31
 
 
 def _ids_of_text(processor: Any) -> dict[str, Any]:
-    """Take every token but the special ones for a coordinate, so that any four in succession are a box."""
-    first = max(processor.tokenizer.all_special_ids) + 1
-    return {"first_id": first, "num_ids": len(processor.tokenizer) - first}
+    """Take the longest run of ids without a special token for coordinates, so that any four words in succession are a box."""
+    specials = sorted({-1, *processor.tokenizer.all_special_ids, len(processor.tokenizer)})
+    before, after = max(pairwise(specials), key=lambda pair: pair[1] - pair[0])
+    return {"first_id": before + 1, "num_ids": after - before - 1}
 
 
 @term(count=count_boxes, example=_ids_of_text)

@@ -112,7 +112,7 @@ def refuse_preference(batch: Mapping[str, Any]) -> None:
 
 
 def _count(context: LossContext, item: WeightedLoss) -> float:
-    return item.loss.count_in(context.batch, context.model.placeholder_token_id, item.options)
+    return item.loss.count_in(context.batch, context.model, item.options)
 
 
 def _unit(divisor: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:

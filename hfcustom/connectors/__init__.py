@@ -1,0 +1,164 @@
+"""Token reduction between connector and language model: modules with `forward` and `num_tokens_out`, one file each.
+
+(P, N, D) -> (P, M, D), M = num_tokens_out(N). A connector named in a config sits behind the family's own projector (whose
+pretrained weights stay in use), sees one image crop a row, and is saved and trained with the model; the processor then
+writes M placeholders where it wrote N (`model.match_processor`). What a connector may ask for, by its signature:
+
+- `forward(features, grid)` and `num_tokens_out(n, grid)`: how the tokens lie, (rows, columns); None stands for a square.
+- `forward(features, pixel_values)`: the crops' pictures, (P, 3, H, W). Such a connector works before the projector, on the
+  vision features: (P, patches, D_vision) -> the same shape. Not in families whose tower is given patches.
+- an attribute `frames`: it takes that many neighbouring crops together, as the frames of one clip (frame_average.py).
+
+Weights start so that a pretrained model goes on from where it is: as the identity, or as the average of what is reduced;
+only learned queries start with no knowledge of the image. Letters: P crops, N tokens in, M tokens out, D hidden.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from hfcustom.connectors.attention_pooling import AttentionPooling
+from hfcustom.connectors.average_pool import AveragePool
+from hfcustom.connectors.frame_average import FrameAverage
+from hfcustom.connectors.grids import Grid
+from hfcustom.connectors.linear import Linear
+from hfcustom.connectors.mlp import MLP
+from hfcustom.connectors.patch_merger import PatchMerger
+from hfcustom.connectors.perceiver_resampler import PerceiverResampler
+from hfcustom.connectors.pixel_shuffle import PixelShuffle
+from hfcustom.connectors.query_cross_attention import QueryCrossAttention
+from hfcustom.connectors.temporal_dedup import TemporalDedup
+from hfcustom.connectors.token_pruning import TokenPruning
+from hfcustom.connectors.two_encoders import TwoEncoders
+from hfcustom.naming import check_shape, snake_case, unknown
+from hfcustom.parts import is_trained_copy
+
+ConnectorClass = TypeVar("ConnectorClass", bound=type[nn.Module])
+
+
+def connector(module_class: ConnectorClass) -> ConnectorClass:
+    """Register a module class under its snake_case name (PairPool -> "pair_pool").
+
+    Its __init__ takes (hidden_size, **options), its forward (P, N, D) -> (P, M, D), its num_tokens_out(N) returns M.
+    Raises TypeError for a missing method, ValueError when the name belongs to another class.
+    """
+    for method in ("forward", "num_tokens_out"):
+        if not callable(getattr(module_class, method, None)):
+            raise TypeError(f"{module_class.__name__} needs a method {method}() to be a connector.")
+    name = snake_case(module_class.__name__)
+    taken = CONNECTORS.get(name)
+    if taken is not None and _origin(taken) != _origin(module_class):
+        raise ValueError(f"The connector name {name!r} belongs to {_origin(taken)}; rename {_origin(module_class)}.")
+    CONNECTORS[name] = module_class
+    return module_class
+
+
+def _origin(module_class: type[nn.Module]) -> str:
+    return f"{module_class.__module__}.{module_class.__qualname__}"
+
+
+def find_connector(spec: str | Mapping[str, Any]) -> tuple[type[nn.Module], dict[str, Any]]:
+    """Return the class that a config names, and its options: "average_pool" or {"name": "average_pool", "size": 2}.
+
+    Raises ValueError naming an unknown connector or option and the nearest known one.
+    """
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = options.pop("name")
+    if name not in CONNECTORS:
+        cure = "Import the file that registers your own with @hfcustom.connector before loading."
+        raise ValueError(unknown("connector", name, CONNECTORS, cure))
+    known = list(inspect.signature(CONNECTORS[name]).parameters)[1:]
+    for option in options:
+        if option not in known:
+            raise ValueError(unknown(f"option of connector {name!r}:", option, known))
+    return CONNECTORS[name], options
+
+
+def build_connector(spec: str | Mapping[str, Any], hidden_size: int) -> nn.Module:
+    """Build the module that a config names; errors as for `find_connector`."""
+    module_class, options = find_connector(spec)
+    return module_class(hidden_size, **options)
+
+
+def _takes(name: str, module: Any) -> bool:
+    """Whether the forward of a connector, or of a class of them, has an argument; peft may have wrapped the module."""
+    wrapped = not isinstance(module, type) and is_trained_copy(module)
+    return name in inspect.signature((module.original_module if wrapped else module).forward).parameters
+
+
+def takes_grid(module: nn.Module) -> bool:
+    """Whether a connector wants to know how its tokens lie: `forward(features, grid)`, `num_tokens_out(n, grid)`."""
+    return _takes("grid", module)
+
+
+def takes_pictures(module: nn.Module | type[nn.Module] | None) -> bool:
+    """Whether a connector, or a class of them, works on vision features and pictures: `forward(features, pixel_values)`."""
+    return module is not None and _takes("pixel_values", module)
+
+
+def frames_together(module: Any) -> int:
+    """Return how many neighbouring crops a connector takes together."""
+    return int(getattr(module, "frames", 1))
+
+
+def reduce_tokens(module: Any, features: torch.Tensor, grid: Grid | None, name: Any) -> torch.Tensor:
+    """Run a connector on crops of one size: (P, N, D) -> (P, M, D); ValueError when M is not what it said.
+
+    One that takes pictures has done its work before the projector.
+    """
+    if takes_pictures(module):
+        return features
+    known = {"grid": grid} if grid is not None and takes_grid(module) else {}
+    reduced: torch.Tensor = module(features, **known)
+    expected = torch.Size((len(features), count_tokens_out(module, features.shape[1], grid), features.shape[2]))
+    check_shape(f"connector {name!r}", reduced, expected, "(crops, num_tokens_out, hidden size)")
+    return reduced
+
+
+def count_tokens_out(module: Any, num_tokens: int, grid: Grid | None = None) -> int:
+    """Return how many tokens a connector makes of `num_tokens`, which lie in `grid` (rows, columns) where that is known."""
+    known = {"grid": grid} if grid is not None and takes_grid(module) else {}
+    return int(module.num_tokens_out(num_tokens, **known))
+
+
+def grid_out(module: Any, num_tokens: int, grid: Grid) -> Grid:
+    """Return how the tokens lie that a connector makes: its own grid_out(grid), else as before, or, if fewer, in one row."""
+    if callable(getattr(module, "grid_out", None)):
+        rows, columns = module.grid_out(grid)
+        return rows, columns
+    left = count_tokens_out(module, num_tokens, grid)
+    return grid if left == num_tokens else (1, left)
+
+
+def grids_out(module: Any, grids: torch.Tensor, merge: int) -> torch.Tensor:
+    """Return the grids of patches that would make, frame by frame, as many tokens as a connector makes of `grids`.
+
+    Both are (P, 3), frames, rows and columns of patches, for a family that merges `merge` x `merge` of them.
+    """
+    found = []
+    for frames, rows, columns in grids.tolist():
+        given = rows // merge, columns // merge
+        found.append((frames, *(merge * side for side in grid_out(module, math.prod(given), given))))
+    return grids.new_tensor(found)
+
+
+CONNECTORS: dict[str, type[nn.Module]] = {
+    "attention_pooling": AttentionPooling,
+    "average_pool": AveragePool,
+    "frame_average": FrameAverage,
+    "linear": Linear,
+    "mlp": MLP,
+    "patch_merger": PatchMerger,
+    "perceiver_resampler": PerceiverResampler,
+    "pixel_shuffle": PixelShuffle,
+    "query_cross_attention": QueryCrossAttention,
+    "temporal_dedup": TemporalDedup,
+    "token_pruning": TokenPruning,
+    "two_encoders": TwoEncoders,
+}

@@ -1,0 +1,62 @@
+"""perceiver_resampler: learned queries read any number of tokens, in residual blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hfcustom.connectors.attention import check_heads, check_queries
+
+
+class PerceiverResampler(nn.Module):
+    """Read any number of tokens into `num_queries` learned ones by cross-attention, in residual blocks.
+
+    Source: Flamingo, https://arxiv.org/abs/2204.14198, section 3.1 (keys and values are tokens and queries together).
+    """
+
+    def __init__(self, hidden_size: int, num_queries: int = 64, num_layers: int = 2, num_heads: int = 8) -> None:
+        super().__init__()
+        check_heads("perceiver_resampler", hidden_size, num_heads)
+        check_queries("perceiver_resampler", num_queries)
+        self.queries = nn.Embedding(num_queries, hidden_size)
+        self.blocks = nn.ModuleList(_PerceiverBlock(hidden_size, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        queries = self.queries.weight.expand(len(features), -1, -1)  # (P, M, D)
+        for block in self.blocks:
+            queries = block(queries, features)
+        return self.norm(queries)
+
+    def num_tokens_out(self, num_tokens: int) -> int:
+        """Return the number of queries, whatever comes in."""
+        return self.queries.num_embeddings
+
+
+class _PerceiverBlock(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_queries = nn.LayerNorm(hidden_size)
+        self.norm_tokens = nn.LayerNorm(hidden_size)
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.kv_proj = nn.Linear(hidden_size, 2 * hidden_size)
+        self.o_proj = nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(hidden_size),
+            nn.Linear(hidden_size, 4 * hidden_size),
+            nn.GELU(),
+            nn.Linear(4 * hidden_size, hidden_size),
+        )
+
+    def forward(self, queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        normed = self.norm_queries(queries)  # (P, M, D)
+        memory = torch.cat([self.norm_tokens(tokens), normed], 1)  # (P, N+M, D)
+        q = self._heads(self.q_proj(normed))  # (P, heads, M, D/heads)
+        k, v = (self._heads(x) for x in self.kv_proj(memory).chunk(2, -1))  # (P, heads, N+M, D/heads)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (P, M, D)
+        queries = queries + self.o_proj(attended)
+        return queries + self.mlp(queries)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

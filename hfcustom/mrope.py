@@ -1,0 +1,157 @@
+"""MRopeImages: the seams of families whose images and videos have positions in time, height and width (M-RoPE).
+
+pixels -> vision tower -> [vision features] -> its last step, which merges 2 x 2 patches -> [connector], a video frame by
+frame -> placeholders (hfcustom/processors.py, GridProcessor) and positions follow the grid that the connector leaves.
+Source: Qwen2-VL, https://arxiv.org/abs/2409.12191, section 2.1; stock code: transformers/models/qwen2_vl.
+Letters: P images and videos, B rows, T text tokens, D hidden; a grid is (frames, rows, columns) of patches.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import logging
+from transformers.vision_utils import get_vision_window_index
+
+from hfcustom import losses, seams
+from hfcustom.connectors import Grid, grids_out
+from hfcustom.ragged import RaggedImages
+
+logger = logging.get_logger("hfcustom")
+
+GRIDS = ("image_grid_thw", "video_grid_thw")  # (P, 3) each
+
+
+class MRopeImages(RaggedImages):
+    """Mixin between CustomVLM and a stock class that places tokens by `get_rope_index`, one grid an image or video."""
+
+    position_input: ClassVar[str] = (
+        "mm_token_type_ids"  # without it stock lays image tokens in a row, and says nothing
+    )
+
+    def image_grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
+        """Return the rows and columns of tokens of each image, or of each frame of a video, after the 2 x 2 merge."""
+        merge = self.config.vision_config.spatial_merge_size
+        return [(rows // merge, columns // merge) for _, rows, columns in _grids(inputs).tolist()]
+
+    def patch_order(self, grids: torch.Tensor) -> torch.Tensor | None:
+        """Return which token's patches reach the merger at each place, (tokens,); None where they come in image order."""
+        return None
+
+    def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
+        """Take vision features before the merger."""
+        merger = self.stock_parts().paths["connector"][0]
+        return [*super().seam_hooks(), (merger, "register_forward_pre_hook", "_at_merger_input", {})]
+
+    def seam_methods(self) -> list[tuple[str, str, str]]:
+        """Stand in for get_video_features and get_rope_index too, which forward() and generate() call."""
+        own = {"get_video_features": "_at_video_features", "get_rope_index": "_at_rope_index"}
+        return [*super().seam_methods(), *((self.inner_path(), name, method) for name, method in own.items())]
+
+    def stock_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give rows packed into one the positions by which stock keeps them apart; all else as CustomVLM does."""
+        call: dict[str, Any] = super().stock_inputs(inputs)  # type: ignore[misc]
+        if losses.is_packed(call) and call["position_ids"].ndim == 2:
+            starts = call["position_ids"] == 0  # (B, T)
+            starts[:, 0] = True
+            if int(starts.sum()) > len(starts):
+                call["position_ids"] = torch.cat([call["position_ids"][None], self._packed_positions(call, starts)])
+        return call
+
+    def _packed_positions(self, call: Mapping[str, Any], starts: torch.Tensor) -> torch.Tensor:
+        """Return positions in time, height and width, (3, B, T), each packed row's own; starts (B, T)."""
+        if all(call.get(name) is None for name in GRIDS):
+            return call["position_ids"].expand(3, -1, -1)
+        ends = [*starts.flatten().nonzero().flatten().tolist()[1:], starts.numel()]
+        lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        rows = {
+            name: pad_sequence(call[name].flatten().split(lengths), batch_first=True)  # (R, longest row)
+            for name in ("input_ids", "mm_token_type_ids")
+            if name in call
+        }
+        mask = pad_sequence([starts.new_ones(length, dtype=torch.long) for length in lengths], batch_first=True)
+        place: Any = self.base_model.compute_3d_position_ids
+        asked = {name: call.get(name) for name in inspect.signature(place).parameters}
+        places = place(**{**asked, **rows, "attention_mask": mask})  # (3, R, longest row)
+        return places[:, mask.bool()].unflatten(1, starts.shape)  # (3, B, T)
+
+    def _begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._begin_pass(module, args, kwargs)
+        given = {"input_ids": args[0], **kwargs} if args else kwargs
+        if given.get("pixel_values_videos") is not None:
+            assert self._pass is not None
+            ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+            self._pass.video_mask = seams.find_placeholders(self, ids, embeds, self.config.video_token_id)
+        if given.get("position_ids") is None and any(given.get(name) is not None for name in GRIDS):
+            lacking = [name for name in ("input_ids", self.position_input) if given.get(name) is None]
+            if lacking and not torch.compiler.is_compiling():
+                logger.warning_once(
+                    f"{type(self).__name__} got images without {' and '.join(lacking)}, so they have no height and width: "
+                    "their tokens lie in a row. Pass all that the processor returns, or position_ids."
+                )
+
+    def _at_merger_input(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if self.image_inputs is None:  # the tower is run by itself
+            return args
+        features, grids = args[0], _grids(self.image_inputs)  # (patches, D_vision), (P, 3)
+        lengths = [rows * columns for frames, rows, columns in grids.tolist() for _ in range(frames)]
+        order = self.patch_order(grids)
+        if order is None:
+            return (self.transform_ragged(features, lengths), *args[1:])
+        order = order.to(features.device)
+        merged = features.unflatten(0, (len(order), -1))  # (tokens, patches a token, D_vision)
+        ordered = self.transform_ragged(merged[order.argsort()].flatten(0, 1), lengths)  # (patches, D_vision)
+        return (ordered.view_as(merged)[order].flatten(0, 1), *args[1:])
+
+    def _at_video_features(self, stock: Callable[..., Any], *args: Any, return_dict: Any = None, **kwargs: Any) -> Any:
+        """Treat a video as images of one size; losses look at images only, so nothing is recorded."""
+        passed, self._pass = self._pass, None
+        try:
+            outputs = self._features(stock, args, kwargs)
+        finally:
+            self._pass = passed
+        if passed is not None and self.custom_connector is not None:
+            assert passed.video_mask is not None
+            tokens = [len(video) for video in outputs.pooler_output]
+            self._check_placeholders(sum(tokens), len(tokens), mask=passed.video_mask, kind="video")
+        return outputs.to_tuple() if return_dict is False else outputs
+
+    def _connect(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Run the connector on one video after the other: what takes frames together never takes those of two."""
+        assert self.image_inputs is not None, "get_image_features is running"
+        if self.image_inputs.get("video_grid_thw") is None:
+            return super()._connect(features)
+        grids = self.image_grids(self.image_inputs)
+        return [self._reduce([video], [grid])[0] for video, grid in zip(features, grids, strict=True)]
+
+    def _at_rope_index(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = inspect.signature(stock).bind(*args, **kwargs).arguments
+        inputs = {**inputs.pop("kwargs", {}), **inputs}
+        merge = self.config.vision_config.spatial_merge_size
+        for name in GRIDS if self.custom_connector is not None else ():
+            if inputs.get(name) is not None:
+                inputs[name] = grids_out(self.custom_connector, inputs[name], merge)
+        return stock(**inputs)
+
+
+class WindowedImages(MRopeImages):
+    """M-RoPE images whose tower sorts patches by windows of attention: the seams see them in image order.
+
+    Source: Qwen2.5-VL, https://arxiv.org/abs/2502.13923, section 2.1.1.
+    """
+
+    def patch_order(self, grids: torch.Tensor) -> torch.Tensor:
+        """Return the windows' order of tokens."""
+        vision: Any = self.config.vision_config
+        return get_vision_window_index(grids, vision.spatial_merge_size, vision.window_size, vision.patch_size)[0]
+
+
+def _grids(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Return the (P, 3) grids among the arguments of get_image_features or get_video_features."""
+    grids: torch.Tensor = next(inputs[name] for name in GRIDS if inputs.get(name) is not None)
+    return grids

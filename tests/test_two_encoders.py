@@ -1,0 +1,264 @@
+"""A second vision tower: which ones can be had, what reaches them, how their features join, and that they travel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import Family, assert_same_model, chat_row
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+import hfcustom
+from hfcustom.connectors import build_connector
+from hfcustom.connectors.two_encoders import describe_tower
+from hfcustom.families import tiny
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+VIT = {**SIZES, "image_size": 24, "patch_size": 6}
+TOWERS: dict[str, dict[str, Any]] = {
+    "clip_vision_model": VIT,
+    "convnext": {"hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "image_size": 32},
+    "dinov2": VIT,
+    "dinov2_with_registers": VIT,
+    "dinov3_vit": VIT,
+    "internvl_vision": {**SIZES, "image_size": [24, 24], "patch_size": [6, 6]},
+    "siglip_vision_model": VIT,
+    "vit": VIT,
+}
+
+
+def spec(model_type: str = "dinov2", **options: Any) -> dict[str, Any]:
+    return {
+        "name": "two_encoders",
+        "tower": {"model_type": model_type, **TOWERS.get(model_type, VIT)},
+        "num_heads": 4,
+        **options,
+    }
+
+
+def wake(connector: Any) -> None:
+    """Draw what starts at zero, so that the second tower has a say."""
+    layer = connector.proj if connector.fusion == "concat" else connector.attention.o_proj
+    nn.init.normal_(layer.weight, std=0.2)
+
+
+class Stub(nn.Module):
+    """A tower of 2 x 2 patches of 12 pixels whose features are the patch's number, after a class token."""
+
+    def __init__(self, width: int, image_size: int = 24) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(image_size=image_size, patch_size=image_size // 2)
+        self.width, self.anything = width, nn.Parameter(torch.zeros(()))
+
+    def forward(self, pixel_values: torch.Tensor) -> Any:
+        self.seen = pixel_values
+        numbers = torch.tensor([99.0, 0.0, 1.0, 2.0, 3.0])[None, :, None]
+        return SimpleNamespace(last_hidden_state=numbers.expand(len(pixel_values), -1, self.width))
+
+
+def stubbed(width: int = 16, **options: Any) -> Any:
+    connector: Any = build_connector(spec(**options), 8)
+    connector.tower = Stub(width)
+    return connector
+
+
+# ---- what reaches the tower, and how its features join ---------------------------------------------------------------
+
+
+def test_channels_stand_side_by_side_on_the_first_towers_grid() -> None:
+    connector = stubbed()
+    with torch.no_grad():
+        connector.proj.weight.zero_()
+        connector.proj.weight[0, 8] = 1.0  # the first channel of the result is the first of the second tower
+        features = torch.randn(2, 4, 8)
+        assert connector(features, torch.zeros(2, 3, 24, 24))[1, :, 0].tolist() == [0.0, 1.0, 2.0, 3.0]
+        finer = connector(torch.randn(2, 16, 8), torch.zeros(2, 3, 24, 24))[0, :, 0].view(4, 4)
+        torch.testing.assert_close(finer[0], torch.tensor([0.0, 0.25, 0.75, 1.0]))  # bilinear between 0 and 1
+        torch.testing.assert_close(finer[:, 0], torch.tensor([0.0, 0.5, 1.5, 2.0]))
+        coarser = connector(torch.randn(1, 1, 8), torch.zeros(1, 3, 24, 24))
+        torch.testing.assert_close(coarser[0, 0, 0], torch.tensor(1.5))  # the mean of all four
+
+
+def test_each_patch_attends_to_all_of_the_second_tower() -> None:
+    connector: Any = build_connector(spec(fusion="cross_attend"), 8)
+    wake(connector)
+    features, pictures = torch.randn(2, 4, 8), torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        second = connector.tower(pictures).last_hidden_state[:, 1:]
+        found = connector.attention(connector.norm(features), connector.norm_tower(second))
+        torch.testing.assert_close(connector(features, pictures), features + found)
+        assert not torch.allclose(connector(features, pictures.flip(0)), features + found)
+
+
+def test_pixels_are_normalised_as_the_second_tower_knows_them() -> None:
+    connector = stubbed(processor_mean=0.5, processor_std=0.5, tower_mean=[0.1, 0.2, 0.3], tower_std=[1.0, 2.0, 0.5])
+    raw = torch.rand(2, 3, 24, 24)
+    connector(torch.randn(2, 4, 8), (raw - 0.5) / 0.5)
+    mean, std = (torch.tensor(x)[:, None, None] for x in ([0.1, 0.2, 0.3], [1.0, 2.0, 0.5]))
+    torch.testing.assert_close(connector.tower.seen, (raw - mean) / std)
+    plain = stubbed()
+    plain(torch.randn(2, 4, 8), raw)
+    assert torch.equal(plain.tower.seen, raw)
+
+
+def test_pictures_are_resized_but_never_bent() -> None:
+    connector = stubbed()
+    connector(torch.randn(1, 4, 8), torch.full((1, 3, 30, 30), 0.25))
+    assert connector.tower.seen.shape == (1, 3, 24, 24)
+    torch.testing.assert_close(connector.tower.seen, torch.full((1, 3, 24, 24), 0.25))
+    with pytest.raises(ValueError, match="sees pictures of 24 x 24 pixels; crops of 30 x 60 have other proportions"):
+        connector(torch.randn(1, 8, 8), torch.randn(1, 3, 30, 60))
+    connector.tower.config.image_size = None
+    connector.tower.config.patch_size = 15
+    with pytest.raises(
+        ValueError, match="7 patches of a crop of 30 x 30 pixels are no grid.*use fusion='cross_attend'"
+    ):
+        connector(torch.randn(1, 7, 8), torch.randn(1, 3, 30, 30))
+
+
+def test_towers_that_cannot_be_matched_are_named() -> None:
+    with pytest.raises(
+        ValueError, match="Siglip2VisionModel, wants pixel_attention_mask, spatial_shapes beside pixel"
+    ):
+        build_connector({"name": "two_encoders", "tower": {"model_type": "siglip2_vision_model", **SIZES}}, 8)
+    swin = {"model_type": "swin", "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "image_size": 32}
+    connector = build_connector({"name": "two_encoders", "tower": {**swin, "window_size": 2}}, 8)
+    with pytest.raises(ValueError, match="SwinModel, makes 16 tokens of a picture of 8 x 8 patches, which is no grid"):
+        connector(torch.randn(1, 4, 8), torch.randn(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="makes features 5 wide, which its config, with 16, does not say"):
+        stubbed(width=5)(torch.randn(1, 4, 8), torch.randn(1, 3, 24, 24))
+    with pytest.raises(ValueError, match=r"built for vision features 8 wide and got 6: the family's vision_width\(\)"):
+        stubbed()(torch.randn(1, 4, 6), torch.randn(1, 3, 24, 24))
+
+
+def test_a_frozen_tower_stays_as_it_is() -> None:
+    for trainable in (False, True):
+        connector: Any = build_connector(spec(trainable=trainable), 8).train()
+        wake(connector)
+        connector(torch.randn(2, 4, 8), torch.randn(2, 3, 24, 24)).sum().backward()
+        assert connector.tower.training == trainable
+        assert any(p.grad is not None for p in connector.tower.parameters()) == trainable
+        assert connector.proj.weight.grad is not None
+
+
+# ---- in a model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", TOWERS)
+@pytest.mark.parametrize("fusion", ["concat", "cross_attend"])
+def test_any_tower_starts_without_effect_learns_and_travels(
+    internvl: Family, model_type: str, fusion: str, tmp_path: Path
+) -> None:
+    model, batch = internvl.model(connector=spec(model_type, fusion=fusion)), internvl.batch([1, 0, 1])
+    with torch.no_grad():
+        stock = internvl.model()(**batch).logits
+        assert torch.equal(model(**batch).logits, stock)
+        wake(model.custom_connector)
+        assert not torch.allclose(model(**batch).logits, stock)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert_same_model(again, model, batch)
+    assert not any(p.requires_grad for p in again.custom_connector.tower.parameters())
+    assert all(p.requires_grad for p in again.custom_connector.proj.parameters()) if fusion == "concat" else True
+    half = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    inputs = {name: x.bfloat16() if x.is_floating_point() else x for name, x in batch.items()}
+    with torch.no_grad():
+        assert torch.isfinite(half(**inputs).logits).all()
+
+
+def test_crops_keep_their_own_pictures(family: Family) -> None:
+    """A batch equals its rows, so that no crop is looked at with another's picture, padded tiles left out."""
+    if "connector" in family.model_class.lacks or family.model_class.no_pictures:
+        return
+    model = family.model(connector=spec())
+    wake(model.custom_connector)
+    together = family.batch([2, 0, 1])
+    with torch.no_grad():
+        logits = model(**together).logits
+        collate = hfcustom.Collator(family.processor)
+        for at, count in enumerate([2, 0, 1]):
+            alone = dict(collate([chat_row(count, at)]))
+            length = alone["input_ids"].shape[1]
+            torch.testing.assert_close(logits[at, :length], model(**alone).logits[0], rtol=1e-4, atol=2e-6)
+
+
+def test_features_can_be_asked_for_without_text(internvl: Family) -> None:
+    model, batch = internvl.model(connector=spec()), internvl.batch([1])
+    with torch.no_grad():
+        features = model.model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output
+    assert features.shape == (7, 4, 64)
+
+
+def test_a_stock_checkpoint_gets_a_second_tower(internvl: Family, tmp_path: Path) -> None:
+    stock = internvl.model(internvl.stock_class)
+    stock.save_pretrained(tmp_path)
+    model = internvl.model_class.from_pretrained(tmp_path, connector=spec())
+    batch = internvl.batch([1])
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, stock.eval()(**batch).logits)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "custom_connector" in name}
+    assert trained == {"custom_connector.proj.weight", "custom_connector.proj.bias"}
+
+
+def test_a_family_whose_tower_is_given_no_pictures_says_so(families: dict[str, Family]) -> None:
+    with pytest.raises(ValueError, match="looks at pictures, but in this family images have sizes of their own"):
+        families["qwen2_vl"].model(connector=spec())
+
+
+def test_features_without_a_picture_are_an_error(internvl: Family) -> None:
+    model = internvl.model(connector=spec())
+    with pytest.raises(ValueError, match="there are 2 crops and 0 pictures"):
+        model._vision_features(torch.randn(2, 16, 32))
+
+
+# ---- weights from a checkpoint ---------------------------------------------------------------------------------------
+
+
+def save_tower(model_type: str, folder: Path) -> Any:
+    text = {**SIZES, "vocab_size": 50}
+    kind = model_type.removesuffix("_vision_model")
+    parts = {"text_config": text, "vision_config": VIT, "projection_dim": 16} if kind in ("clip", "siglip") else VIT
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **parts))
+    model.save_pretrained(folder)
+    images = tiny.image_processor(
+        {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}.get(kind, "BitImageProcessor")
+    )
+    images(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(folder)
+    return getattr(model, "vision_model", model).eval()
+
+
+@pytest.mark.parametrize("model_type", ["clip_vision_model", "dinov2", "siglip_vision_model"])
+def test_a_checkpoint_is_described_and_its_weights_are_taken(
+    internvl: Family, model_type: str, tmp_path: Path
+) -> None:
+    tower = save_tower(model_type, tmp_path / "tower")
+    connector = describe_tower(str(tmp_path / "tower"), internvl.processor, fusion="cross_attend", num_heads=4)
+    assert connector["tower"]["model_type"] == model_type
+    assert (connector["tower_mean"], connector["tower_std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    assert connector["processor_std"] == list(internvl.processor.image_processor.image_std)
+    model = internvl.model(connector=connector)
+    model.custom_connector.load_tower(str(tmp_path / "tower"))
+    pictures = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        expected = tower(pixel_values=pictures).last_hidden_state
+        torch.testing.assert_close(model.custom_connector.tower(pixel_values=pictures).last_hidden_state, expected)
+    model.save_pretrained(tmp_path / "model")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    assert_same_model(again, model, internvl.batch([1]))
+
+
+def test_a_checkpoint_of_another_tower_is_an_error(internvl: Family, tmp_path: Path) -> None:
+    save_tower("dinov2", tmp_path)
+    model = internvl.model(connector=spec("clip_vision_model"))
+    with pytest.raises(
+        ValueError, match="has no tensor for .* of CLIPVisionModel. Make the connector with describe_tower"
+    ):
+        model.custom_connector.load_tower(str(tmp_path))
+    described = describe_tower(str(tmp_path))
+    assert described.keys() == {"name", "tower"} and described["tower"]["model_type"] == "dinov2"
