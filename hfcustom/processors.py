@@ -48,15 +48,20 @@ class OptionalVideo(ProcessorMixin):
         """Serialise; without torchvision the video processor is written as it was loaded, or with its image size."""
         output = super().to_dict()
         if "video_processor" not in output:
-            default = {"video_processor_type": self.video_processor_type, "size": dict(self.image_processor.size)}
-            output["video_processor"] = self._video_settings or default
+            size = {"size": dict(self.image_processor.size)} if self.image_processor.size else {}
+            output["video_processor"] = self._video_settings or {
+                "video_processor_type": self.video_processor_type,
+                **size,
+            }
         return output
 
-    def validate_inputs(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> None:  # type: ignore[override]
+    def validate_inputs(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> None:
         """Check inputs as stock does; ImportError when a video comes and torchvision is missing."""
         if videos is not None and not is_torchvision_available():
             raise ImportError("Videos need torchvision: pip install torchvision. Images work without it.")
-        super().validate_inputs(images=images, text=text, videos=videos, **kwargs)
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
 
 class SingleBos(ProcessorMixin):

@@ -272,10 +272,11 @@ def test_seams_stay_in_effect_under_an_adapter(family: Family) -> None:
     unwrap(model).match_processor(processor)
     batch = family.batch([1], processor)
     model.train()(**batch).loss.backward()
-    assert calls == ["vision", "1 embeddings"]
+    seen = list(calls)
+    assert list(dict.fromkeys(seen)) == ["vision", "1 embeddings"]  # vision once a view, where views differ in length
     with torch.no_grad():
         model.eval()(**{name: value for name, value in batch.items() if name != "labels"})
-    assert calls == 2 * ["vision", "1 embeddings"]
+    assert calls == 2 * seen and seen.count("1 embeddings") == 1
 
 
 def test_merging_into_quantised_weights_is_refused(internvl: Family, tmp_path: Path) -> None:

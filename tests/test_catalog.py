@@ -40,6 +40,8 @@ TOTALS = {  # published parameter counts, in millions
     "google/paligemma-3b-pt-224": 2_923,
     "mistral-community/pixtral-12b": 12_683,
     "mistralai/Mistral-Small-3.1-24B-Instruct-2503": 24_011,
+    "nvidia/Nemotron-3-Nano-Omni-30B-A3B-Reasoning-BF16": 33_016,
+    "openbmb/MiniCPM-V-4.6": 1_300,
     "deepseek-community/Janus-Pro-7B": 7_408,
     "openai/clip-vit-large-patch14": 428,
     "google/siglip-base-patch16-224": 203,
@@ -62,6 +64,8 @@ TOKENS = {  # of 800 x 1300 px with the published settings
     "molmo2": 1162,
     "pixtral": 2560,
     "mistral3": 1363,
+    "minicpmv4_6": 444,
+    "nemotron_h_omni": 1025,
 }
 
 

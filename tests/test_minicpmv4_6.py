@@ -9,10 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Family, picture
-
-from hfcustom.families import missing_packages
-
-pytestmark = pytest.mark.skipif(bool(missing_packages("minicpmv4_6")), reason="works with torchvision only")
+from transformers.utils import is_torchvision_available
 
 
 @pytest.fixture
@@ -53,6 +50,7 @@ def test_fewer_merges_may_be_asked_for_in_a_call(minicpm: Family, connector: str
             assert torch.equal(logits, stock(**fine, downsample_mode="4x").logits)
 
 
+@pytest.mark.skipif(not is_torchvision_available(), reason="videos need torchvision")
 def test_a_video_is_left_as_stock_has_it(minicpm: Family) -> None:
     video = np.stack([np.asarray(picture(seed, (32, 32))) for seed in range(2)])  # (F, H, W, C)
     metadata = [{"fps": 1, "total_num_frames": 2, "frames_indices": [0, 1]}]

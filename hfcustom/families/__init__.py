@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
+from contextlib import suppress
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +52,9 @@ def missing_packages(name: str) -> list[str]:
 def class_of(checkpoint: str, **hub: Any) -> type[CustomVLM]:
     """Return the custom class of a checkpoint's family, from its config.json; `hub` goes to the config's download.
 
-    A family may take over checkpoints of another's model_type that have a vision tower of its name: its module's
-    `reads(config)` says which. Raises ValueError for a model_type that is no family's, naming the families, FileNotFoundError for a missing folder.
+    A family may read more than its own model_type: its module's `reads(config)` says which. It is asked about a config whose
+    vision tower has its name (Pixtral, published as a llava), and about one whose model_type is no family's.
+    Raises ValueError for one that nobody reads, naming the families, FileNotFoundError for a missing folder.
     """
     from transformers import PretrainedConfig
 
@@ -62,9 +65,11 @@ def class_of(checkpoint: str, **hub: Any) -> type[CustomVLM]:
     config = PretrainedConfig.get_config_dict(checkpoint, **hub)[0]
     model_type, tower = config.get("model_type", ""), (config.get("vision_config") or {}).get("model_type", "")
     name = model_type.removeprefix("custom_")
-    if tower in family_names() and getattr(load_family(tower), "reads", lambda config: False)(config):
+    if reads(tower, config):
         name = tower
     near = [family for family in family_names() if name == family or name.startswith(f"{family}_")]
+    if not near and model_type not in REGISTERED:
+        near = [family for family in family_names() if reads(family, config)]
     if near:  # the longest: llava_next is not llava; qwen2_5_omni_thinker is a part of qwen2_5_omni
         family = max(near, key=len)
         load_family(family)
@@ -74,3 +79,13 @@ def class_of(checkpoint: str, **hub: Any) -> type[CustomVLM]:
         cure = "Is it a class of your own? Name its file: --custom my_file.py:MyModel."
         raise ValueError(f"{checkpoint}: {unknown('model_type', model_type, family_names(), cure)}")
     return REGISTERED[model_type]
+
+
+def reads(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a family says that it reads a config.json of another model_type; False where it cannot be imported."""
+    if name not in family_names():
+        return False
+    with suppress(ImportError):  # what this transformers lacks cannot be loaded from it either
+        module = load_family(name)
+        return hasattr(module, "reads") and bool(module.reads(config))
+    return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,11 +20,9 @@ from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
 from hfcustom.connectors import Grid, grid_out
 from hfcustom.families import published, tiny
-from hfcustom.processors import MatchedProcessor, NeedsTorchvision
+from hfcustom.processors import MatchedProcessor, OptionalVideo, WithoutVideo
 from hfcustom.ragged import VideosAsImages
 from hfcustom.registry import register
-
-REQUIRES = ("torchvision",)
 
 
 class CustomMiniCPMV4_6Config(CustomConfig, MiniCPMV4_6Config):
@@ -32,8 +31,11 @@ class CustomMiniCPMV4_6Config(CustomConfig, MiniCPMV4_6Config):
     model_type = "custom_minicpmv4_6"
 
 
-class CustomMiniCPMV4_6Processor(NeedsTorchvision, MatchedProcessor, MiniCPMV4_6Processor):
-    """MiniCPMV4_6Processor that follows the model's connector in the whole image and in each slice."""
+class CustomMiniCPMV4_6Processor(MatchedProcessor, OptionalVideo, MiniCPMV4_6Processor, WithoutVideo):
+    """MiniCPMV4_6Processor that works without torchvision and follows the connector in the whole image and in each slice."""
+
+    video_processor_type = "MiniCPMV4_6VideoProcessor"
+    video_processor: Any = SimpleNamespace(slice_mode=True, downsample_mode="16x")  # read where torchvision is missing
 
     def reduced_inputs(
         self, image_inputs: Mapping[str, Any], image_idx: int, module: Any, **kwargs: Any
@@ -127,6 +129,13 @@ def tiny_config() -> CustomMiniCPMV4_6Config:
         image_token_id=processor.image_token_id,
         video_token_id=processor.video_token_id,
     )
+
+
+def wake(model: nn.Module) -> None:
+    """Give linear attention slow decays: with stock's, up to 16 a token, it forgets at once, and their gradient is rounding."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".A_log"):
+            parameter.data.copy_(torch.linspace(0.01, 0.2, len(parameter)).log())
 
 
 def published_processor() -> CustomMiniCPMV4_6Processor:
