@@ -66,7 +66,9 @@ def resize_images(model: Any, processor: Any, size: int) -> Any:
 
 
 def _vision_config(core: Any) -> Any:
-    config = core.config.vision_config
+    if "placeholders" in core.lacks:
+        raise ValueError(f"resize_images counts image tokens by their placeholders, and {core.lacks['placeholders']}.")
+    config = getattr(core.config, "vision_config", None)
     if getattr(config, "image_size", None) is None:
         raise ValueError(_no_positions(core))
     return config
@@ -184,8 +186,9 @@ def _scale_sizes(core: Any, processor: Any, size: int, undo: list[Callable[[], N
     crop = next(edge for edge in (_edge(sizes[name]) for name in ("max_image_size", "crop_size", "size")) if edge)
     if winning := {name: _scaled(value, size, crop) for name, value in defaults.items() if name in SIZES}:
         processor.images_kwargs = {**defaults, **winning}
-    for holder in (own, getattr(processor, "video_processor", None), core.config, core.base_model.config):
-        for name in SIZES if holder is not None else ():
+    holders = (own, getattr(processor, "video_processor", None), core.config, core.base_model.config)
+    for holder in {id(holder): holder for holder in holders if holder is not None}.values():
+        for name in SIZES:
             value = getattr(holder, name, None)
             if value is not None and _edge(value):
                 _set(holder, name, _scaled(value, size, crop), undo)
@@ -198,7 +201,7 @@ def _scale_sizes(core: Any, processor: Any, size: int, undo: list[Callable[[], N
         }
         processor._video_settings = {**settings, **scaled}
     if hasattr(core.config, "image_seq_length"):
-        _set(core.config, "image_seq_length", core.stock_tokens_per_crop(), undo)
+        _set(core.config, "image_seq_length", round(core.config.image_seq_length * (size / crop) ** 2), undo)
 
 
 def _edge(size: Any) -> int:

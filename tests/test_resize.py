@@ -21,7 +21,7 @@ def side(size: Any) -> int:
 
 
 def image_size(model: Any) -> int | None:
-    size = getattr(model.config.vision_config, "image_size", None)
+    size = getattr(getattr(model.config, "vision_config", None), "image_size", None)
     return None if size is None else side(size)
 
 
@@ -40,8 +40,9 @@ def resized(family: Family, factor: float, **config: Any) -> tuple[Any, Any]:
     """Return a model and its processor for pictures `factor` times as large; (None, None) where that is refused."""
     model, processor = family.model(**config), copy.deepcopy(family.processor)
     size = image_size(model)
-    if "connector" in model.lacks or not tables(model):
-        with pytest.raises(ValueError, match="The vision tower of .* has no learned positions|is no table of patches"):
+    if "placeholders" in model.lacks or not tables(model):
+        reasons = "has no learned positions|is no table of patches|counts image tokens by their placeholders"
+        with pytest.raises(ValueError, match=reasons):
             resize_images(model, processor, int((size or 28) * factor))
         return None, None
     assert size is not None
@@ -59,9 +60,11 @@ def test_placeholders_follow_and_all_of_it_travels(family: Family, connector: st
     assert image_size(model) == image_size(before) // 2 == side(model.get_encoder(modality="image").config.image_size)
     smaller, larger = family.batch([2, 0, 1], processor), family.batch([2, 0, 1])
     tokens = [int((batch["input_ids"] == model.placeholder_token_id).sum()) for batch in (smaller, larger)]
-    assert 0 < tokens[0] < tokens[1]
+    assert 0 < tokens[0] <= tokens[1]  # a family may make the same number of any size (Gemma 3, Idefics2)
+    assert smaller["pixel_values"].numel() < larger["pixel_values"].numel()
     model.train()(**smaller).loss.backward()
-    assert all(table.grad is not None and table.grad.shape == table.shape for table in tables(model).values())
+    reached = [table for name, table in tables(model).items() if not name.startswith(tuple(model.unreached()))]
+    assert reached and all(table.grad is not None and table.grad.shape == table.shape for table in reached)
     model.eval().save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     again, reader = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
@@ -85,7 +88,7 @@ def test_the_same_size_changes_nothing(family: Family) -> None:
 
 def test_larger_pictures_give_more_tokens_or_an_error_that_changes_nothing(family: Family) -> None:
     model, processor = family.model(), copy.deepcopy(family.processor)
-    if not tables(model):
+    if not tables(model) or "placeholders" in model.lacks:
         return
     before, size = {name: table.clone() for name, table in tables(model).items()}, image_size(model)
     try:
@@ -97,7 +100,9 @@ def test_larger_pictures_give_more_tokens_or_an_error_that_changes_nothing(famil
         batch, expected = family.batch([1], processor), family.batch([1])
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
     else:
-        assert model(**family.batch([1], processor)).logits.shape[1] > family.batch([1])["input_ids"].shape[1]
+        larger, smaller = family.batch([1], processor), family.batch([1])
+        assert model(**larger).logits.shape[1] >= smaller["input_ids"].shape[1]
+        assert larger["pixel_values"].numel() > smaller["pixel_values"].numel()
 
 
 # ---- the interpolation ----------------------------------------------------------------------------------------------

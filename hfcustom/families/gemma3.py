@@ -25,8 +25,9 @@ from hfcustom.registry import register
 class CustomGemma3Config(CustomConfig, Gemma3Config):
     """Gemma3Config with `connector` and `loss`.
 
-    `mark_images` finds the tokens of images in a batch without token_type_ids (processor and collator always make them);
-    stock lets an image see only what is before each token there, without a word.
+    `mark_images` finds the tokens of images in a batch without token_type_ids (processor and collator always make them),
+    where stock, without a word, lets each see only what is before it. With a static cache generate() makes the mask, as
+    stock does.
     """
 
     model_type = "custom_gemma3"

@@ -71,6 +71,7 @@ class CustomIdefics2ForConditionalGeneration(CustomVLM, Idefics2ForConditionalGe
     config_class = CustomIdefics2Config
     processor_class = CustomIdefics2Processor
     placeholder_field = "image_seq_len"
+    no_pictures = "pictures keep their proportions, which the squares of a second tower cannot be matched with"
 
     def stock_tokens_per_crop(self) -> int:
         """Return the resampler's queries."""

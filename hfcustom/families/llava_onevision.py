@@ -69,6 +69,12 @@ class CustomLlavaOnevisionForConditionalGeneration(AnyresImages, CustomVLM, Llav
         """Return what the processor must have in common with the model's config."""
         return super().processor_settings(processor) | {"vision_aspect_ratio": processor.vision_aspect_ratio}
 
+    def match_processor(self, processor: Any) -> Any:
+        """Give the processor the connector and the tokens of a crop; save it with the model."""
+        vision: Any = self.config.vision_config
+        processor.num_image_tokens = (vision.image_size // vision.patch_size) ** 2
+        return super().match_processor(processor)
+
     def unreached(self) -> dict[str, str]:
         """Return what lies behind the layer that features are read from."""
         return unread(self, "model.vision_tower", self.config.vision_feature_layer)
