@@ -58,7 +58,7 @@ def test_video_settings_survive_a_machine_that_cannot_use_them(
     again.save_pretrained(tmp_path / "again")
     written = json.loads((tmp_path / "again" / "processor_config.json").read_text())["video_processor"]
     for key in ("video_processor_type", "image_mean", "size"):
-        assert written[key] == content["video_processor"][key], key
+        assert written.get(key) == content["video_processor"].get(key), key  # MiniCPM-V's has no size
     assert written["video_processor_type"] == processor.video_processor_type
 
 
