@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Family, assert_same_model
+from conftest import FAMILIES, Family, assert_same_model
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -143,7 +143,19 @@ def test_it_says_where_it_comes_from(name: str) -> None:
 # ---- in a model -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(IDENTITY))
+# Every connector in a family of each kind (crops, images of their own sizes, packed tiles, cross-attention), and every
+# family with a connector that asks for the grid and one that does not.
+KINDS = ("internvl", "llava_next", "mllama", "qwen2_vl")
+PAIRS = [
+    pytest.param(family, name, id=f"{family}-{name}")
+    for family in FAMILIES
+    for name in NAMES
+    if family in KINDS or name in ("average_pool", "perceiver_resampler", "two_encoders")
+]
+IDENTITY_PAIRS = [pair for pair in PAIRS if pair.values[1] in IDENTITY]
+
+
+@pytest.mark.parametrize(("family", "name"), IDENTITY_PAIRS, indirect=["family"])
 def test_identity_settings_equal_no_connector(family: Family, name: str) -> None:
     if refused(family, name):
         return
@@ -153,7 +165,7 @@ def test_identity_settings_equal_no_connector(family: Family, name: str) -> None
         assert torch.equal(model(**batch).logits, plain(**batch).logits)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("family", "name"), PAIRS, indirect=["family"])
 def test_placeholders_follow_and_travel(family: Family, name: str, tmp_path: Path) -> None:
     if refused(family, name):
         return
