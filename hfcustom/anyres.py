@@ -24,7 +24,7 @@ from hfcustom.ragged import RaggedImages
 class AnyresImages(RaggedImages):
     """Mixin between CustomVLM and a stock class that has `pack_image_features`."""
 
-    no_pictures = ""  # crops reach the tower as pictures of one size
+    no_pictures = no_resizing = ""  # crops reach the tower as pictures of one size
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features before the projector, which gets crops of one size."""

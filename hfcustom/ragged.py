@@ -24,6 +24,7 @@ class RaggedImages(SeamHooks):
     """Mixin between CustomVLM and a stock class whose `get_image_features` returns a sequence of (N_i, D)."""
 
     no_pictures = "images have sizes of their own and reach the tower as patches"
+    no_resizing = "takes pictures of any size as they are: set the size in the processor alone"
     image_inputs: Mapping[str, Any] | None = None  # arguments of get_image_features while it runs, for hooks below it
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[Grid]:

@@ -68,6 +68,8 @@ def resize_images(model: Any, processor: Any, size: int) -> Any:
 def _vision_config(core: Any) -> Any:
     if "placeholders" in core.lacks:
         raise ValueError(f"resize_images counts image tokens by their placeholders, and {core.lacks['placeholders']}.")
+    if core.no_resizing:
+        raise ValueError(f"{_tower(core)} {core.no_resizing}.")
     config = getattr(core.config, "vision_config", None)
     if getattr(config, "image_size", None) is None:
         raise ValueError(_no_positions(core))

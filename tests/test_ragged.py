@@ -126,11 +126,13 @@ def test_a_batch_of_sizes_equals_its_rows_alone(ragged: Family, connector: Any) 
 @pytest.mark.parametrize("name", ONE_GRID)
 def test_placeholders_and_features_follow_each_images_grid(name: str, families: dict[str, Family]) -> None:
     model, processor = matched(families[name], "average_pool")
-    batch = dict(Collator(processor)(rows_of(SIZES)))
-    grids = model.image_grids(batch)
+    collate, rows = Collator(processor), rows_of(SIZES)
+    batch = dict(collate(rows))
+    grids = model.image_grids(batch)  # of an image, or of each of its views
     assert len(set(grids)) > 1 and any(side % 2 for grid in grids for side in grid)
-    tokens = iter([int(np.prod(halved(grid))) for grid in grids])
-    expected = [sum(next(tokens) for _ in row) for row in SIZES]
+    own = [model.image_grids(dict(collate([row]))) if row["images"] else [] for row in rows]
+    assert grids == [grid for row in own for grid in row]
+    expected = [sum(int(np.prod(halved(grid))) for grid in row) for row in own]
     assert (batch["input_ids"] == model.placeholder_token_id).sum(1).tolist() == expected
     with torch.no_grad():
         context = model.loss_context(batch, batch["labels"])

@@ -23,6 +23,7 @@ FILES = [
     "processors",
     "collate",
     "connectors",
+    "connector_values",
     "families",
     "adapt",
     "loading",
@@ -31,6 +32,7 @@ FILES = [
     "evaluate",
     "experts",
     "ragged",
+    "resize",
 ]
 NEED_IT = [name for name in family_names() if missing_packages(name)]
 SAME = "(processor or video or labels) and not connector"  # what another image path could change

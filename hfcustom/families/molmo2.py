@@ -63,6 +63,7 @@ class CustomMolmo2ForConditionalGeneration(VideosAsImages, CustomVLM, Molmo2ForC
 
     config_class = CustomMolmo2Config
     processor_class = CustomMolmo2Processor
+    no_resizing = "has positions for crops of one size and gets them as patches, which resize_images does not change"
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features before the projector, which gets all crops in one tensor."""
@@ -74,9 +75,12 @@ class CustomMolmo2ForConditionalGeneration(VideosAsImages, CustomVLM, Molmo2ForC
         return [(rows, columns) for rows, columns in inputs["image_grids"].view(-1, 2).tolist()]
 
     def _reduce(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[torch.Tensor]:
-        views = torch.cat(list(features)).split([rows * columns for rows, columns in grids])
-        reduced = super()._reduce(views, grids)
-        return [torch.cat(reduced[at : at + 2]) for at in range(0, len(reduced), 2)]
+        """Run the connector on the wholes, then on the crops: neighbours that it takes together are of one kind."""
+        sizes = [rows * columns for rows, columns in grids[::2]]  # tokens of the whole
+        wholes = [image[:size] for image, size in zip(features, sizes, strict=True)]
+        crops = [image[size:] for image, size in zip(features, sizes, strict=True)]
+        views = super()._reduce(wholes, grids[::2]), super()._reduce(crops, grids[1::2])
+        return [torch.cat(image) for image in zip(*views, strict=True)]
 
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -12,15 +12,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import NemotronH_Omni_Reasoning_V3, NemotronH_Omni_Reasoning_V3_Config
 from transformers import NemotronH_Omni_Reasoning_V3Processor as StockProcessor
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
 from hfcustom.connectors import Grid
 from hfcustom.families import tiny
+from hfcustom.losses import LossContext
 from hfcustom.processors import MatchedProcessor, NeedsTorchvision
 from hfcustom.ragged import RaggedImages
 from hfcustom.registry import register
@@ -81,6 +84,7 @@ class CustomNemotronH_Omni_Reasoning_V3(RaggedImages, CustomVLM, NemotronH_Omni_
 
     config_class = CustomNemotronH_Omni_Reasoning_V3_Config
     processor_class = CustomNemotronH_Omni_Reasoning_V3Processor
+    _router_logits: Any = None  # of the running forward
 
     @property
     def other_modules(self) -> tuple[str, ...]:
@@ -104,6 +108,18 @@ class CustomNemotronH_Omni_Reasoning_V3(RaggedImages, CustomVLM, NemotronH_Omni_
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the head."""
         self.language_model.lm_head = new_embeddings
+
+    def loss_context(self, batch: Mapping[str, Any], labels: torch.Tensor, return_logits: bool = False) -> LossContext:
+        """Return all that a loss may look at; stock drops the router logits that its language model returns."""
+        self._router_logits = None
+        context = super().loss_context(batch, labels, return_logits)
+        context.outputs = MoeCausalLMOutputWithPast(**context.outputs, router_logits=self._router_logits)
+        self._router_logits = None
+        return context
+
+    def _at_language_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        self._router_logits = getattr(output, "router_logits", None)
+        return super()._at_language_output(module, args, output)
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
         """Return each image's rows and columns after the pixel shuffle."""
