@@ -118,7 +118,10 @@ def draw(path: Path, results: list[Result]) -> None:
     for axes, (label, values) in zip(panels, sides.items(), strict=True):
         for value, result in zip(values, results, strict=True):
             axes.plot(value, 100 * result.accuracy, "o", markersize=8)
-            axes.annotate(result.name, (value, 100 * result.accuracy), (6, 6), textcoords="offset points")
+            above = any(0 < result.accuracy - other.accuracy < 0.05 for other in results)  # two names must not meet
+            axes.annotate(
+                result.name, (value, 100 * result.accuracy), (6, 7 if above else -14), textcoords="offset points"
+            )
         axes.set_xlabel(label)
         axes.margins(0.25, 0.15)
         axes.grid(alpha=0.3)
