@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Family
+from torch import nn
 
 import hfcustom
 from hfcustom.losses import find_loss
@@ -52,9 +53,17 @@ def test_values_equal_a_loop_over_tokens(internvl: Family, name: str, distance: 
 @pytest.mark.parametrize("name", TERMS)
 def test_a_new_adapter_is_where_its_reference_is_and_leaves_it(family: Family, name: str) -> None:
     about_images = "image" in name
-    parts = [part for part in ("connector", "language") if part in family.parts] if about_images else "language"
-    model, batch = hfcustom.lora(family.model(loss=name), parts, rank=2), family.batch([1, 0])
-    if about_images and "connector" not in parts:  # image features are embeddings, which LoRA leaves alone
+    model, batch = family.model(loss=name), family.batch([1, 0])
+    linears = {
+        model.stock_parts().find(path) for path, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    parts = [
+        part
+        for part in ("vision", "connector", "language")
+        if part in linears and (about_images or part == "language")
+    ]
+    model = hfcustom.lora(model, parts, rank=2)
+    if parts == ["language"] and about_images:  # image features are embeddings, which LoRA leaves alone
         with pytest.raises(ValueError, match="would train nothing, because the image features carry no gradient"):
             model.train()(**batch)
         return
