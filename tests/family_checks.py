@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from hfcustom.catalog import VERIFIED
 from hfcustom.encoders import encoder_names
-from hfcustom.families import family_names
+from hfcustom.families import family_names, missing_packages
 
 OUTCOMES = pytest.StashKey[dict[tuple[str, str, str], set[str]]]()  # (family, file, check) -> outcomes of its cases
 
@@ -79,6 +79,8 @@ def _write(outcomes: dict[tuple[str, str, str], set[str]]) -> None:
     checks = recorded()
     for family in {family for family, _, _ in outcomes}:
         passed = {check for (name, _, check), found in outcomes.items() if name == family and found == {"passed"}}
+        if family in family_names() and missing_packages(family):  # its checks run in a process that has them
+            passed |= set(checks.get(family, []))
         checks[family] = sorted(passed)
     text = json.dumps({"versions": versions(), "families": dict(sorted(checks.items()))}, indent=1)
     VERIFIED.write_text(text + "\n", encoding="utf-8")
