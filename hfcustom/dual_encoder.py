@@ -61,6 +61,7 @@ class CustomDualEncoder(PreTrainedModel):
     }
     default_connector: ClassVar[None] = None
     default_loss: ClassVar[str] = "contrastive"
+    _frozen_by_init: tuple[str, ...] = ()  # a vision language model remembers what its connector froze; here is none
     accepts_loss_kwargs = False  # transformers.Trainer then averages micro-batches, each with negatives of its own
     logit_scale: Any  # of the stock class, as the next three; a loss with a bias adds one where stock has none
     logit_bias: Any

@@ -145,6 +145,10 @@ def families() -> dict[str, Family]:
 FAMILIES = [name for name in family_names() if not missing_packages(name)]
 
 
+# One family of each kind: experts, crops, packed tiles, cross-attention, images of their own sizes with M-RoPE.
+KINDS = [name for name in ("aria", "internvl", "llava_next", "mllama", "qwen2_vl") if name in FAMILIES]
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
     return families[request.param]

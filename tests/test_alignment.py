@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Family
+from kinds import family_of_each_kind  # noqa: F401
 from torch import nn
 
 import hfcustom

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Family, chat_row
 from conversations import conversation, turn
+from kinds import family_of_each_kind  # noqa: F401
 
 from hfcustom.data.collate import Collator
 from hfcustom.data.messages import RowError

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, Family, assert_same_model
+from conftest import FAMILIES, KINDS, Family, assert_same_model
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -145,9 +145,9 @@ def test_it_says_where_it_comes_from(name: str) -> None:
 # ---- in a model -----------------------------------------------------------------------------------------------------
 
 
-# Every connector in a family of each kind (crops, images of their own sizes, packed tiles, cross-attention), and every
+# Every connector in a family of each kind, and every
 # family with a connector that asks for the grid and one that does not.
-KINDS = ("internvl", "llava_next", "mllama", "qwen2_vl")
+
 PAIRS = [
     pytest.param(family, name, id=f"{family}-{name}")
     for family in FAMILIES

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import Family, chat_row
+from kinds import family_of_each_kind  # noqa: F401
 from rich.console import Console
 
 import hfcustom

@@ -93,7 +93,7 @@ def test_a_batch_equals_its_rows_alone(family: Family) -> None:
 @pytest.mark.parametrize("connector", [None, "average_pool"], ids=["stock", "token-reducing"])
 def test_images_of_different_sizes_share_a_batch(family: Family, connector: str | None) -> None:
     processor = copy.deepcopy(family.processor)
-    model = family.model(connector=connector)
+    model = family.corrected(connector=connector)
     model.match_processor(processor)
     rows = [chat_row(2, seed=0), chat_row(1, seed=1)]
     for at, size in enumerate([(50, 30), (24, 60), (40, 40)]):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Family
+from kinds import family_of_each_kind  # noqa: F401
 from pairs import IMAGES, pair_batch, perturb, unpadded
 from peft import LoraConfig
 from torch import nn

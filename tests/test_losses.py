@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Family
+from kinds import family_of_each_kind  # noqa: F401
 from loss_cases import cut
 from torch.nn import functional as F
 

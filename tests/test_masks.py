@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from conftest import Family
+from kinds import family_of_each_kind  # noqa: F401
 
 from hfcustom import seams
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import RECIPES, ROOT, Family, chat_row
+from kinds import family_of_each_kind  # noqa: F401
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hfcustom.options import ConfigError, read

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Family, chat_row
+from kinds import family_of_each_kind  # noqa: F401
 from pairs import IMAGES, WORDS, answered, pair_rows, perturb
 from training import curve, short_config, weights
 

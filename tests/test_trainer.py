@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import Family
+from kinds import family_of_each_kind  # noqa: F401
 from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
 from training import curve, relative_distance, train, uneven_rows, user_losses, weights

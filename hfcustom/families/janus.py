@@ -52,7 +52,7 @@ class CustomJanusProcessor(JanusProcessor):
 def _count_from_given_text(replacements: list[dict[str, Any]]) -> list[dict[str, Any]]:
     shift = len(DEFAULT_SYSTEM_PROMPT)
     moved = [{**found, "span": tuple(at - shift for at in found["span"])} for found in replacements]
-    return [{"span": (0, 0), "new_span": (0, shift)}, *moved]
+    return [{"type": "text", "span": (0, 0), "new_span": (0, shift)}, *moved]
 
 
 class CustomJanusForConditionalGeneration(CustomVLM, JanusForConditionalGeneration):

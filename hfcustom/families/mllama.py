@@ -58,7 +58,7 @@ class CustomMllamaProcessor(NestedImages, MllamaProcessor):
         at = 0
         while text.startswith(self.image_token, at):
             at += len(self.image_token)
-        return [{"span": (at, at), "new_span": (at, at + len(self.bos_token))}]
+        return [{"type": "text", "span": (at, at), "new_span": (at, at + len(self.bos_token))}]
 
     def _process_images(self, images: Any, **kwargs: Any) -> Any:
         """Process the rows with images as stock does, and put them among those without."""
