@@ -25,7 +25,6 @@ from transformers.utils.generic import can_return_tuple
 
 from hfcustom import loading, losses, parts, seams
 from hfcustom.configuration import share_key_conversion
-from hfcustom.connectors import build_connector
 from hfcustom.seam_hooks import SeamHooks
 
 SEAM_METHODS = ("transform_vision_features", "transform_embeddings", "transform_hidden_states")
@@ -36,7 +35,6 @@ class CustomVLM(SeamHooks):
 
     processor_class: ClassVar[type[ProcessorMixin]]
     placeholder_field: ClassVar[str]  # the processor's attribute that holds the placeholders of one image crop
-    lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, "connector"), or "placeholders" -> why not
     corrections: ClassVar[Mapping[str, str]] = {}  # config field, off by default -> what of stock it corrects
     default_connector: ClassVar[str | dict[str, Any] | None] = None
     default_loss: ClassVar[str | dict[str, Any]] = "cross_entropy"
@@ -101,11 +99,7 @@ class CustomVLM(SeamHooks):
         self._start_losses()
         config.connector = copy.deepcopy(self.default_connector if config.connector is None else config.connector)
         config.loss = copy.deepcopy(self.default_loss if config.loss is None else config.loss)
-        self.custom_connector: nn.Module | None = None
-        if config.connector is not None:
-            if "connector" in self.lacks:
-                raise ValueError(f"connector={config.connector!r}: this family takes none: {self.lacks['connector']}")
-            self.custom_connector = build_connector(config.connector, self.connector_width())
+        self.custom_connector = self.make_connector()
         self.post_init()
 
     def _start_losses(self) -> None:

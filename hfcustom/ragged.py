@@ -68,10 +68,8 @@ class RaggedImages(SeamHooks):
         return outputs
 
     def _at_video_features(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
-            f"connector={self.config.connector!r} takes frames together, but {type(self).__name__} has a path of its own for "
-            "videos, which no connector sees. Give the frames as images of one size."
-        )
+        self.refuse_frames_of_videos()
+        return stock(*args, **kwargs)
 
     def match_processor(self, processor: Any) -> Any:
         """Give the processor the connector, so that it writes as many placeholders; save it with the model."""
@@ -125,6 +123,7 @@ class VideosAsImages(RaggedImages):
         return [*super().seam_methods(), (self.inner_path(), "get_video_features", "_at_video_features")]
 
     def _at_video_features(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.refuse_frames_of_videos()
         self.is_video = True
         try:
             return stock(*args, **kwargs)

@@ -185,7 +185,9 @@ def _scale_sizes(core: Any, processor: Any, size: int, undo: list[Callable[[], N
     """
     own, defaults = processor.image_processor, dict(getattr(processor, "images_kwargs", {}))
     sizes = {name: getattr(own, name, None) for name in SIZES} | {k: v for k, v in defaults.items() if k in SIZES}
-    crop = next(edge for edge in (_edge(sizes[name]) for name in ("max_image_size", "crop_size", "size")) if edge)
+    crop = next((edge for edge in (_edge(sizes[name]) for name in ("max_image_size", "crop_size", "size")) if edge), 0)
+    if not crop:
+        raise ValueError(f"its {type(own).__name__} has no size of a crop, since pictures keep sizes of their own.")
     if winning := {name: _scaled(value, size, crop) for name, value in defaults.items() if name in SIZES}:
         processor.images_kwargs = {**defaults, **winning}
     holders = (own, getattr(processor, "video_processor", None), core.config, core.base_model.config)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfcustom import parts, seams
-from hfcustom.connectors import find_connector, frames_together, reduce_tokens, takes_pictures
+from hfcustom.connectors import build_connector, find_connector, frames_together, reduce_tokens, takes_pictures
 from hfcustom.naming import check_shape
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ class SeamHooks(PreTrainedModel):
         False  # the stock forward runs the head on every position whatever it is told
     )
     keeps_mask: ClassVar[bool] = False  # the stock forward reads more from attention_mask than where padding is
+    lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, "connector"), or "placeholders" -> why not
     no_pictures: ClassVar[str] = ""  # why no picture of a crop can be handed to a connector that wants one
+    no_frames: ClassVar[str] = ""  # why neighbouring crops can never be frames of one clip
     no_resizing: ClassVar[str] = ""  # why resize_images has nothing to do, or cannot do it
     custom_connector: nn.Module | None
     _pictures: torch.Tensor | None = None  # (P, 3, H, W), what the vision tower is looking at
@@ -57,15 +59,30 @@ class SeamHooks(PreTrainedModel):
         """Return D_vision, the width of what transform_vision_features sees; a family with another one says so."""
         return int(self.config.vision_config.hidden_size)
 
-    def connector_width(self) -> int:
-        """Return the width at which the configured connector works; ValueError when this family can have none such."""
-        if takes_pictures(find_connector(self.config.connector)[0]):
-            if self.no_pictures:
-                raise ValueError(
-                    f"connector={self.config.connector!r} looks at pictures, but in this family {self.no_pictures}."
-                )
-            return self.vision_width()
-        return int(self.config.get_text_config().hidden_size)
+    def make_connector(self) -> nn.Module | None:
+        """Build the configured connector; ValueError when this family cannot give it what it works on."""
+        spec = self.config.connector
+        if spec is None:
+            return None
+        if "connector" in self.lacks:
+            raise ValueError(f"connector={spec!r}: this family takes none: {self.lacks['connector']}")
+        pictures = takes_pictures(find_connector(spec)[0])
+        if pictures and self.no_pictures:
+            raise ValueError(f"connector={spec!r} looks at pictures, but in this family {self.no_pictures}.")
+        module = build_connector(spec, self.vision_width() if pictures else self.config.get_text_config().hidden_size)
+        if frames_together(module) > 1 and self.no_frames:
+            raise ValueError(
+                f"connector={spec!r} takes crops together as frames, but in this family {self.no_frames}."
+            )
+        return module
+
+    def refuse_frames_of_videos(self) -> None:
+        """Raise ValueError for a connector of frames where a video comes that no connector sees."""
+        if frames_together(self.custom_connector) > 1:
+            raise ValueError(
+                f"connector={self.config.connector!r} takes frames together, but {type(self).__name__} has a path of its own "
+                "for videos, which no connector sees. Give the frames as images of one size."
+            )
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Return (module path, hook registrar, method, options) for each seam."""

@@ -75,6 +75,8 @@ def refused(family: Family, name: str) -> bool:
     reasons = [family.model_class.lacks.get("connector")]
     if takes_pictures(CONNECTORS[name]):
         reasons.append(family.model_class.no_pictures)
+    if clips(name, [1]) != [1]:
+        reasons.append(family.model_class.no_frames)
     (reason,) = [reason for reason in reasons if reason] or [None]
     if reason:
         with pytest.raises(ValueError, match=re.escape(reason)):

@@ -108,6 +108,7 @@ class CustomMllamaForConditionalGeneration(CustomVLM, MllamaForConditionalGenera
         "placeholders": "image tokens are keys and values of cross-attention layers; the text has one mark an image"
     }
     no_pictures = "the tower is given slots for tiles, empty ones among them"
+    no_frames = "neighbouring crops are the slots for one image's tiles, empty ones among them"
     corrections = {
         "mask_text_rows": "Tokens before a row's first image, and all tokens of a row without images in a batch with images, "
         "attend to every image slot of the batch, empty ones included: their keys are all masked, which softmax turns into "

@@ -22,7 +22,6 @@ from transformers import (
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.connectors import frames_together
 from hfcustom.families import published, tiny
 from hfcustom.processors import MatchedProcessor, OptionalVideo, WithoutVideo, match_connector
 from hfcustom.registry import register
@@ -69,11 +68,7 @@ class CustomVideoLlavaForConditionalGeneration(CustomVLM, VideoLlavaForCondition
         return [*super().seam_methods(), (self.inner_path(), "get_video_features", "_at_video_features")]
 
     def _at_video_features(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if frames_together(self.custom_connector) > 1:
-            raise ValueError(
-                f"connector={self.config.connector!r} takes frames together, but {type(self).__name__} has a tower of its own "
-                "for videos, which no connector sees. Give the frames as images."
-            )
+        self.refuse_frames_of_videos()
         self.sees_video = True
         try:
             return stock(*args, **kwargs)
