@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 def record(outcomes: dict[tuple[str, str, str], set[str]]) -> None:
     """Replace what verified.json says of the families that were tried."""
-    with FileLock(f"{VERIFIED}.lock"):  # processes with torchvision may record at the same time
+    with FileLock(
+        Path(tempfile.gettempdir()) / "hfcustom-verified.lock"
+    ):  # processes with torchvision may record at the same time
         _write(outcomes)
 
 
