@@ -34,7 +34,7 @@ def contact_sheet(
 ) -> Image.Image:
     """Return the picture; `pictures` holds every frame that a row names, `cuts` the first frame of each scene."""
     thumbs = {index: _thumb(picture) for index, picture in pictures.items()}
-    height = max(thumb.height for thumb in thumbs.values())
+    height = max(40, *(thumb.height for thumb in thumbs.values()))  # room for the names beside it
     columns = min(COLUMNS, max(len(row.indices) for row in rows))
     line = height + CAPTION + GAP
     heights = [-(-len(row.indices) // columns) * line + BAR + 2 * GAP for row in rows]

@@ -144,9 +144,11 @@ class MemoryClip(Clip):
         self.frames = frames
 
     def read(self, step: int = 1) -> Iterator[Image.Image]:
+        """Yield every `step`-th frame, from the first."""
         return (_picture(self.frames[at], at) for at in range(0, len(self.frames), step))
 
     def pictures(self, indices: Sequence[int]) -> list[Image.Image]:
+        """Return the frames at these places; no other one is touched."""
         self.check_places(indices)
         return [_picture(self.frames[at], at) for at in indices]
 
@@ -170,6 +172,7 @@ def memory_clip(frames: Any, clip_fps: float | None = None, name: str = "the cli
     """
     if isinstance(frames, Sequence) and not isinstance(frames, str | bytes):
         return MemoryClip(frames, clip_fps, name)
+    # a tensor may lie on a GPU; torch itself is not imported for those who have none
     array = frames.numpy(force=True) if type(frames).__module__.startswith("torch") else np.asanyarray(frames)
     if array.ndim == 4 and array.shape[3] != 3 and array.shape[1] == 3:
         array = array.transpose(0, 2, 3, 1)  # (F, H, W, 3)

@@ -76,9 +76,11 @@ class FolderClip(Clip):
         super().__init__(str(folder), len(self.files), clip_fps)
 
     def read(self, step: int = 1) -> Iterator[Image.Image]:
+        """Yield every `step`-th frame, from the first."""
         return (load_image(file.name, self.folder) for file in self.files[::step])
 
     def pictures(self, indices: Sequence[int]) -> list[Image.Image]:
+        """Return the frames at these places; no other one is touched."""
         self.check_places(indices)
         return [load_image(self.files[index].name, self.folder) for index in indices]
 
@@ -112,6 +114,7 @@ class AnimationClip(Clip):
             raise ValueError(f"{self.path} has {size} pixels; at most {MAX_PIXELS} are decoded.")
 
     def read(self, step: int = 1) -> Iterator[Image.Image]:
+        """Yield every `step`-th frame, from the first."""
         return (to_rgb(image) for image in self._seek(step))
 
     def _seek(self, step: int) -> Iterator[Image.Image]:
@@ -127,5 +130,6 @@ class AnimationClip(Clip):
                 yield image
 
     def own_times(self) -> np.ndarray | None:
+        """Return the seconds that the file states, (F,), or None."""
         shown = [float(image.info.get("duration", 0)) / 1000 for image in self._seek(1)]
         return np.cumsum([0.0, *shown[:-1]]) if sum(shown) else None

@@ -66,6 +66,7 @@ class VideoClip(Clip):
             raise ValueError(f"{self.path} is no video that can be decoded: {error}") from error
 
     def own_times(self) -> np.ndarray | None:
+        """Return the seconds that the file states, (F,), or None."""
         if self.stamps is not None:
             return (np.array(self.stamps) - self.stamps[0]) * self.time_base
         return np.arange(len(self)) / self.rate if self.rate else None
@@ -79,9 +80,11 @@ class VideoClip(Clip):
                     yield frame
 
     def read(self, step: int = 1) -> Iterator[Image.Image]:
+        """Yield every `step`-th frame, from the first."""
         return (_upright(frame.to_image(), frame) for frame in self._decode(step))
 
     def shrink(self, step: int = 1) -> Iterator[np.ndarray]:
+        """Yield every `step`-th frame as (S, S) uint8 grey, made small before it becomes a picture."""
         for frame in self._decode(step):
             small = frame.reformat(width=SIDE, height=SIDE, format="rgb24", interpolation="AREA")
             yield shrink(_upright(small.to_image(), frame))
