@@ -54,7 +54,7 @@ def clip(seed: int, pictures: int = 8) -> np.ndarray[Any, Any]:
     return np.stack([np.asarray(picture(10 * seed + at, (28, 28))) for at in range(pictures)])  # (F, H, W, C)
 
 
-def rows_of(model: Any, processor: Any, *rows: list[Any], **options: Any) -> dict[str, torch.Tensor]:
+def rows_of(model: Any, processor: Any, *rows: list[Any], **videos_kwargs: Any) -> dict[str, torch.Tensor]:
     """Return prompts with the videos of each row, as the processor writes them."""
     config, token = model.config.to_dict(), processor.video_token
     if "vision_start_token_id" in config:
@@ -68,10 +68,9 @@ def rows_of(model: Any, processor: Any, *rows: list[Any], **options: Any) -> dic
     batch = processor(
         text=[f"{token * len(row)} what?" for row in rows],
         videos=rows if len(rows) > 1 else rows[0],
-        do_sample_frames=False,
+        videos_kwargs={"do_sample_frames": False, **videos_kwargs},
         return_tensors="pt",
         padding=True,
-        **options,
         **(timed if "NemotronH" not in type(processor).__name__ else {}),  # which knows no list of them
     )
     return {name: value for name, value in batch.items() if name in model._input_names}
@@ -156,7 +155,7 @@ def test_frames_in_slices_or_stacks_are_refused(families: dict[str, Family], nam
     with pytest.raises(ValueError, match="but stack_frames=2 puts .* Pass stack_frames=1"):
         processor(text=["<|video_pad|>"], videos=[large], stack_frames=2)
     with torch.no_grad():
-        model(**rows_of(model, processor, [large], videos_kwargs={"slice_mode": False, "do_sample_frames": False}))
+        model(**rows_of(model, processor, [large], slice_mode=False))
     whole, follows = (matched(families[name], spec) for spec in (None, "average_pool"))
     counts = [
         int((rows_of(*pair, [large])["input_ids"] == processor.video_token_id).sum()) for pair in (whole, follows)
