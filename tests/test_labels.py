@@ -109,8 +109,8 @@ def test_a_token_belongs_to_the_block_in_which_it_begins(internvl: Family) -> No
     words = "What is number"  # words of the corpus, so that a token spans several letters
     offsets = tokenizer(words, return_offsets_mapping=True)["offset_mapping"]
     start, end = max(offsets, key=lambda span: span[1] - span[0])
-    assert end - start > 1
-    cut = start + 1
+    assert end - start > 2  # a blank and more than one letter
+    cut = start + 2
     row = conversation(turn("user", "?"), answer(words[:cut], weighted(words[cut:], 2.0)))
     batch = Collator(internvl.processor, columns=["token_weights"])([row])
     runs = weight_runs(internvl.processor, batch)
