@@ -32,6 +32,13 @@ class Batch(dict[str, torch.Tensor]):
 
     images: int = 0
     rows: Sequence[str] = ()  # B names, as in errors: "train.jsonl, line 7"
+    blank: bool = False  # run only so that ranks stay together; counts for nothing
+
+    def blank_copy(self) -> Batch:
+        """Return the batch as one that counts for nothing."""
+        copied = Batch(self)
+        copied.blank, copied.rows = True, self.rows
+        return copied
 
 
 class Collator:
