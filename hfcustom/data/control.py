@@ -11,7 +11,6 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -159,7 +158,8 @@ def _render(processor: Any, messages: list[Message], add_generation_prompt: bool
 def text_processor(processor: Any, words: Mapping[str, str]) -> Any:
     """Return a copy of a processor whose tokenizer writes each stand-in as the words that it stands for."""
     tokenizer = copy.copy(processor.tokenizer)
-    tokenizer.__class__ = _text_class(type(tokenizer))
+    kind = type(tokenizer)  # extended rather than wrapped: processors ask a tokenizer for much else
+    tokenizer.__class__ = type(f"Text{kind.__name__}", (TextTokenizer, kind), {})
     tokenizer.words = dict(words)
     processor = copy.copy(processor)
     processor.tokenizer = tokenizer
@@ -169,7 +169,10 @@ def text_processor(processor: Any, words: Mapping[str, str]) -> Any:
 def spell_out(processor: Any, text: str) -> str:
     """Return a text with the words that its stand-ins stand for."""
     tokenizer = processor.tokenizer
-    return text.translate(str.maketrans(tokenizer.words)) if isinstance(tokenizer, TextTokenizer) else text
+    table = (
+        {ord(char): words for char, words in tokenizer.words.items()} if isinstance(tokenizer, TextTokenizer) else {}
+    )
+    return text.translate(table)
 
 
 class TextEncoding(BatchEncoding):
@@ -232,11 +235,6 @@ class TextTokenizer:
             offsets += [(start + begin, start + end) for begin, end in spans]
             start += len(piece)
         return _with_ends(backend, ids, offsets) if add_special_tokens else (ids, offsets)
-
-
-@lru_cache
-def _text_class(kind: type) -> type:
-    return type(f"Text{kind.__name__}", (TextTokenizer, kind), {})
 
 
 def _encode_piece(backend: Any, piece: str) -> tuple[list[int], list[Cut]]:
