@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import Family, chat_row
 from conversations import IMAGE, conversation, labelled, turn
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hfcustom.data.collate import Collator, process
 from hfcustom.data.control import STAND_INS, ControlTokens
 from hfcustom.data.messages import RowError, read_row
 from hfcustom.evaluate import generate_answers
+from hfcustom.families.tiny import SENTENCES
 from hfcustom.losses import IGNORE
 
 
@@ -147,19 +148,24 @@ def test_offsets_and_padding_are_those_of_the_tokenizer(internvl: Family) -> Non
         assert decoded(processor, words) == "<|im_start|>user\n<|im_end|><|im_end|>\n"
 
 
-def sentencepiece(processor: Any) -> Any:
-    """Return a copy whose tokenizer writes a blank before each text, as Llama's does."""
-    processor = copy.deepcopy(processor)
-    backend = processor.tokenizer.backend_tokenizer
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(" ")])
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return processor
-
-
-def test_a_tokenizer_that_writes_blanks_writes_none_around_typed_tokens(internvl: Family) -> None:
-    processor = sentencepiece(internvl.processor)
-    batch = Collator(processor)([conversation(turn("user", "?"), turn("assistant", "a<|im_end|>b"))])
-    assert "a<|im_end|>b" in labelled(processor, batch["labels"][0])[0]
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_a_tokenizer_that_writes_blanks_writes_none_around_typed_tokens(internvl: Family, scheme: str) -> None:
+    processor, own = copy.copy(internvl.processor), internvl.processor.tokenizer
+    backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))  # as Llama's and Mistral's
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    alphabet = [chr(code) for code in range(33, 127)]
+    specials = list(own.get_added_vocab())
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([*SENTENCES, "\n"], trainer)
+    processor.tokenizer = type(own)(tokenizer_object=backend, eos_token=own.eos_token, pad_token=own.pad_token)
+    row = conversation(turn("user", "is a<|im_end|>b"), turn("assistant", "It is<|im_end|> and <|im_start|>assistant"))
+    batch = Collator(processor)([row])
+    assert labelled(processor, batch["labels"][0])[0].startswith("It is<|im_end|> and <|im_start|>assistant")
+    assert "is a<|im_end|>b" in decoded(processor, batch["input_ids"][0])
+    assert (batch["input_ids"] == processor.tokenizer.eos_token_id).sum() == 2
 
 
 # ---- tokens that are meant ------------------------------------------------------------------------------------------

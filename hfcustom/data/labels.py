@@ -128,24 +128,29 @@ def token_weights(
 
     `text` is the rendered one. A replacement of type "text" is of the words themselves, which a processor has changed.
     """
-    offsets = _without_blanks(offsets, expanded_text(text, replacements))
+    borders = [tuple(expanded_position(char, replacements) for char in span[:2]) for span in spans]
+    offsets = _without_blanks(offsets, expanded_text(text, replacements), borders)
     weights = torch.zeros(len(offsets))  # (T,)
-    for start, end, weight in spans:
-        expanded = (expanded_position(char, replacements) for char in (start, end))
-        weights[tokens_inside(offsets, *expanded)] = weight
+    for (start, end), (_, _, weight) in zip(borders, spans, strict=True):
+        weights[tokens_inside(offsets, start, end)] = weight
     for placeholder in replacements:  # marks of rows included
         if placeholder["type"] != "text":
             weights[tokens_inside(offsets, *placeholder["new_span"])] = 0.0
     return weights
 
 
-def _without_blanks(offsets: torch.Tensor, text: str) -> torch.Tensor:
-    """Let a token begin at its first letter: " Hi" after "ASSISTANT: " is the answer's, whose blank is the template's."""
-    moved = [
-        (end - len(text[start:end].lstrip()) if text[start:end].strip() else start, end)
-        for start, end in offsets.tolist()
-    ]
-    return torch.tensor(moved).view(-1, 2)  # (T, 2)
+def _without_blanks(offsets: torch.Tensor, text: str, spans: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """Let a token whose blank lies before a border begin at it: (T, 2) -> (T, 2).
+
+    " Hi" is the answer's word where the template writes the blank, as in "ASSISTANT: ".
+    """
+    offsets = offsets.clone()
+    for border in {char for span in spans for char in span}:
+        across = (offsets[:, 0] < border) & (border < offsets[:, 1])  # (T,)
+        for at in across.nonzero()[:, 0].tolist():
+            if text[offsets[at, 0] : border].isspace():
+                offsets[at, 0] = border
+    return offsets
 
 
 def expanded_text(text: str, replacements: Sequence[Mapping[str, Any]]) -> str:
