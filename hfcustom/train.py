@@ -23,12 +23,12 @@ from accelerate.utils import LoggerType, gather_object, parse_flag_from_env, sen
 from torch import nn
 
 from hfcustom import checkpoint
-from hfcustom.base import CustomVLM, check_registered
 from hfcustom.console import TrainLog, out
-from hfcustom.data.collate import Batch, Collator
+from hfcustom.custom_model import CustomModel, check_registered
+from hfcustom.data.collate import Batch
 from hfcustom.data.order import step_loader
 from hfcustom.data.sources import Examples
-from hfcustom.losses import NonFiniteError, StepSummary, WeightedLoss, count_all_tokens, loss_columns, token_columns
+from hfcustom.losses import NonFiniteError, StepSummary, count_all_tokens, loss_columns, token_columns
 from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.signals import EXIT_PREEMPTED, StopRequest
@@ -75,6 +75,8 @@ def fit(
 ) -> TrainResult:
     """Train a custom model, bare or wrapped by peft, on rows of messages and images (hfcustom/data/messages.py).
 
+    A contrastive encoder is trained on rows of an image and its text.
+
     `evaluate(model, step)` returns named numbers for the log every `eval_steps`. Raises TypeError for a model that is not
     custom, ValueError for a config out of range, a class that is not registered, no rows, a batch size that the processes
     cannot share and a model of which nothing is trainable, RowError for a row that cannot be used.
@@ -95,7 +97,7 @@ def fit(
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, len(rows))
     start = state.resume() if config.resume else state.begin()
     cut = (micro_batch_size, accumulation)
-    batches = iter(make_loader(Examples(rows), processor, weighted, config, accelerator, range(start, max_steps), cut))
+    batches = iter(make_loader(core, Examples(rows), processor, config, accelerator, range(start, max_steps), cut))
     state.restore_rng()  # after the iterator exists: making one draws random numbers
     model.train()
     step, stopped = start, False
@@ -130,9 +132,9 @@ def counting_steps(core: Any) -> Iterator[None]:
 
 
 def make_loader(
+    core: Any,
     examples: Examples,
     processor: Any,
-    losses: Sequence[WeightedLoss],
     config: TrainConfig,
     accelerator: Accelerator,
     steps: range,
@@ -140,10 +142,10 @@ def make_loader(
 ) -> Any:
     """Return a loader of this rank's micro-batches, with the columns that the losses want out of the rows."""
     given = examples[0].columns
-    columns = (loss_columns(losses, given), token_columns(losses, given))
+    columns = (loss_columns(core.losses(), given), token_columns(core.losses(), given))
     return step_loader(
         examples,
-        Collator(processor, config.max_length, *columns),
+        core.make_collator(processor, config.max_length, *columns),
         steps=steps,
         micro_batch_size=cut[0],
         accumulation=cut[1],
@@ -159,7 +161,7 @@ def _checked(model: nn.Module, rows: Sequence[Any], config: TrainConfig, evaluat
     if problems := config.problems():
         raise ValueError("; ".join(problems))
     core = unwrap(model)
-    if not isinstance(core, CustomVLM):
+    if not isinstance(core, CustomModel):
         raise TypeError(f"fit() trains custom models; load the {type(core).__name__} with its family's custom class.")
     check_registered(core)
     if isinstance(rows, str | Path) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):

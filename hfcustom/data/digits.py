@@ -1,4 +1,4 @@
-"""Chat rows about real handwriting, made from the scans that ship with scikit-learn; no network.
+"""Rows about real handwriting, chats or captions, made from the scans that ship with scikit-learn; no network.
 
 The 1,797 scans (8 x 8 pixels, 13 writers, UCI "Optical Recognition of Handwritten Digits") are cut into a training and a
 held-out part before any row is made, so that no scan is in both. A row shows grids of digits and asks to read them; some
@@ -20,6 +20,7 @@ CELL = 16  # pixels of one digit's cell
 SIDE = 2  # cells of a grid's side
 ORDINALS = ("First ", "then ", "last ")
 
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TASKS: dict[str, tuple[str, Callable[[str], str]]] = {
     "read": ("Read the digits.", lambda digits: digits),
     "backwards": ("Read the digits backwards.", lambda digits: digits[::-1]),
@@ -42,6 +43,25 @@ def digit_rows(num_rows: int, split: str = "train", task: str = "read", seed: in
     block = {"type": datasets.Value("string"), "text": datasets.Value("string")}
     message = {"role": datasets.Value("string"), "content": datasets.List(block)}
     features = datasets.Features({"messages": datasets.List(message), "images": datasets.List(datasets.Image())})
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+def digit_captions(num_rows: int, split: str = "train", seed: int = 0) -> Any:
+    """Return a `datasets.Dataset` of {"image", "text"} rows: a grid of four scans, and its digits in words, row by row.
+
+    Raises ValueError for an unknown split.
+    """
+    import datasets
+
+    rng = np.random.default_rng([seed, split == "train"])
+    scans, labels = _scans(split)
+    rows = []
+    for _ in range(num_rows):
+        image, digits = draw_grid(rng, scans, labels)
+        rows.append(
+            {"image": image, "text": " ".join(["scans of the digits", *(WORDS[int(digit)] for digit in digits)])}
+        )
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     return datasets.Dataset.from_list(rows, features=features)
 
 
