@@ -135,16 +135,16 @@ def _sum(loss: PairLoss, own: torch.Tensor, everyone: torch.Tensor, start: int, 
 
 @torch.no_grad()
 def count_matches(own: torch.Tensor, everyone: torch.Tensor, start: int) -> torch.Tensor:
-    """Count the images of own pairs (n, 2, D) that are as near to their text as to any of everyone's (N, 2, D): ().
+    """Count the images of own pairs (n, 2, D) that are nearer to their own text than to any of everyone's (N, 2, D): ().
 
-    Rounding decides nothing: a text that stands in the step twice is right both times.
+    Where k texts are equally near, as one that stands in the step k times, its own counts 1/k: the chance of choosing it.
     """
     images, texts = own[:, 0], everyone[:, 1].t()
     found = own.new_zeros(())
     for rows in chunks(len(own), len(everyone)):
         cosines = images[rows] @ texts  # (C, N)
-        mine = cosines.diagonal(start + rows.start)  # (C,)
-        found += (mine >= cosines.amax(1) - SAME).sum()
+        near = cosines >= cosines.amax(1, keepdim=True) - SAME  # (C, N)
+        found += (near.diagonal(start + rows.start) / near.sum(1)).sum()
     return found
 
 
