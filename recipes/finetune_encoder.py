@@ -49,6 +49,7 @@ class FinetuneEncoderConfig(TrainConfig):
             (bool(self.data) or not self.eval_data, "eval_data has no effect without --data: digits bring their own"),
             (bool(self.model) or not self.lora, "lora needs --model: there is nothing to adapt in random weights"),
             (bool(self.model) or not self.custom, "custom has no effect without --model"),
+            (bool(self.model) or not self.freeze, "freeze has no effect without --model"),
             (not (self.lora and self.freeze), "freeze has no effect with --lora, which freezes all it does not name"),
             (
                 not self.data or bool(self.eval_data) or not self.eval_steps,
@@ -56,6 +57,8 @@ class FinetuneEncoderConfig(TrainConfig):
             ),
             (self.eval_rows > 0, f"eval_rows={self.eval_rows} must be positive"),
         ]
+        for name in ("lora_parts", "lora_rank"):
+            rules.append((self.lora or name not in self.sources, f"{name} has no effect without --lora"))
         return super().problems() or [message for holds, message in rules if not holds]
 
 

@@ -13,13 +13,15 @@ from encoder_cases import encoders, gradients
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from hfcustom.data.collate import Batch
+from hfcustom.data.steps import agree_on_batches
 from hfcustom.losses.pairs import PAIR_LOSSES, gather_rows
 from hfcustom.train import make_accelerator, train_step
 from hfcustom.train_config import TrainConfig
 
 SHARES = {"unequal": (range(3), range(3, 8)), "equal": (range(4), range(4, 8)), "one on one": (range(7), range(7, 8))}
 
-STEP_ROWS = ((range(3), range(3, 4)), (range(4, 6), range(6, 8)))  # of each process, the micro-batches of one step
+STEP_ROWS = ((range(5),), (range(5, 6), range(6, 8)))  # of each process, the micro-batches of one step
 
 
 def whole_steps() -> dict[str, dict[str, torch.Tensor]]:
@@ -33,7 +35,8 @@ def whole_steps() -> dict[str, dict[str, torch.Tensor]]:
             optimizer = torch.optim.SGD(core.parameters(), lr=0.0)
             kept: dict[str, torch.Tensor] = {}
             optimizer.register_step_pre_hook(lambda *_, core=core, kept=kept: kept.update(copies(gradients(core))))
-            batches = [encoder.batch(rows) for rows in STEP_ROWS[accelerator.process_index]]
+            batches = [Batch(encoder.batch(rows)) for rows in STEP_ROWS[accelerator.process_index]]
+            batches = agree_on_batches(batches, accelerator)
             report = train_step(accelerator.prepare(core), batches, optimizer, accelerator, config)
             found[f"step {name} {loss}"] = {"loss": report.losses[loss].detach(), **kept}
     return found

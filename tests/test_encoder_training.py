@@ -214,6 +214,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_a_step_of_two_processes_in_micro_batches_is_that_of_one(
     ranks: list[dict[str, Any]], encoder: Encoder, loss: str
 ) -> None:
+    """The processes have different numbers of micro-batches, so that one runs a blank."""
     values, expected = run_step(encoder.model(loss=loss), [encoder.batch(range(8))])
     first, second = (dict(rank[f"step {encoder.name} {loss}"]) for rank in ranks)
     assert sum(len(rows) for share in STEP_ROWS for rows in share) == 8
