@@ -194,7 +194,7 @@ def _modules_to_save(model: nn.Module, part_map: PartMap, parts: Iterable[str]) 
     for path in (path for path in paths if path not in modules):
         what = f"{path!r} is a bare Parameter, which peft cannot save with an adapter"
         if part_map.find(path) == "new":
-            raise ValueError(f"{what}; wrap it in a small nn.Module.")
+            raise ValueError(f"{what}; wrap it in a small nn.Module, or train without LoRA.")
         logging.getLogger("hfcustom").warning(
             f"{what}: it stays as it is in the base while the rest of its part is trained. To train it too, train without an "
             "adapter: freeze() the other parts."

@@ -184,7 +184,7 @@ class CustomDualEncoder(CustomModel):
         process's share times the number of processes, so that DDP's average of gradients is the gradient of the mean over
         all N pairs. With `loss_divisors`, the pairs of a whole optimiser step, the loss is this batch's share of the step's
         mean, and `step_summaries` (`loss_summaries` of every batch) bring the negatives: losses and gradients of the
-        batches add up to those of one. `loss_counts` are this batch's pairs, where they are known.
+        batches add up to those of one. `loss_counts`, which fit() passes to every model, say nothing new here.
         Logits (n, n) are returned outside training, or with `return_logits=True`.
         """
         if not torch.compiler.is_compiling():
@@ -262,7 +262,7 @@ class CustomDualEncoder(CustomModel):
                 f"processes; {self.default_loss!r} is the same formula over the whole step."
             )
         loss: PairLoss = find_pair_loss(self.config.loss)
-        return [WeightedLoss(Loss(loss.name, loss.function, "term", "pairs", summary=CustomDualEncoder.embed), 1.0)]
+        return [WeightedLoss(Loss(loss.name, loss.function, "term", "rows", summary=CustomDualEncoder.embed), 1.0)]
 
     def loss_counts(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """Return the pairs of several batches, by the name of the loss: what forward() wants as `loss_divisors`."""

