@@ -49,6 +49,7 @@ _HOME = {
     "register": "hfcustom.registry",
     "resize_images": "hfcustom.resize",
     "retrieval_recall": "hfcustom.retrieval",
+    "select_frames": "hfcustom.data.frames",
     "show_losses": "hfcustom.console",
     "show_parts": "hfcustom.console",
     "term": "hfcustom.losses",
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from hfcustom.console import show_losses, show_parts
     from hfcustom.data.captions import CaptionCollator
     from hfcustom.data.collate import Collator
+    from hfcustom.data.frames import select_frames
     from hfcustom.data.messages import RowError
     from hfcustom.data.reference import cache_reference
     from hfcustom.data.sources import Examples, load_rows

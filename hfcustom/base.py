@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -24,7 +24,6 @@ from transformers.utils.generic import can_return_tuple
 from hfcustom import loading, losses, parts, seams
 from hfcustom.configuration import share_key_conversion
 from hfcustom.custom_model import named_tensors
-from hfcustom.data.collate import Collator
 from hfcustom.processors import ConnectedProcessor, match_connector
 from hfcustom.seam_hooks import SeamHooks
 
@@ -223,6 +222,11 @@ class CustomVLM(SeamHooks):
         """Apply the head: (..., D) -> (..., V); families that scale or cap their logits override this."""
         return self.get_output_embeddings()(hidden_states)
 
+    def head_size(self) -> int:
+        """Return how many tokens the head can say; some that are read have a larger id, as mllama's <|image|>."""
+        size: int = self.get_output_embeddings().out_features
+        return size
+
     def loss_head(self) -> losses.Head:
         """Return the head as losses use it: a plain Linear is multiplied by directly, anything else is called."""
         overridden = type(self).compute_logits is not CustomVLM.compute_logits
@@ -262,10 +266,6 @@ class CustomVLM(SeamHooks):
     def unreached(self) -> dict[str, str]:
         """Return what training on images and text never reaches: {how names of parameters begin: why}."""
         return {f"{path}.": "images and text do not pass it" for path in self.stock_parts().paths["other"]}
-
-    def make_collator(self, processor: Any, max_length: int | None = None, *columns: Sequence[str]) -> Collator:
-        """Return what turns rows of messages into this model's batches; `columns` as for Collator."""
-        return Collator(processor, max_length, *columns)
 
     # ---- image tokens -------------------------------------------------------------------------------------------------
 

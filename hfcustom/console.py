@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hfcustom.dual_encoder import CustomDualEncoder
-from hfcustom.losses import IGNORE, LOSSES, WeightedLoss, count_all_tokens, loss_columns, token_columns
+from hfcustom.losses import IGNORE, LOSSES, WeightedLoss, count_all_tokens
 from hfcustom.losses.chunked import product_dtype
 from hfcustom.losses.kernels import DESCRIPTIONS, choose_kernel
 from hfcustom.parts import expert_matrices, part_table, unwrap
@@ -254,13 +254,12 @@ def show_parts(model: Any, title: str = "") -> None:
 def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> None:
     """Print what a person wants to know before a run: parts, seams in effect, image tokens, where values came from."""
     from hfcustom.data.sources import Examples
-    from hfcustom.train import choose_precision
+    from hfcustom.train import choose_precision, make_collator
 
     show_parts(model)
     core = unwrap(model)
     example = Examples([row])[0]
-    columns = (find(core.losses(), example.columns) for find in (loss_columns, token_columns))
-    batch = core.make_collator(processor, None, *columns)([example])
+    batch = make_collator(core, processor, config, example.columns)([example])
     out.print(f"seams in effect: {', '.join(core.overridden_seams()) or 'none (stock)'}")
     out.print(f"first row{_row_facts(core, batch)}")
     with torch.autocast(core.device.type, torch.bfloat16, enabled=choose_precision(model, config) == "bf16"):

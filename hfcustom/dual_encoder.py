@@ -15,7 +15,7 @@ Letters: n pairs of a batch, N pairs that it is compared with, T text tokens, D 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -249,8 +249,8 @@ class CustomDualEncoder(CustomModel):
 
     # ---- a whole step, as fit() asks about it -----------------------------------------------------------------------
 
-    def make_collator(self, processor: Any, max_length: int | None = None, *columns: Sequence[str]) -> CaptionCollator:
-        """Return what turns rows of an image and its text into this model's batches; no loss of pairs takes columns."""
+    def make_collator(self, processor: Any, max_length: int | None = None) -> CaptionCollator:
+        """Return what turns rows of an image and its text into this model's batches."""
         length = self.config.text_config.max_position_embeddings
         return CaptionCollator(processor, length, max_length, padding=self.text_padding)
 

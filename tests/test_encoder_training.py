@@ -195,6 +195,8 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(encoder: Encoder, tmp
         train(encoder, encoder.model(loss="stock"), tmp_path)
     with pytest.raises(TypeError, match=r"fit\(\) trains custom models"):
         train(encoder, encoder.model(encoder.stock_class), tmp_path)
+    with pytest.raises(ValueError, match="train_on='all' has no effect on a contrastive encoder"):
+        train(encoder, encoder.model(), tmp_path, train_on="all")
     with pytest.raises(TypeError, match="LossCallback has nothing to add to .*hfcustom.fit compares"):
         hfcustom.LossCallback().on_train_begin(None, None, None, model=encoder.model())  # type: ignore[arg-type]
     with pytest.raises(hfcustom.RowError, match=r"row \d: 0 images and 2 texts"):

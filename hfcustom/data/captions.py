@@ -57,7 +57,7 @@ class CaptionCollator:
             return_tensors="pt",
         )
         batch = Batch(features)
-        batch.images = len(examples)
+        batch.images, batch.rows = len(examples), [example.name for example in examples]
         return batch
 
     def _check_lengths(self, texts: Sequence[str], examples: Sequence[Example]) -> None:
