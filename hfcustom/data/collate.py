@@ -85,7 +85,7 @@ class Collator:
     def __call__(self, rows: Sequence[Mapping[str, Any] | Example]) -> Batch:
         examples = [row if isinstance(row, Example) else read_row(row, f"row {at}") for at, row in enumerate(rows)]
         _check_same_kind(examples, self.train_on)
-        answers = [answer for example in examples for answer in _answers(example)]  # B of them
+        answers = [answer for example in examples for answer in split_pair(example)]  # B of them
         processor, shielded = self.control.shield(self.processor, answers)
         texts, spans = zip(*(render(processor, answer, self.train_on) for answer in shielded), strict=True)
         features = process(processor, texts, shielded, padding_side="right", with_offsets=True)
@@ -151,7 +151,7 @@ class Collator:
             )
 
 
-def _answers(example: Example) -> list[Example]:
+def split_pair(example: Example) -> list[Example]:
     """Return the rows of the batch that an example becomes: two for a pair, the chosen answer first."""
     if example.rejected is None:
         return [example]
