@@ -103,11 +103,7 @@ class Collator:
                 check_labels(processor, row, texts[at], spans[at], replaced[at], ids[at][weights[at] != 0])
                 self.num_verified += 1
         weights[self._unsayable(ids)] = 0.0
-        for answer, empty in zip(answers, (weights == 0).all(1).tolist(), strict=True):
-            if empty:
-                raise RowError(
-                    f"{answer.name}: no token carries a label, so there is nothing to learn from it; drop the row."
-                )
+        _check_labelled(weights, answers)
         batch = Batch(features, labels=ids.masked_fill(weights == 0, IGNORE))
         if isinstance(self.processor, PrefixProcessor):
             batch["token_type_ids"] = self.processor.mark_answers(batch, weights != 0)
@@ -157,6 +153,14 @@ def split_pair(example: Example) -> list[Example]:
         return [example]
     chosen = replace(example, name=f"{example.name}, chosen", rejected=None, preferred=True)
     return [chosen, replace(chosen, messages=example.rejected, name=f"{example.name}, rejected", preferred=False)]
+
+
+def _check_labelled(weights: torch.Tensor, answers: Sequence[Example]) -> None:
+    for answer, empty in zip(answers, (weights == 0).all(1).tolist(), strict=True):
+        if empty:
+            raise RowError(
+                f"{answer.name}: no token carries a label, so there is nothing to learn from it; drop the row."
+            )
 
 
 def _check_same_kind(examples: Sequence[Example], train_on: TrainOn) -> None:
