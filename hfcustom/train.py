@@ -218,12 +218,14 @@ def train_step(
     """Run one optimiser step over micro-batches: count, forward and backward each, clip, update."""
     report, core = StepReport(), unwrap(model)
     plan = plan_step(core, batches, accelerator)  # before the batches are moved: asking a GPU for a count takes a wait
+    losses_by_batch: list[torch.Tensor] = []
     for micro, batch in enumerate(batches):
         last = micro == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             core.loss_values, core.loss_metrics = {}, {}
             if _is_blank(batch):
-                accelerator.backward(_run_blank(model, batch, accelerator))
+                losses_by_batch.append(_run_blank(model, batch, accelerator))
+                accelerator.backward(losses_by_batch[-1])
                 continue
             report.tokens += count_all_tokens(batch)
             report.images += batch.images if isinstance(batch, Batch) else 0
@@ -236,6 +238,7 @@ def train_step(
                 )
             # DDP averages gradients over ranks, the divisors count all of them.
             accelerator.backward(loss * accelerator.num_processes)
+            losses_by_batch.append(loss.detach())
         for name, value in core.loss_values.items():
             report.losses[name] = report.losses.get(name, 0.0) + value.mean
         for name, sum_and_count in core.loss_metrics.items():
@@ -244,10 +247,20 @@ def train_step(
     losses = {name: float(value) for name, value in report.losses.items()}
     if not all(map(math.isfinite, (report.grad_norm, *losses.values()))):
         norm = float(report.grad_norm)
-        raise NonFiniteError(f"The gradient's norm is {norm}, the losses are {losses}; the step was not applied.")
+        raise NonFiniteError(
+            f"The gradient's norm is {norm}, the losses are {losses}; the step was not applied."
+            f"{_suspects(batches, losses_by_batch)}"
+        )
     optimizer.step()
     optimizer.zero_grad()
     return report
+
+
+def _suspects(batches: Sequence[Mapping[str, Any]], losses: Sequence[torch.Tensor]) -> str:
+    """Return which rows a loss that is no number came from, where their names are known: this rank's all, if every loss is one."""
+    wrong = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
+    names = [row for batch in wrong or batches if isinstance(batch, Batch) for row in batch.rows]
+    return f" Look at {', '.join(names)}." if names else ""
 
 
 def _is_blank(batch: Mapping[str, Any]) -> bool:
