@@ -49,7 +49,36 @@ def frames(argv: Sequence[str]) -> int:
     return run_frames(options)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"families": families, "frames": frames}
+def lens(argv: Sequence[str]) -> int:
+    """Show what the model sees of a row: tokens, roles, tiles, labels; exit code 1 for a label on an image token."""
+    parser = argparse.ArgumentParser(prog="hfcustom lens", description=lens.__doc__)
+    parser.add_argument(
+        "data", nargs="?", help="rows: a .jsonl file, a folder, a name; or spell one out with --question"
+    )
+    reader = parser.add_mutually_exclusive_group(required=True)
+    reader.add_argument("--model", help="folder or hub id whose processor reads the rows")
+    reader.add_argument("--family", help="a family, with its published image settings and a small tokenizer")
+    parser.add_argument("--split", help="split of the rows where there are several; by default train")
+    parser.add_argument("--row", type=int, nargs="+", default=[0], help="rows to show, counted from 0 (default: 0)")
+    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures of a row that is spelled out")
+    parser.add_argument("--question", default="", help="what the user says in a row that is spelled out")
+    parser.add_argument("--answer", default="", help="what the assistant says in it")
+    parser.add_argument("--collate", metavar="FILE.py:NAME", help="your own: NAME(processor) returns rows -> batch")
+    parser.add_argument(
+        "--compare", metavar="ROW|MODEL|FAMILY", help="show another row, or the row as another model gets it"
+    )
+    parser.add_argument("--page", metavar="FILE.html", help="write a page with the pictures and their tiles")
+    parser.add_argument("--all", action="store_true", help="a line for each token, image tokens too")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    if (options.data is None) == (not options.question):
+        parser.error("give a data file, or spell a row out with --question, --answer and --image")
+    from hfcustom.lens import show_lens
+
+    return show_lens(options)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"families": families, "frames": frames, "lens": lens}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

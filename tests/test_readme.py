@@ -22,6 +22,7 @@ SMALL = {
     "accelerate launch recipes/finetune.py": "--max-steps 2 --batch-size 2",
     "hfcustom families": "",
     "hfcustom frames": "",
+    "hfcustom lens": "",
 }
 
 

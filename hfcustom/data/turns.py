@@ -110,7 +110,7 @@ def check_answers(messages: Sequence[Message], where: str) -> None:
 def _wordless(message: Message) -> str:
     if any(block["type"] == "image" for block in message["content"]):
         return "an image without words"
-    return "blank" if any(block["text"] for block in message["content"]) else "empty"
+    return "blank" if any(block.get("text") for block in message["content"]) else "empty"
 
 
 def _check_weight(weight: Any, role: str, where: str) -> float:
