@@ -23,6 +23,7 @@ from accelerate.utils import LoggerType, parse_flag_from_env, send_to_device, se
 from torch import nn
 
 from hfcustom import checkpoint
+from hfcustom.cache.run import Caches, open_caches, serving, use_caches
 from hfcustom.console import TrainLog, out
 from hfcustom.custom_model import CustomModel, check_registered
 from hfcustom.data.captions import CaptionCollator
@@ -101,7 +102,9 @@ def fit(
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, len(rows))
     start = state.resume() if config.resume else state.begin()
     cut = (micro_batch_size, accumulation)
-    steps = iter(make_loader(as_examples(rows), processor, core, config, accelerator, range(start, max_steps), cut))
+    caches = open_caches(model, processor, config, accelerator)
+    coming = range(start, max_steps)
+    steps = iter(make_loader(as_examples(rows), processor, core, config, accelerator, coming, cut, caches))
     listed = Path(config.output_dir) / "bad_rows.jsonl"
     bad_rows = BadRows(accelerator, len(rows), config.max_bad_share, listed, resumed=start > 0)
     state.restore_rng()  # after the iterator exists: making one draws random numbers
@@ -110,6 +113,7 @@ def fit(
     with (
         StopRequest() as stop,
         counting_steps(core),
+        use_caches(core, caches, accelerator),
         TrainLog(config, accelerator, weighted, start, max_steps, state.history) as log,
     ):
         log.restore_window(state.pending)
@@ -163,10 +167,11 @@ def make_loader(
     accelerator: Accelerator,
     steps: range,
     cut: tuple[int, int],
+    caches: Caches | None = None,
 ) -> Any:
     """Return a loader of this rank's micro-batches by step, with the columns that the losses want out of the rows."""
     skip = config.on_bad_row == "skip"
-    collate = make_collator(core, processor, config, first_columns(examples, skip))
+    collate = make_collator(core, processor, config, first_columns(examples, skip), caches)
     return step_loader(
         Attempts(examples) if skip else examples,
         StepCollator(collate, cut[0], skip_bad_rows=skip),
@@ -181,7 +186,7 @@ def make_loader(
 
 
 def make_collator(
-    core: Any, processor: Any, config: TrainConfig, given: Mapping[str, Any]
+    core: Any, processor: Any, config: TrainConfig, given: Mapping[str, Any], caches: Caches | None = None
 ) -> Collator | CaptionCollator:
     """Return the collator that a run's model, options and losses ask for; `given` are the columns of a row."""
     if isinstance(core, CustomDualEncoder):
@@ -200,6 +205,7 @@ def make_collator(
         train_on=config.train_on,
         allowed_tokens=config.allowed_tokens,
         head_size=core.head_size(),
+        caches=caches,
     )
 
 
@@ -243,7 +249,8 @@ def train_step(
                 continue
             report.tokens += count_all_tokens(batch)
             report.images += batch.images if isinstance(batch, Batch) else 0
-            loss = model(**send_to_device(dict(batch), accelerator.device), **plan[micro]).loss
+            with serving(core, batch):
+                loss = model(**send_to_device(dict(batch), accelerator.device), **plan[micro]).loss
             if core.loss_values.keys() != plan[micro]["loss_counts"].keys():
                 names = ", ".join(plan[micro]["loss_counts"])
                 raise ValueError(
@@ -280,7 +287,8 @@ def _suspects(batches: Sequence[Mapping[str, Any]], losses: Sequence[torch.Tenso
 def _run_blank(model: nn.Module, batch: Mapping[str, Any], accelerator: Accelerator) -> torch.Tensor:
     """Run a micro-batch that counts for nothing, as other ranks run theirs: a loss of 0 with a gradient of 0."""
     inputs = send_to_device({name: value for name, value in batch.items() if name != "labels"}, accelerator.device)
-    outputs = model(**inputs)
+    with serving(unwrap(model), batch):
+        outputs = model(**inputs)
     logits = outputs.logits_per_image if isinstance(unwrap(model), CustomDualEncoder) else outputs.logits
     zero: torch.Tensor = logits.float().sum() * 0.0
     return zero

@@ -47,6 +47,13 @@ class TrainConfig:
         Literal["error", "skip"], "a row that cannot be used stops the run, or is left out, named and counted"
     ] = "error"
     max_bad_share: Annotated[float, "share of the rows that may be left out before the run stops (exit code 4)"] = 0.01
+    cache_images: Annotated[
+        str | None, "folder for what the image processor makes of each image, read back instead of made again"
+    ] = None
+    cache_features: Annotated[
+        str | None, "folder for what the frozen vision tower and connector make of each image, in place of running them"
+    ] = None
+    max_cache_gb: Annotated[float, "size of a cache folder beyond which nothing more is put into it"] = 100.0
     seed: Annotated[int, "seed of initialisation, row order and dropout"] = 0
     num_workers: Annotated[int, "data-loading processes"] = 0
     log_steps: Annotated[int, "steps between log lines"] = 10
@@ -86,6 +93,11 @@ class TrainConfig:
             (
                 self.on_bad_row == "skip" or "max_bad_share" not in self.sources,
                 "max_bad_share has no effect without on_bad_row=skip",
+            ),
+            (self.max_cache_gb > 0, f"max_cache_gb={self.max_cache_gb} must be positive"),
+            (
+                self.cache_images or self.cache_features or "max_cache_gb" not in self.sources,
+                "max_cache_gb has no effect without cache_images or cache_features",
             ),
             (self.keep_checkpoints > 0, f"keep_checkpoints={self.keep_checkpoints} must be positive"),
         ]

@@ -155,7 +155,8 @@ class ShardStore:
         if self._pid != os.getpid():
             self._start()
 
-    def __len__(self) -> int:
+    def count(self) -> int:
+        """Return the number of entries."""
         self._scan()
         return len(self._index.keys() | self._waiting.keys())
 

@@ -1,0 +1,183 @@
+"""FeatureCache: what frozen vision parts make of each image, computed once and put in the place of get_image_features.
+
+pixels -> [vision tower -> connector] -> (n, D) an image, its placeholders in order -> language model. On a hit of all images of a
+batch nothing in brackets runs; on a hit of some, theirs are put in the place of what is computed. What is stored is what the
+forward gets, in its dtype, so that a hit changes no bit. Everything that could change it is in the folder's name (fingerprint).
+Letters: P crops, N tokens of a crop, n tokens of an image, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from hfcustom.cache.fingerprint import digest_of, source_digest, versions, weights_digest
+from hfcustom.cache.store import Entry, ShardStore
+from hfcustom.ragged import RaggedImages
+
+METHOD = "get_image_features"
+
+
+@dataclass
+class Picture:
+    """One image of a batch: its key in the store, its tokens, and what the store held when the batch was made."""
+
+    key: str
+    tokens: int
+    found: Entry | None = None
+
+
+class FeatureCache:
+    """Stands in for `get_image_features` of a model while it is trained on batches whose pictures are known."""
+
+    def __init__(self, core: Any, store: ShardStore) -> None:
+        self.core, self.store = core, store
+        self.hits = self.misses = 0
+        self._pictures: Sequence[Picture] = ()
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Stand in for the method, and leave it as it was found."""
+        holder = self.core.get_submodule(self.core.inner_path())
+        seam = holder.__dict__.get(METHOD)
+        stock = getattr(holder, METHOD)
+
+        def image_features(*args: Any, **kwargs: Any) -> Any:
+            return self._image_features(stock, args, kwargs)
+
+        holder.__dict__[METHOD] = image_features
+        self.core.feature_cache = self
+        try:
+            yield
+        finally:
+            self.core.feature_cache = None
+            del holder.__dict__[METHOD]
+            if seam is not None:
+                holder.__dict__[METHOD] = seam
+            self.store.flush()
+
+    @contextmanager
+    def serving(self, pictures: Sequence[Picture]) -> Iterator[None]:
+        """Know the images of the batch that runs, in the order of their placeholders."""
+        for picture in pictures:
+            if picture.found is None:
+                picture.found = self.store.get(picture.key)
+        found = sum(picture.found is not None for picture in pictures)
+        self.hits, self.misses = self.hits + found, self.misses + len(pictures) - found
+        self._pictures = pictures
+        try:
+            yield
+        finally:
+            self._pictures = ()
+
+    def _image_features(self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        pictures = self._pictures
+        if not pictures:
+            return stock(*args, **kwargs)
+        missing = sum(picture.found is None for picture in pictures)
+        if missing:
+            outputs = stock(*args, **{**kwargs, "return_dict": True} if "return_dict" in kwargs else kwargs)
+            self._keep(outputs.pooler_output, pictures)
+        if missing < len(pictures):
+            outputs = self._put_together(pictures)
+        return outputs.to_tuple() if kwargs.get("return_dict") is False else outputs
+
+    def _keep(self, pooled: Any, pictures: Sequence[Picture]) -> None:
+        """Store what was computed of pictures that are not known yet; (P, N, D), or a sequence of (tokens, D)."""
+        listed = isinstance(pooled, list | tuple)
+        flat = torch.cat(list(pooled)) if listed else pooled.flatten(0, -2)  # (all tokens, D)
+        if flat.requires_grad:
+            raise ValueError(
+                "cache_features: what trains changes the image features, though no parameter of the vision tower and the "
+                "connector does. Leave cache_features out for this model."
+            )
+        lengths = [picture.tokens for picture in pictures]
+        if len(flat) != sum(lengths):
+            raise ValueError(
+                f"cache_features: the model made {len(flat)} image tokens, the text has {sum(lengths)} placeholders for its "
+                f"{len(pictures)} images, so it is not known which are of which image. Leave cache_features out."
+            )
+        passed = self.core._pass
+        seen = None if passed is None or isinstance(self.core, RaggedImages) else passed.image_features
+        shape = {"listed": listed, "crop": None if listed else pooled.shape[-2]}
+        shape["seen"] = None if seen is None else seen.shape[1]
+        for picture, features in zip(pictures, flat.detach().split(lengths), strict=True):
+            if picture.found is None:
+                picture.found = ({"features": features.cpu().clone()}, shape)
+                self.store.put(picture.key, *picture.found)
+
+    def _put_together(self, pictures: Sequence[Picture]) -> BaseModelOutputWithPooling:
+        """Return the features of all pictures in the form in which the model makes them."""
+        device = self.core.get_input_embeddings().weight.device
+        entries = [picture.found for picture in pictures if picture.found is not None]
+        for picture, (tensors, _) in zip(pictures, entries, strict=True):
+            if len(tensors["features"]) != picture.tokens:
+                raise ValueError(
+                    f"cache_features: {self.store.folder} holds {len(tensors['features'])} tokens of image {picture.key}, its text "
+                    f"has {picture.tokens} placeholders. Delete the folder."
+                )
+        features = [tensors["features"].to(device, non_blocking=True) for tensors, _ in entries]  # (n, D) each
+        shape, flat = entries[0][1], torch.cat(features)  # (all tokens, D)
+        passed = self.core._pass
+        if passed is not None and passed.records:
+            passed.image_features = flat[None] if shape["seen"] is None else flat.unflatten(0, (-1, shape["seen"]))
+        pooled = features if shape["listed"] else flat.unflatten(0, (-1, shape["crop"]))  # (P, N, D)
+        return BaseModelOutputWithPooling(pooler_output=pooled)
+
+
+def fingerprint(core: Any, processor: Any, precision: str | None) -> str:
+    """Return the digest of all that image features depend on besides the image."""
+    modules = dict(modules_below(core))
+    config = {
+        name: value
+        for name, value in core.config.to_dict().items()
+        if name not in ("loss", "text_config", "_name_or_path", "architectures", "quantization_config")
+    }
+    attention = {name: module.config._attn_implementation for name, module in modules.items() if _has_config(module)}
+    settings = {
+        name: value
+        for name, value in processor.to_dict().items()
+        if name not in ("chat_template", "tokenizer", "video_processor")
+    }
+    code = {type(inner) for module in modules.values() for inner in module.modules()}
+    return digest_of(
+        [
+            weights_digest(modules | _loose(core)),
+            config,
+            attention,
+            settings,
+            processor.image_processor.to_dict(),
+            source_digest([*code, type(core), type(processor), type(processor.image_processor)]),
+            precision,
+            core.device.type,
+            versions(),
+        ]
+    )
+
+
+def _has_config(module: nn.Module) -> bool:
+    return "config" in vars(module) and "_attn_implementation" in vars(type(module.config)) | vars(module.config)
+
+
+def modules_below(core: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that image features pass, by path."""
+    paths = core.stock_parts().paths
+    for path in (*paths["vision"], *paths["connector"]):
+        found = core.get_submodule(path.rpartition(".")[0]).__dict__["_modules"].get(path.rpartition(".")[2])
+        if found is not None:
+            yield path, found
+    if core.custom_connector is not None:
+        yield "custom_connector", core.custom_connector
+
+
+def _loose(core: Any) -> dict[str, nn.Parameter]:
+    """Return the parameters that are a part by themselves, as LLaVA-NeXT's newline."""
+    paths = core.stock_parts().paths
+    known = dict(core.named_parameters())
+    return {path: known[path] for path in (*paths["vision"], *paths["connector"]) if path in known}
