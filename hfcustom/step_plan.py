@@ -53,7 +53,9 @@ def step_summaries(
         own = []
         for batch in batches:
             with serving(core, batch):
-                own.append({} if is_blank(batch) else core.loss_summaries(send_to_device(dict(batch), accelerator.device)))
+                own.append(
+                    {} if is_blank(batch) else core.loss_summaries(send_to_device(dict(batch), accelerator.device))
+                )
     checkpoint.set_rng_state(state)
     everyone = gather_object([{name: value.cpu() for name, value in found.items()} for found in own])
     first = accelerator.process_index * len(batches)

@@ -23,7 +23,7 @@ from accelerate.utils import LoggerType, parse_flag_from_env, send_to_device, se
 from torch import nn
 
 from hfcustom import checkpoint
-from hfcustom.cache.run import Caches, open_caches, serving, use_caches
+from hfcustom.cache.run import Caches, check_caches, open_caches, serving, use_caches
 from hfcustom.console import TrainLog, out
 from hfcustom.custom_model import CustomModel, check_registered
 from hfcustom.data.captions import CaptionCollator
@@ -225,6 +225,7 @@ def _checked(model: nn.Module, rows: Sequence[Any], config: TrainConfig, evaluat
         raise ValueError("There are no rows to train on.")
     if (evaluate is None) != (config.eval_steps is None):
         raise ValueError(f"eval_steps={config.eval_steps} and evaluate={evaluate} have an effect only together.")
+    check_caches(model, config)
     return replace(config, precision=choose_precision(model, config))
 
 

@@ -51,7 +51,8 @@ class TrainConfig:
         str | None, "folder for what the image processor makes of each image, read back instead of made again"
     ] = None
     cache_features: Annotated[
-        str | None, "folder for what the frozen vision tower and connector make of each image, in place of running them"
+        str | None,
+        "folder for what the frozen vision tower and connector make of each image, in place of running them",
     ] = None
     max_cache_gb: Annotated[float, "size of a cache folder beyond which nothing more is put into it"] = 100.0
     seed: Annotated[int, "seed of initialisation, row order and dropout"] = 0

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Family, chat_row
+from conftest import KINDS, Family, chat_row, picture
+from PIL import Image
 from torch import nn
+from training import curve, short_config
 
 import hfcustom
-from hfcustom.cache.features import FeatureCache
+from hfcustom.cache.features import FeatureCache, fingerprint
+from hfcustom.cache.fingerprint import image_digest
 from hfcustom.cache.pictures import ImageCache
 from hfcustom.cache.refusals import why_not_cached
 from hfcustom.cache.run import Caches, serving
-from hfcustom.cache.store import ShardStore
+from hfcustom.cache.store import ShardStore, size_of
 from hfcustom.data.collate import Batch, Collator
+from hfcustom.parts import unwrap
+from hfcustom.train import fit
 
 
 def frozen(family: Family, model_class: Any = None, **config: Any) -> Any:
@@ -84,3 +91,175 @@ def test_cached_features_change_no_bit(family: Family, tmp_path: Path) -> None:
         mixed = step(model, some)
     assert len(runs) == 3 * ran
     torch.testing.assert_close(mixed[0], step(model, Collator(family.processor)([chat_row(1, 3), *rows]))[0])
+
+
+def test_processed_images_change_no_bit(family: Family, tmp_path: Path) -> None:
+    rows = [chat_row(2, 0), chat_row(0, 1), chat_row(1, 2)]
+    plain = Collator(family.processor)(rows)
+    for time in range(2):
+        cache = ImageCache(ShardStore(tmp_path, "images", 1e12))
+        cached = Collator(family.processor, caches=Caches(cache))(rows)
+        cache.store.flush()
+        assert cached.keys() == plain.keys()
+        assert not [name for name in plain if not torch.equal(cached[name], plain[name])]
+        if cache.hits + cache.misses:  # LLaVA-OneVision tiles a row's only image alone
+            assert (cache.hits, cache.misses) == ((0, 3), (3, 0))[time]
+        else:
+            assert family.name == "llava_onevision"
+    pixels = sum(tensor.nbytes for name, tensor in plain.items() if name.startswith("pixel"))
+    assert size_of(tmp_path) < pixels / 2
+
+
+# ---- runs of fit() --------------------------------------------------------------------------------------------------
+
+ROWS = [chat_row(count, seed) for seed, count in enumerate((1, 2, 0, 1))]
+
+
+def run(model: Any, processor: Any, folder: Path, **options: Any) -> list[float]:
+    """Train for two epochs of two steps and return each step's loss."""
+    config = short_config(folder / "run", max_steps=4, batch_size=2, micro_batch_size=1, overwrite=True, **options)
+    return curve(fit(model, processor, ROWS, config))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_runs_with_caches_are_those_without(
+    name: str, families: dict[str, Family], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family, folders = families[name], {"cache_images": str(tmp_path / "images")}
+    if not family.model_class.no_feature_cache:
+        folders["cache_features"] = str(tmp_path / "features")
+    plain = run(frozen(family), family.processor, tmp_path)
+    model = frozen(family)
+    runs = count_runs(model)
+    assert run(model, family.processor, tmp_path, **folders) == plain
+    if "cache_features" in folders:
+        images = sum(len(row["images"]) for row in ROWS)
+        assert f"image features: {images} images" in capsys.readouterr().out
+        first = len(runs)
+        model = frozen(family)
+        runs = count_runs(model)
+        assert run(model, family.processor, tmp_path, num_workers=1, **folders) == plain
+        assert first and not runs, "another run, with a process that loads"
+        assert "100% hits" in capsys.readouterr().out
+
+
+def test_lora_on_the_language_model_trains_on_cached_features(internvl: Family, tmp_path: Path) -> None:
+    plain, cached = (hfcustom.lora(internvl.model(), ["language"], rank=2) for _ in range(2))
+    folder = str(tmp_path / "features")
+    losses = run(plain, internvl.processor, tmp_path)
+    assert run(cached, internvl.processor, tmp_path, cache_features=folder, precision="bf16") != losses
+    cached = hfcustom.lora(internvl.model(), ["language"], rank=2)
+    runs = count_runs(unwrap(cached))
+    assert run(cached, internvl.processor, tmp_path, cache_features=folder) == losses
+    assert len(runs) == 3, "each batch with images once: what another precision made is not read"
+
+
+def test_features_that_would_be_wrong_are_refused_by_reason(internvl: Family, tmp_path: Path) -> None:
+    model = internvl.model()
+    hfcustom.freeze(model, ["vision"])
+    with pytest.raises(ValueError, match="multi_modal_projector.* is trained"):
+        run(model, internvl.processor, tmp_path, cache_features=str(tmp_path / "features"))
+    assert not list(tmp_path.iterdir()), "said before anything is deleted or made"
+    assert "lora_A" in why_not_cached(hfcustom.lora(internvl.model(), ["vision", "language"], rank=2))
+    model = frozen(internvl)
+    model.model.vision_tower.encoder.layer[0].attention.attention_dropout = 0.1
+    assert "drops values" in why_not_cached(model)
+    assert "compiled" in why_not_cached(torch.compile(frozen(internvl)))
+
+    @hfcustom.register
+    class Changed(internvl.model_class):  # type: ignore[misc, name-defined]
+        def transform_vision_features(self, features: torch.Tensor) -> torch.Tensor:
+            return features * 2
+
+    assert "transform_vision_features" in why_not_cached(frozen(internvl, Changed))
+
+    @hfcustom.term(count="image_tokens")
+    def seen(context: hfcustom.LossContext) -> tuple[torch.Tensor, int]:
+        assert context.vision_features is not None
+        return context.vision_features.sum(), 1
+
+    assert "loss seen looks" in why_not_cached(frozen(internvl, loss={"cross_entropy": 1.0, "seen": 0.1}))
+    assert "neighbouring" in why_not_cached(frozen(internvl, connector={"name": "frame_average"}))
+    assert "custom_connector" in why_not_cached(frozen(internvl, connector={"name": "perceiver_resampler"}))
+
+
+# ---- what makes a feature another one -------------------------------------------------------------------------------
+
+
+def test_weights_settings_and_code_are_in_the_fingerprint(internvl: Family) -> None:
+    model, processor = frozen(internvl), internvl.module.tiny_processor()
+    found = [fingerprint(model, processor, "fp32"), fingerprint(model, processor, "bf16")]
+    nn.init.zeros_(model.lm_head.weight)
+    assert fingerprint(model, processor, "fp32") == found[0], "the language model is another part"
+    for path in ("model.vision_tower.encoder.layer.1.mlp.fc2.bias", "model.multi_modal_projector.linear_1.weight"):
+        with torch.no_grad():
+            model.get_parameter(path).flatten()[0] += 1e-3
+        found.append(fingerprint(model, processor, "fp32"))
+    model.set_attn_implementation("eager")
+    found.append(fingerprint(model, processor, "fp32"))
+    processor.image_processor.image_mean = [0.4, 0.5, 0.5]
+    found.append(fingerprint(model, processor, "fp32"))
+
+    @hfcustom.register
+    class Mine(internvl.model_class):  # type: ignore[misc, name-defined]
+        pass
+
+    found.append(fingerprint(frozen(internvl, Mine), processor, "fp32"))
+    assert len(set(found)) == len(found)
+
+
+def test_any_pixel_makes_another_image() -> None:
+    image = picture()
+    changed = image.copy()
+    changed.putpixel((49, 29), tuple(255 - value for value in image.getpixel((49, 29))))
+    turned = Image.frombytes("RGB", (30, 50), image.tobytes())
+    assert len({image_digest(found) for found in (image, changed, turned)}) == 3
+    assert image_digest(image) == image_digest(image.copy())
+
+
+# ---- the files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What was logged."""
+    monkeypatch.setattr(logging.getLogger("hfcustom"), "propagate", True)
+    return caplog
+
+
+def test_damaged_files_are_said_and_read_as_missing(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    store = ShardStore(tmp_path, "features", 1e12)
+    store.put("one", {"x": torch.arange(100.0)}, {"n": 1})
+    store.flush()
+    (path,) = store.folder.glob("*.safetensors")
+    whole = path.read_bytes()
+    entry = ShardStore(tmp_path, "features", 1e12).get("one")
+    assert entry is not None and entry[1] == {"n": 1} and torch.equal(entry[0]["x"], torch.arange(100.0))
+    for damaged in (whole[:-40], whole[:20], b"", whole[:-1] + b"\1"):
+        path.unlink()
+        path.write_bytes(damaged)
+        said.clear()
+        store = ShardStore(tmp_path, "features", 1e12)
+        assert store.get("one") is None and store.get("two") is None
+        assert path.name in said.text and "computed anew" in said.text
+        store.put("one", {"x": torch.zeros(2)})
+        store.flush()
+        (new,) = set(store.folder.glob("*.safetensors")) - {path}
+        assert ShardStore(tmp_path, "features", 1e12).get("one") is not None
+        new.unlink()
+
+
+def test_stores_share_a_folder_and_stop_at_their_size(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    first, second = (ShardStore(tmp_path, "features", 3000) for _ in range(2))
+    for store, key in ((first, "a"), (second, "b")):
+        store.put(key, {"x": torch.full((100,), 7.0)})
+    assert second.get("a") is None and first.get("a") is not None
+    copied = pickle.loads(pickle.dumps(first))
+    assert copied.get("a") is None and copied.count() == 0, "what waits is written by the process that made it"
+    first.flush()
+    second.flush()
+    assert first.get("b") is not None and second.get("a") is not None and copied.count() == 2
+    first.put("c", {"x": torch.zeros(1000)})
+    first.flush()
+    assert first.full and "max_cache_gb" in said.text and second.get("c") is None
+    assert not list(first.folder.glob(".*"))

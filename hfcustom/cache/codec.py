@@ -113,9 +113,7 @@ def _pairs(table: Lattice) -> np.ndarray:
     found = _PAIRS.get(table.tobytes())
     if found is None:
         pair = np.arange(2**16, dtype=np.uint16).view(np.uint8).reshape(-1, 2)  # in the order of this machine
-        found = _PAIRS[table.tobytes()] = np.ascontiguousarray(table[:, pair].reshape(3, -1)).view(
-            np.complex64
-        )
+        found = _PAIRS[table.tobytes()] = np.ascontiguousarray(table[:, pair].reshape(3, -1)).view(np.complex64)
     return found
 
 

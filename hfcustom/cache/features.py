@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hfcustom.cache.fingerprint import digest_of, source_digest, versions, weights_digest
@@ -127,7 +128,7 @@ class FeatureCache:
         passed = self.core._pass
         if passed is not None and passed.records:
             passed.image_features = flat[None] if shape["seen"] is None else flat.unflatten(0, (-1, shape["seen"]))
-        pooled = features if shape["listed"] else flat.unflatten(0, (-1, shape["crop"]))  # (P, N, D)
+        pooled: Any = features if shape["listed"] else flat.unflatten(0, (-1, shape["crop"]))  # (P, N, D)
         return BaseModelOutputWithPooling(pooler_output=pooled)
 
 
@@ -139,30 +140,26 @@ def fingerprint(core: Any, processor: Any, precision: str | None) -> str:
         for name, value in core.config.to_dict().items()
         if name not in ("loss", "text_config", "_name_or_path", "architectures", "quantization_config")
     }
-    attention = {name: module.config._attn_implementation for name, module in modules.items() if _has_config(module)}
+    inner = [module for part in modules.values() for module in part.modules()]
+    attention = sorted({str(m.config._attn_implementation) for m in inner if isinstance(m, PreTrainedModel)})
     settings = {
         name: value
         for name, value in processor.to_dict().items()
         if name not in ("chat_template", "tokenizer", "video_processor")
     }
-    code = {type(inner) for module in modules.values() for inner in module.modules()}
     return digest_of(
         [
-            weights_digest(modules | _loose(core)),
+            weights_digest({**modules, **_loose(core)}),
             config,
             attention,
             settings,
             processor.image_processor.to_dict(),
-            source_digest([*code, type(core), type(processor), type(processor.image_processor)]),
+            source_digest([*map(type, inner), type(core), type(processor), type(processor.image_processor)]),
             precision,
             core.device.type,
             versions(),
         ]
     )
-
-
-def _has_config(module: nn.Module) -> bool:
-    return "config" in vars(module) and "_attn_implementation" in vars(type(module.config)) | vars(module.config)
 
 
 def modules_below(core: Any) -> Iterator[tuple[str, nn.Module]]:

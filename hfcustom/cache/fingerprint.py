@@ -63,7 +63,7 @@ def weights_digest(modules: Mapping[str, nn.Module | nn.Parameter]) -> str:
         for own, tensor in tensors:
             found.update(f"{name} {own} {tensor.dtype} {tuple(tensor.shape)} ".encode())
             data = tensor.detach().cpu().contiguous().flatten()
-            found.update(memoryview(data.view(torch.uint8).numpy()))
+            found.update(data.view(torch.uint8).numpy().data)
     return found.hexdigest()[:32]
 
 

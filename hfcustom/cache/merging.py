@@ -32,7 +32,13 @@ def find_merges(process: Callable[[Any], Output], rows: Sequence[Sequence[Any]])
     try:
         together = process(rows)
         alone = [[process([[image]]) for image in row] for row in rows]
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):  # the caller's own call says what is wrong
+    except (
+        ArithmeticError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):  # the caller's own call says what is wrong
         return None
     if any(output.keys() != together.keys() for row in alone for output in row):
         return None

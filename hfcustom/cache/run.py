@@ -90,20 +90,24 @@ def _tokens_of_images(
     return found if len(found) == images else [total // images] * images
 
 
+def check_caches(model: Any, config: TrainConfig) -> None:
+    """Raise ValueError, with the reason, where what a config asks for cannot be cached."""
+    name = type(unwrap(model)).__name__
+    if not isinstance(unwrap(model), CustomVLM) and (config.cache_images or config.cache_features):
+        raise ValueError(
+            f"cache_images and cache_features are for models that read images and write text, not for a {name}; leave them out."
+        )
+    if config.cache_features is not None and (why := why_not_cached(model)):
+        raise ValueError(f"cache_features={config.cache_features!r} cannot be used: {why}.")
+
+
 def open_caches(model: Any, processor: Any, config: TrainConfig, accelerator: Accelerator) -> Caches | None:
-    """Open the caches that a config asks for; ValueError where features cannot be cached, with the reason."""
+    """Open the caches that a config asks for, and say what they hold."""
     if config.cache_images is None and config.cache_features is None:
         return None
     core, max_bytes = unwrap(model), config.max_cache_gb * 1e9
-    if not isinstance(core, CustomVLM):
-        raise ValueError(
-            f"cache_images and cache_features are for models that read images and write text, not for a {type(core).__name__}; "
-            "leave them out."
-        )
     caches = Caches()
     if config.cache_features is not None:
-        if why := why_not_cached(model):
-            raise ValueError(f"cache_features={config.cache_features!r} cannot be used: {why}.")
         root = Path(config.cache_features)
         caches.features = ShardStore(root, f"features-{fingerprint(core, processor, config.precision)}", max_bytes)
         caches.placeholder, caches.pixels_wanted = core.placeholder_token_id, reads_pixels(core)

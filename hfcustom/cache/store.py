@@ -125,11 +125,13 @@ class ShardStore:
 
     def _open(self, path: Path) -> None:
         try:
-            file = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+            file = safe_open(path, framework="pt")
             keys = file.metadata() or {}
         except (OSError, SafetensorError) as error:
             self._files[path.name] = None
-            logger.warning(f"The cache file {path} cannot be read ({error}); what it held is computed anew. Delete it.")
+            logger.warning(
+                f"The cache file {path} cannot be read ({error}); what it held is computed anew. Delete it."
+            )
             return
         self._files[path.name] = (file, keys)
         self._index.update(dict.fromkeys(keys, path.name))
@@ -140,10 +142,12 @@ class ShardStore:
             sums, about = json.loads(keys[key])
             tensors = {part: file.get_tensor(f"{key}/{part}") for part in sums}
         except (ValueError, OSError, SafetensorError):
-            return self._forget(key, name)
+            self._forget(key, name)
+            return None
         if key not in self._checked:
             if any(checksum(tensor) != sums[part] for part, tensor in tensors.items()):
-                return self._forget(key, name)
+                self._forget(key, name)
+                return None
             self._checked.add(key)
         return tensors, about
 
