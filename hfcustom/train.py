@@ -172,6 +172,7 @@ def make_loader(
     """Return a loader of this rank's micro-batches by step, with the columns that the losses want out of the rows."""
     skip = config.on_bad_row == "skip"
     collate = make_collator(core, processor, config, first_columns(examples, skip), caches)
+    examples = examples if caches is None else caches.lazy_rows(examples)
     return step_loader(
         Attempts(examples) if skip else examples,
         StepCollator(collate, cut[0], skip_bad_rows=skip),

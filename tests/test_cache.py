@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import KINDS, Family, chat_row, picture
@@ -21,7 +22,10 @@ from hfcustom.cache.pictures import ImageCache
 from hfcustom.cache.refusals import why_not_cached
 from hfcustom.cache.run import Caches, serving
 from hfcustom.cache.store import ShardStore, size_of
+from hfcustom.data import images
 from hfcustom.data.collate import Batch, Collator
+from hfcustom.data.messages import RowError
+from hfcustom.data.sources import Examples
 from hfcustom.parts import unwrap
 from hfcustom.train import fit
 
@@ -215,6 +219,36 @@ def test_any_pixel_makes_another_image() -> None:
     turned = Image.frombytes("RGB", (30, 50), image.tobytes())
     assert len({image_digest(found) for found in (image, changed, turned)}) == 3
     assert image_digest(image) == image_digest(image.copy())
+
+
+def test_known_files_are_not_decoded_again(internvl: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {**row, "images": [f"{row_at}-{at}.png" for at in range(len(row["images"]))]}
+        for row_at, row in enumerate(ROWS)
+    ]
+    for row, plain in zip(rows, ROWS, strict=True):
+        for name, image in zip(row["images"], plain["images"], strict=True):
+            image.save(tmp_path / name)
+    decoded: list[Any] = []
+    decode = images._decode
+    monkeypatch.setattr(images, "_decode", lambda *args: decoded.append(args) or decode(*args))
+    cache = ImageCache(ShardStore(tmp_path / "cache", "images", 1e12))
+    caches = Caches(cache)
+    collate, lazy = Collator(internvl.processor, caches=caches), caches.lazy_rows(Examples(rows, root=tmp_path))
+    plain = Collator(internvl.processor)(ROWS)
+    for _ in range(2):
+        batch = collate([lazy[at] for at in range(len(rows))])
+        assert not [name for name in plain if not torch.equal(batch[name], plain[name])]
+        assert len(decoded) == 4
+    image = lazy[0].images[0]
+    assert image.size == ROWS[0]["images"][0].size and len(decoded) == 4
+    assert np.array_equal(np.asarray(image.resize((20, 20))), np.asarray(ROWS[0]["images"][0].resize((20, 20))))
+    assert len(decoded) == 5
+    picture(9).save(tmp_path / "0-0.png")  # other content under the same name
+    assert not torch.equal(collate([lazy[0]])["pixel_values"], Collator(internvl.processor)(ROWS[:1])["pixel_values"])
+    (tmp_path / "0-0.png").write_bytes(b"no image")
+    with pytest.raises(RowError, match=r"0-0.png"):
+        lazy[0]
 
 
 # ---- the files ------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from torch import nn
 
 import hfcustom
 
+DIGEST = "hfcustom_digest"  # key in Image.info: of the encoded bytes
 LIBRARIES = ("accelerate", "bitsandbytes", "builtins", "hfcustom", "peft", "torch", "torchvision", "transformers")
 
 
@@ -32,7 +33,9 @@ def digest_of(value: Any) -> str:
 
 
 def image_digest(image: Image.Image) -> str:
-    """Return the digest of a decoded image: its mode, its size, its pixels."""
+    """Return the digest of an image: of the bytes it was decoded from where they are known, else its mode, size and pixels."""
+    if DIGEST in image.info:
+        return f"file{image.info[DIGEST]}"
     found = hashlib.sha256(f"{image.mode} {image.size} ".encode())
     found.update(np.asarray(image).tobytes())
     return found.hexdigest()[:32]

@@ -34,7 +34,7 @@ class ImageCache:
     def __init__(self, store: ShardStore, *, keeps_pixels: bool = True) -> None:
         self.store, self.keeps_pixels = store, keeps_pixels
         self.hits = self.misses = 0
-        self._settings: tuple[Any, str] = (None, "")
+        self._settings = ""  # the digest of the last that was asked for
         self._merges: dict[str, dict[str, str] | None] = {}  # settings -> output -> how it is put together
         self._tables: dict[str, list[codec.Lattice]] = {}
 
@@ -54,7 +54,7 @@ class ImageCache:
         """Return inner(rows, **options), from the cache where it can."""
         if not _nested(rows):
             return inner(rows, **options)
-        settings = processor_digest(inner, options)
+        self._settings = settings = processor_digest(inner, options)
         ways = self._ways(inner, options, settings, any(not row for row in rows), any(len(row) > 1 for row in rows))
         if ways is None:
             return inner(rows, **options)
@@ -72,14 +72,21 @@ class ImageCache:
         if entry is not None:
             self.hits += 1
             tensors, about = entry
-            rest = {name: codec.unpack(value, tables, tensors) for name, value in about.items() if name != PIXELS}
-            return {PIXELS: codec.unpack(about[PIXELS], tables, None if blank else tensors), **rest}
+            kept = about["outputs"]
+            rest = {name: codec.unpack(value, tables, tensors) for name, value in kept.items() if name != PIXELS}
+            return {PIXELS: codec.unpack(kept[PIXELS], tables, None if blank else tensors), **rest}
         self.misses += 1
         output = dict(inner([[image]], **options))
         tensors = {}
         kept = output if self.keeps_pixels else {**output, PIXELS: _blank(output[PIXELS])}
-        self.store.put(key, tensors, {name: codec.pack(value, tables, tensors) for name, value in kept.items()})
+        packed = {name: codec.pack(value, tables, tensors) for name, value in kept.items()}
+        self.store.put(key, tensors, {"outputs": packed, "size": image.size})
         return output
+
+    def size_of(self, digest: str) -> tuple[int, int] | None:
+        """Return the width and height of an image of which this is known, by the digest of its file."""
+        about = self.store.about(f"file{digest}-{self._settings}")
+        return None if about is None else tuple(about["size"])
 
     def _lattices(self, inner: Any) -> list[codec.Lattice]:
         settings = inner.to_dict()

@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from hfcustom.base import CustomVLM
 from hfcustom.cache.features import FeatureCache, Picture, fingerprint
 from hfcustom.cache.fingerprint import image_digest
+from hfcustom.cache.lazy import LazyRows
 from hfcustom.cache.pictures import ImageCache
 from hfcustom.cache.refusals import reads_pixels, why_not_cached
 from hfcustom.cache.store import ShardStore, size_of
@@ -25,6 +26,7 @@ from hfcustom.parts import unwrap
 
 if TYPE_CHECKING:
     from hfcustom.data.messages import Example
+    from hfcustom.data.sources import Examples
     from hfcustom.train_config import TrainConfig
 
 
@@ -37,6 +39,10 @@ class Caches:
     placeholder: int | None = None  # the id of an image token
     pixels_wanted: bool = True  # also of images whose features are known
     _known: list[Picture] = field(default_factory=list)
+
+    def lazy_rows(self, rows: Examples) -> Examples:
+        """Return rows whose known images are not decoded."""
+        return rows if self.images is None else LazyRows(rows, self.images.size_of)
 
     @contextmanager
     def serving(self, processor: Any, examples: Sequence[Example]) -> Iterator[None]:
@@ -133,15 +139,15 @@ def use_caches(core: Any, caches: Caches | None, accelerator: Accelerator) -> It
         yield
         return
     cache = None if caches.features is None else FeatureCache(core, caches.features)
+    assert caches.images is not None
     with nullcontext() if cache is None else cache.installed():
         yield
-    if caches.images is not None:
-        caches.images.store.flush()
+    caches.images.store.flush()
     accelerator.wait_for_everyone()
     if cache is not None:
         hits, misses = (sum(gather_object([count])) for count in (cache.hits, cache.misses))
         accelerator.print(f"image features: {_report(caches.features, hits, hits + misses)}")
-    if caches.images is not None and caches.images.keeps_pixels:
+    if caches.images.keeps_pixels:
         accelerator.print(f"processed images: {_report(caches.images.store)}")
 
 

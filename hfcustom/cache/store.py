@@ -35,7 +35,7 @@ class ShardStore:
         self.root, self.folder, self.max_bytes = root, root / folder, max_bytes
         self.full = False
         self._files: dict[str, Any] = {}  # name -> open file, None for one that cannot be read
-        self._index: dict[str, str] = {}  # key -> name of the file
+        self._index: dict[str, list[str]] = {}  # key -> names of the files that hold it
         self._checked: set[str] = set()
         self._scanned = -1  # the folder's time of change
         self._start()
@@ -59,8 +59,24 @@ class ShardStore:
             return self._waiting[key]
         if key not in self._index:
             self._scan()
-        name = self._index.get(key)
-        return None if name is None else self._read(key, name)
+        while names := self._index.get(key):
+            entry = self._read(key, names[-1])
+            if entry is not None:
+                return entry
+        return None
+
+    def about(self, key: str) -> Any:
+        """Return what stands beside an entry's tensors, which are not read; None when there is none."""
+        self._notice_fork()
+        if key in self._waiting:
+            return self._waiting[key][1]
+        if key not in self._index:
+            self._scan()
+        names = self._index.get(key)
+        try:
+            return json.loads(self._files[names[-1]][1][key])[1] if names else None
+        except ValueError:  # get() says so
+            return None
 
     def put(self, key: str, tensors: dict[str, torch.Tensor], about: Any = None) -> None:
         """Keep an entry, written with others when there are enough of them."""
@@ -134,7 +150,8 @@ class ShardStore:
             )
             return
         self._files[path.name] = (file, keys)
-        self._index.update(dict.fromkeys(keys, path.name))
+        for key in keys:
+            self._index.setdefault(key, []).append(path.name)
 
     def _read(self, key: str, name: str) -> Entry | None:
         file, keys = self._files[name]
@@ -152,7 +169,9 @@ class ShardStore:
         return tensors, about
 
     def _forget(self, key: str, name: str) -> None:
-        del self._index[key]
+        self._index[key].remove(name)
+        if not self._index[key]:
+            del self._index[key]
         logger.warning(f"The cache file {self.folder / name} is damaged at {key}; the entry is computed anew.")
 
     def _notice_fork(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+KEEPER: ContextVar[Any] = ContextVar("keeper", default=None)  # hfcustom/cache/lazy.py, while a run has a cache
 MAX_PIXELS = 89_478_485  # Pillow's own warning level, a third of a GiB as RGB
 
 
@@ -24,6 +26,8 @@ def load_image(source: Any, root: Path | None = None) -> Image.Image:
     Raises ValueError for a source of another kind, an image that cannot be decoded or is too large, and a path
     outside `root`; FileNotFoundError for a missing file.
     """
+    if (keeper := KEEPER.get()) is not None:
+        return keeper(source, root)
     if isinstance(source, Mapping):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, Image.Image):
