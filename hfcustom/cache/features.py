@@ -154,7 +154,7 @@ def fingerprint(core: Any, processor: Any, precision: str | None) -> str:
             attention,
             settings,
             processor.image_processor.to_dict(),
-            source_digest([*map(type, inner), type(core), type(processor), type(processor.image_processor)]),
+            source_digest((*{*map(type, inner)}, type(core), type(processor), type(processor.image_processor))),
             precision,
             core.device.type,
             versions(),

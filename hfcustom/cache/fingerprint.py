@@ -9,7 +9,8 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def versions() -> dict[str, str]:
 def processor_digest(image_processor: Any, options: Mapping[str, Any]) -> str:
     """Return the digest of everything that changes the pixels which an image processor makes."""
     return digest_of(
-        [image_processor.to_dict(), source_digest([type(image_processor)]), sorted(options.items()), versions()]
+        [image_processor.to_dict(), source_digest((type(image_processor),)), sorted(options.items()), versions()]
     )
 
 
@@ -74,7 +75,8 @@ def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
-def source_digest(classes: Iterable[type]) -> str:
+@lru_cache(maxsize=64)
+def source_digest(classes: tuple[type, ...]) -> str:
     """Return the digest of the files of classes, and of their bases, that are no library's: a user's own code.
 
     ValueError for a class whose source cannot be read: an edit of it would go unnoticed.

@@ -19,7 +19,7 @@ from transformers import BatchFeature
 from transformers.utils import logging
 
 from hfcustom.cache import codec
-from hfcustom.cache.fingerprint import digest_of, image_digest, processor_digest
+from hfcustom.cache.fingerprint import image_digest, processor_digest
 from hfcustom.cache.merging import Output, find_merges, merge
 from hfcustom.cache.store import ShardStore
 
@@ -89,8 +89,9 @@ class ImageCache:
         return None if about is None else tuple(about["size"])
 
     def _lattices(self, inner: Any) -> list[codec.Lattice]:
-        settings = inner.to_dict()
-        return self._tables.setdefault(digest_of(settings), codec.lattices(settings))
+        if self._settings not in self._tables:
+            self._tables[self._settings] = codec.lattices(inner.to_dict())
+        return self._tables[self._settings]
 
     def _ways(
         self, inner: Any, options: Mapping[str, Any], settings: str, gaps: bool, several: bool
