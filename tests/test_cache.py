@@ -16,10 +16,10 @@ from torch import nn
 from training import curve, short_config
 
 import hfcustom
-from hfcustom.cache.features import FeatureCache, fingerprint
+from hfcustom.cache.features import FeatureCache, TowerCache, fingerprint
 from hfcustom.cache.fingerprint import image_digest
 from hfcustom.cache.pictures import ImageCache
-from hfcustom.cache.refusals import why_not_cached
+from hfcustom.cache.refusals import why_not_cached, why_tower_only
 from hfcustom.cache.run import Caches, serving
 from hfcustom.cache.store import ShardStore, size_of
 from hfcustom.data import images
@@ -67,6 +67,15 @@ def count_runs(model: Any) -> list[int]:
     return runs
 
 
+def count_layers(model: Any) -> list[int]:
+    """Return a list that grows with each run of the first Linear or convolution of the vision tower."""
+    runs: list[int] = []
+    tower = model.get_submodule(model.stock_parts().paths["vision"][0])
+    first = next(module for module in tower.modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    first.register_forward_pre_hook(lambda *_: runs.append(1))
+    return runs
+
+
 # ---- every family ---------------------------------------------------------------------------------------------------
 
 
@@ -94,6 +103,27 @@ def test_cached_features_change_no_bit(family: Family, tmp_path: Path) -> None:
         assert len(runs) == 2 * ran
         mixed = step(model, some)
     assert len(runs) == 3 * ran
+    torch.testing.assert_close(mixed[0], step(model, Collator(family.processor)([chat_row(1, 3), *rows]))[0])
+
+
+def test_cached_towers_train_the_connector_as_ever(family: Family, tmp_path: Path) -> None:
+    model, rows = family.model().train(), [chat_row(1, 0), chat_row(0, 1), chat_row(1, 2)]
+    hfcustom.freeze(model, ["vision"])
+    if why := why_not_cached(model):
+        assert model.no_feature_cache in why or model.no_pictures in why
+        return
+    assert "is trained" in why_tower_only(model)
+    runs = count_layers(model)
+    plain = step(model, Collator(family.processor)(rows))
+    ran = len(runs)
+    caches = caches_for(model, tmp_path)
+    assert ran and caches.features is not None
+    with TowerCache(model, caches.features).installed():
+        collate = Collator(family.processor, caches=caches)
+        for times in (2, 2):
+            assert_same(step(model, collate(rows)), plain)
+            assert len(runs) == times * ran
+        mixed = step(model, collate([chat_row(1, 3), *rows]))
     torch.testing.assert_close(mixed[0], step(model, Collator(family.processor)([chat_row(1, 3), *rows]))[0])
 
 
@@ -160,8 +190,8 @@ def test_lora_on_the_language_model_trains_on_cached_features(internvl: Family, 
 
 def test_features_that_would_be_wrong_are_refused_by_reason(internvl: Family, tmp_path: Path) -> None:
     model = internvl.model()
-    hfcustom.freeze(model, ["vision"])
-    with pytest.raises(ValueError, match="multi_modal_projector.* is trained"):
+    hfcustom.freeze(model, ["connector"])
+    with pytest.raises(ValueError, match="vision_tower.* is trained.*--freeze vision"):
         run(model, internvl.processor, tmp_path, cache_features=str(tmp_path / "features"))
     assert not list(tmp_path.iterdir()), "said before anything is deleted or made"
     assert "lora_A" in why_not_cached(hfcustom.lora(internvl.model(), ["vision", "language"], rank=2))
@@ -175,16 +205,21 @@ def test_features_that_would_be_wrong_are_refused_by_reason(internvl: Family, tm
         def transform_vision_features(self, features: torch.Tensor) -> torch.Tensor:
             return features * 2
 
-    assert "transform_vision_features" in why_not_cached(frozen(internvl, Changed))
+    changed = frozen(internvl, Changed)
+    assert not why_not_cached(changed) and "transform_vision_features" in why_tower_only(changed)
+    plain = run(frozen(internvl, Changed), internvl.processor, tmp_path)
+    folder = str(tmp_path / "features")
+    assert run(changed, internvl.processor, tmp_path, cache_features=folder) == plain
+    assert run(frozen(internvl), internvl.processor, tmp_path, cache_features=folder) != plain
 
     @hfcustom.term(count="image_tokens")
     def seen(context: hfcustom.LossContext) -> tuple[torch.Tensor, int]:
         assert context.vision_features is not None
         return context.vision_features.sum(), 1
 
-    assert "loss seen looks" in why_not_cached(frozen(internvl, loss={"cross_entropy": 1.0, "seen": 0.1}))
-    assert "neighbouring" in why_not_cached(frozen(internvl, connector={"name": "frame_average"}))
-    assert "custom_connector" in why_not_cached(frozen(internvl, connector={"name": "perceiver_resampler"}))
+    assert "loss seen looks" in why_tower_only(frozen(internvl, loss={"cross_entropy": 1.0, "seen": 0.1}))
+    assert "neighbouring" in why_tower_only(frozen(internvl, connector={"name": "frame_average"}))
+    assert "custom_connector" in why_tower_only(frozen(internvl, connector={"name": "perceiver_resampler"}))
 
 
 # ---- what makes a feature another one -------------------------------------------------------------------------------

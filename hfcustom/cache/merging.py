@@ -67,6 +67,13 @@ def same(first: Any, second: Any) -> bool:
     return type(first) is type(second) and bool(first == second)
 
 
+def crops_of(pixels: Any) -> int:
+    """Return the crops in the pixels of one image, (1, P, 3, H, W), (P, 3, H, W) or a list; 0 where they are no pictures."""
+    if isinstance(pixels, list | tuple):
+        return sum(1 if item.ndim == 3 else crops_of(item) for item in pixels)
+    return int(pixels.shape[pixels.ndim - 4]) if pixels.ndim in (4, 5) and pixels.shape[-3] == 3 else 0
+
+
 # ---- the ways -------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from hfcustom.cache import codec
 from hfcustom.cache.fingerprint import image_digest, processor_digest
-from hfcustom.cache.merging import Output, find_merges, merge
+from hfcustom.cache.merging import Output, crops_of, find_merges, merge
 from hfcustom.cache.store import ShardStore
 
 logger = logging.get_logger("hfcustom")
@@ -34,6 +34,7 @@ class ImageCache:
     def __init__(self, store: ShardStore, *, keeps_pixels: bool = True) -> None:
         self.store, self.keeps_pixels = store, keeps_pixels
         self.hits = self.misses = 0
+        self.crops: dict[str, int] = {}  # of the images of the batch that was processed last, by digest
         self._settings = ""  # the digest of the last that was asked for
         self._merges: dict[str, dict[str, str] | None] = {}  # settings -> output -> how it is put together
         self._tables: dict[str, list[codec.Lattice]] = {}
@@ -59,10 +60,12 @@ class ImageCache:
         if ways is None:
             return inner(rows, **options)
         alone: dict[str, Output] = {}
+        self.crops = {}
         for image in (image for row in rows for image in row):
             digest = pictures.get(id(image)) or image_digest(image)
             if digest not in alone:
                 alone[digest] = self._alone(inner, image, options, f"{digest}-{settings}", digest in blank)
+                self.crops[digest] = crops_of(alone[digest][PIXELS])
         found = [[alone[pictures.get(id(image)) or image_digest(image)] for image in row] for row in rows]
         return BatchFeature({name: merge(way, name, found) for name, way in ways.items()})
 

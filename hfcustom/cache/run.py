@@ -16,11 +16,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from hfcustom.base import CustomVLM
-from hfcustom.cache.features import FeatureCache, Picture, fingerprint
+from hfcustom.cache.features import FeatureCache, Picture, TowerCache, fingerprint
 from hfcustom.cache.fingerprint import image_digest
 from hfcustom.cache.lazy import LazyRows
 from hfcustom.cache.pictures import ImageCache
-from hfcustom.cache.refusals import reads_pixels, why_not_cached
+from hfcustom.cache.refusals import reads_pixels, why_not_cached, why_tower_only
 from hfcustom.cache.store import ShardStore, size_of
 from hfcustom.parts import unwrap
 
@@ -38,6 +38,7 @@ class Caches:
     features: ShardStore | None = None  # what the model makes
     placeholder: int | None = None  # the id of an image token
     pixels_wanted: bool = True  # also of images whose features are known
+    tower_only: str = ""  # why features are those of the tower, before the connector
     _known: list[Picture] = field(default_factory=list)
 
     def lazy_rows(self, rows: Examples) -> Examples:
@@ -54,7 +55,7 @@ class Caches:
             for example in examples
             for image in example.images
         ]
-        self._known = [Picture(key, 0, None if self.features is None else self.features.get(key)) for key in keys]
+        self._known = [Picture(key, found=None if self.features is None else self.features.get(key)) for key in keys]
         known = {picture.key.partition("-")[0] for picture in self._known if picture.found is not None}
         missing = {picture.key.partition("-")[0] for picture in self._known if picture.found is None}
         blank = frozenset() if self.pixels_wanted else frozenset(known - missing)
@@ -74,8 +75,9 @@ class Caches:
         counts: list[int] = []
         for row, spans, records, example in zip(ids, offsets, replaced, examples, strict=True):
             counts += _tokens_of_images(row == self.placeholder, spans, records, len(example.images))
+        crops = {} if self.images is None else self.images.crops
         for picture, tokens in zip(self._known, counts, strict=True):
-            picture.tokens = tokens
+            picture.tokens, picture.crops = tokens, crops.get(picture.key.partition("-")[0], 0)
         return self._known
 
 
@@ -115,10 +117,14 @@ def open_caches(model: Any, processor: Any, config: TrainConfig, accelerator: Ac
     caches = Caches()
     if config.cache_features is not None:
         root = Path(config.cache_features)
-        caches.features = ShardStore(root, f"features-{fingerprint(core, processor, config.precision)}", max_bytes)
+        caches.tower_only = why_tower_only(model)
+        digest = fingerprint(core, processor, config.precision, tower=bool(caches.tower_only))
+        name = f"{'tower' if caches.tower_only else 'features'}-{digest}"
+        caches.features = ShardStore(root, name, max_bytes)
         caches.placeholder, caches.pixels_wanted = core.placeholder_token_id, reads_pixels(core)
         caches.images = ImageCache(ShardStore(root, "layouts", max_bytes), keeps_pixels=False)
-        accelerator.print(f"image features: {_opened(caches.features)}")
+        ends = f" of the vision tower, since {caches.tower_only}" if caches.tower_only else ""
+        accelerator.print(f"image features{ends}: {_opened(caches.features)}")
     if config.cache_images is not None:
         caches.images = ImageCache(ShardStore(Path(config.cache_images), "images", max_bytes))
         accelerator.print(f"processed images: {_opened(caches.images.store)}")
@@ -138,7 +144,8 @@ def use_caches(core: Any, caches: Caches | None, accelerator: Accelerator) -> It
     if caches is None:
         yield
         return
-    cache = None if caches.features is None else FeatureCache(core, caches.features)
+    kind = TowerCache if caches.tower_only else FeatureCache
+    cache = None if caches.features is None else kind(core, caches.features)
     assert caches.images is not None
     with nullcontext() if cache is None else cache.installed():
         yield
