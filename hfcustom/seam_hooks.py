@@ -33,6 +33,7 @@ class SeamHooks(CustomModel):
     keeps_mask: ClassVar[bool] = False  # the stock forward reads more from attention_mask than where padding is
     no_pictures: ClassVar[str] = ""  # why no picture of a crop can be handed to a connector that wants one
     no_frames: ClassVar[str] = ""  # why neighbouring crops can never be frames of one clip
+    no_connector_cache: ClassVar[str] = ""  # why what the connector makes of an image cannot be kept
     no_feature_cache: ClassVar[str] = ""  # why what is made of an image cannot be kept
     no_resizing: ClassVar[str] = ""  # why resize_images has nothing to do, or cannot do it
     custom_connector: nn.Module | None

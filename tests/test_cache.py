@@ -85,6 +85,9 @@ def test_cached_features_change_no_bit(family: Family, tmp_path: Path) -> None:
         assert model.no_feature_cache in why_not_cached(model)
         return
     assert not why_not_cached(model)
+    if why_tower_only(model):
+        assert model.no_connector_cache == why_tower_only(model)
+        return
     runs = count_runs(model)
     plain = step(model, Collator(family.processor)(rows))
     ran = len(runs)
@@ -112,7 +115,7 @@ def test_cached_towers_train_the_connector_as_ever(family: Family, tmp_path: Pat
     if why := why_not_cached(model):
         assert model.no_feature_cache in why or model.no_pictures in why
         return
-    assert "is trained" in why_tower_only(model)
+    assert why_tower_only(model)
     runs = count_layers(model)
     plain = step(model, Collator(family.processor)(rows))
     ran = len(runs)
@@ -127,7 +130,7 @@ def test_cached_towers_train_the_connector_as_ever(family: Family, tmp_path: Pat
     torch.testing.assert_close(mixed[0], step(model, Collator(family.processor)([chat_row(1, 3), *rows]))[0])
 
 
-def test_processed_images_change_no_bit(family: Family, tmp_path: Path) -> None:
+def test_processed_images_change_no_bit(family: Family, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     rows = [chat_row(2, 0), chat_row(0, 1), chat_row(1, 2)]
     plain = Collator(family.processor)(rows)
     for time in range(2):
@@ -136,12 +139,11 @@ def test_processed_images_change_no_bit(family: Family, tmp_path: Path) -> None:
         cache.store.flush()
         assert cached.keys() == plain.keys()
         assert not [name for name in plain if not torch.equal(cached[name], plain[name])]
-        if cache.hits + cache.misses:  # LLaVA-OneVision tiles a row's only image alone
+        if cache.hits + cache.misses:
             assert (cache.hits, cache.misses) == ((0, 3), (3, 0))[time]
-        else:
-            assert family.name == "llava_onevision"
-    pixels = sum(tensor.nbytes for name, tensor in plain.items() if name.startswith("pixel"))
-    assert size_of(tmp_path) < pixels / 2
+        else:  # as LLaVA-OneVision's, which tiles a row's only image
+            assert "depends on those beside it" in said.text
+            return
 
 
 # ---- runs of fit() --------------------------------------------------------------------------------------------------
@@ -275,6 +277,8 @@ def test_known_files_are_not_decoded_again(internvl: Family, tmp_path: Path, mon
         batch = collate([lazy[at] for at in range(len(rows))])
         assert not [name for name in plain if not torch.equal(batch[name], plain[name])]
         assert len(decoded) == 4
+    cache.store.flush()
+    assert size_of(tmp_path) < plain["pixel_values"].nbytes / 2, "a byte a value"
     image = lazy[0].images[0]
     assert image.size == ROWS[0]["images"][0].size and len(decoded) == 4
     assert np.array_equal(np.asarray(image.resize((20, 20))), np.asarray(ROWS[0]["images"][0].resize((20, 20))))

@@ -26,7 +26,9 @@ def lattices(settings: Mapping[str, Any]) -> list[Lattice]:
     normalised = (by_numpy - mean[:, None]) / std[:, None]  # image_transforms.normalize
     fused_mean, fused_std = (torch.tensor(values) * (1.0 / scale) for values in (mean, std))
     fused = (torch.arange(256.0) - fused_mean[:, None]) / fused_std[:, None]  # TorchvisionBackend
-    found = [normalised, fused.numpy(), by_numpy]
+    by_torch = (torch.arange(256.0) * scale).expand(3, 256)
+    unfused = (by_torch - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]
+    found = [normalised, fused.numpy(), by_numpy, by_torch.numpy(), unfused.numpy()]
     return [np.ascontiguousarray(table, dtype=np.float32) for table in found if np.isfinite(table).all()]
 
 
@@ -132,6 +134,8 @@ def _pairs(table: Lattice) -> np.ndarray:
 
 def pack(value: Any, tables: list[Lattice], tensors: dict[str, torch.Tensor]) -> Any:
     """Return a value as JSON, arrays in it as encoded tensors in `tensors`; TypeError for what cannot be stored."""
+    if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:
+        return {"is": "bfloat16", "of": pack(value.view(torch.int16).numpy(), tables, tensors)}
     if isinstance(value, torch.Tensor):
         return {"is": "tensor", "of": pack(value.numpy(), tables, tensors)}
     if isinstance(value, np.ndarray | np.generic):
@@ -163,8 +167,10 @@ def unpack(found: Any, tables: list[Lattice], tensors: Mapping[str, torch.Tensor
     if kind == "array":
         assert tensors is not None
         return decode(tensors[found["name"]], found, tables)
-    if kind == "tensor":
-        return torch.from_numpy(np.ascontiguousarray(unpack(found["of"], tables, tensors)))
+    if kind in ("tensor", "bfloat16"):
+        array = unpack(found["of"], tables, tensors)
+        tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+        return tensor if kind == "tensor" else tensor.view(torch.bfloat16)
     if kind == "stack":
         items = list(unpack(found["of"], tables, tensors))
         return tuple(items) if found["tuple"] else items

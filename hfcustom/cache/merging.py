@@ -133,8 +133,10 @@ def _in_a_line(rows: Rows) -> Any:
     return np.concatenate(list(chain.from_iterable(rows)), -1)
 
 
-def _to_largest(arrays: Sequence[np.ndarray], skip: int = 0) -> list[np.ndarray]:
+def _to_largest(arrays: Sequence[Any], skip: int = 0) -> list[Any]:
     """Fill arrays up with zeros, at the end of each dimension but the first `skip`."""
+    if isinstance(arrays[0], torch.Tensor):
+        return [torch.from_numpy(filled) for filled in _to_largest([array.numpy() for array in arrays], skip)]
     largest = [max(sizes) for sizes in zip(*(array.shape for array in arrays), strict=True)]
     filled = []
     for array in arrays:

@@ -53,23 +53,30 @@ class ImageCache:
         self, inner: Any, rows: Any, options: Mapping[str, Any], pictures: Mapping[int, str], blank: frozenset[str]
     ) -> Any:
         """Return inner(rows, **options), from the cache where it can."""
-        if not _nested(rows):
+        flat = _all_images(rows)
+        nested = not flat and isinstance(rows, list | tuple) and all(map(_all_images, rows))
+        if not (any(rows) if nested else flat and rows):
             return inner(rows, **options)
+        images, rows = rows, [[image] for image in rows] if flat else rows
         self._settings = settings = processor_digest(inner, options)
-        ways = self._ways(inner, options, settings, any(not row for row in rows), any(len(row) > 1 for row in rows))
+        ways = self._ways(inner, options, rows, flat)
         if ways is None:
-            return inner(rows, **options)
+            return inner(images, **options)
         alone: dict[str, Output] = {}
         self.crops = {}
         for image in (image for row in rows for image in row):
             digest = pictures.get(id(image)) or image_digest(image)
             if digest not in alone:
-                alone[digest] = self._alone(inner, image, options, f"{digest}-{settings}", digest in blank)
+                alone[digest] = self._alone(
+                    inner, image, options, f"{digest}-{settings}", blank=digest in blank, flat=flat
+                )
                 self.crops[digest] = crops_of(alone[digest][PIXELS])
         found = [[alone[pictures.get(id(image)) or image_digest(image)] for image in row] for row in rows]
         return BatchFeature({name: merge(way, name, found) for name, way in ways.items()})
 
-    def _alone(self, inner: Any, image: Image.Image, options: Mapping[str, Any], key: str, blank: bool) -> Output:
+    def _alone(
+        self, inner: Any, image: Image.Image, options: Mapping[str, Any], key: str, *, blank: bool, flat: bool
+    ) -> Output:
         tables = self._lattices(inner)
         entry = self.store.get(key) if self.keeps_pixels or blank else None
         if entry is not None:
@@ -79,7 +86,7 @@ class ImageCache:
             rest = {name: codec.unpack(value, tables, tensors) for name, value in kept.items() if name != PIXELS}
             return {PIXELS: codec.unpack(kept[PIXELS], tables, None if blank else tensors), **rest}
         self.misses += 1
-        output = dict(inner([[image]], **options))
+        output = dict(inner([image] if flat else [[image]], **options))
         tensors = {}
         kept = output if self.keeps_pixels else {**output, PIXELS: _blank(output[PIXELS])}
         packed = {name: codec.pack(value, tables, tensors) for name, value in kept.items()}
@@ -96,14 +103,14 @@ class ImageCache:
             self._tables[self._settings] = codec.lattices(inner.to_dict())
         return self._tables[self._settings]
 
-    def _ways(
-        self, inner: Any, options: Mapping[str, Any], settings: str, gaps: bool, several: bool
-    ) -> dict[str, str] | None:
+    def _ways(self, inner: Any, options: Mapping[str, Any], rows: Any, flat: bool) -> dict[str, str] | None:
         """Return how outputs of images alone make that of all, None when in no known way; tried once a process.
 
-        Rows of `several` images, and `gaps` where rows have none, are tried apart: LLaVA-OneVision tiles a row's only image.
+        Rows of several images, and gaps where rows have none, are tried apart: LLaVA-OneVision tiles a row's only image.
+        A processor that is given a flat list has no rows.
         """
-        known = f"{settings} {gaps} {several}"
+        gaps, several = any(not row for row in rows), any(len(row) > 1 for row in rows)
+        known = f"{self._settings} {gaps} {several} {flat}"
         if known not in self._merges:
             rng = np.random.default_rng(0)
             first, second, third = (
@@ -111,7 +118,9 @@ class ImageCache:
                 for width, height in PROBE_SIZES
             )
             rows = [[first, second] if several else [first], *([[]] if gaps else []), [third]]
-            self._merges[known] = find_merges(lambda images: dict(inner(images, **options)), rows)
+            self._merges[known] = find_merges(
+                lambda rows: dict(inner([image for row in rows for image in row] if flat else rows, **options)), rows
+            )
             if self._merges[known] is None:
                 logger.warning(
                     f"What {type(inner).__name__} makes of an image depends on those beside it"
@@ -133,11 +142,8 @@ class _Standin:
         return self._cache.process(self._inner, images, options, self._pictures, self._blank)
 
 
-def _nested(rows: Any) -> bool:
-    """Whether images come as a list of rows, as the collator gives them."""
-    return isinstance(rows, list | tuple) and all(
-        isinstance(row, list | tuple) and all(isinstance(image, Image.Image) for image in row) for row in rows
-    )
+def _all_images(images: Any) -> bool:
+    return isinstance(images, list | tuple) and all(isinstance(image, Image.Image) for image in images)
 
 
 def _blank(pixels: Any) -> Any:

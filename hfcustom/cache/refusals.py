@@ -66,6 +66,8 @@ def _above(model: Any, core: Any) -> Iterator[str]:
     name = type(core).__name__
     if trained := _trained(model, ("vision", "connector")):
         yield f"{trained} is trained"
+    if core.no_connector_cache:
+        yield core.no_connector_cache
     if type(core).transform_vision_features is not CustomVLM.transform_vision_features:
         yield f"{name} overrides transform_vision_features, which would no longer run"
     if takes_pictures(core.custom_connector):
