@@ -19,6 +19,7 @@ from transformers.utils import logging
 from hfcustom.data.columns import TOKEN_WEIGHTS, check_columns, column_tensor
 from hfcustom.data.labels import render, token_weights
 from hfcustom.data.messages import Example, RowError, read_row
+from hfcustom.data.videos import video_options
 from hfcustom.losses import IGNORE
 from hfcustom.processors import PrefixProcessor
 
@@ -29,6 +30,7 @@ class Batch(dict[str, torch.Tensor]):
     """Tensors for forward(), and how many images they hold."""
 
     images: int = 0
+    source_tokens: Mapping[str, int] = {}  # tokens by source, of rows of a mixture
     blank: bool = False  # run only so that ranks stay together; counts for nothing
 
     def blank_copy(self) -> Batch:
@@ -82,7 +84,8 @@ class Collator:
         batch = Batch(features, labels=ids.masked_fill(weights == 0, IGNORE))
         if isinstance(self.processor, PrefixProcessor):
             batch["token_type_ids"] = self.processor.mark_answers(batch, weights != 0)
-        batch.images = sum(len(answer.images) for answer in answers)
+        batch.images = sum(len(answer.images) + sum(map(len, answer.videos)) for answer in answers)
+        batch.source_tokens = _count_by_source(answers, features["attention_mask"])
         if answers[0].preferred is not None:
             batch["preference"] = torch.tensor([1.0 if answer.preferred else -1.0 for answer in answers])  # (B,)
         self._add_columns(batch, examples, weights)
@@ -125,6 +128,14 @@ class Collator:
             )
 
 
+def _count_by_source(answers: Sequence[Example], attention_mask: torch.Tensor) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for answer, length in zip(answers, attention_mask.sum(1).tolist(), strict=True):
+        if answer.source:
+            counts[answer.source] = counts.get(answer.source, 0) + length
+    return counts
+
+
 def _answers(example: Example) -> list[Example]:
     """Return the rows of the batch that an example becomes: two for a pair, the chosen answer first."""
     if example.rejected is None:
@@ -161,6 +172,7 @@ def process(
         options["add_special_tokens"] = False  # the template wrote it already
     if any(example.images for example in examples):
         options["images"] = [example.images for example in examples]
+    options |= video_options(processor, examples)
     if with_offsets:
         options |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
     features = processor(text=list(texts), **options)
