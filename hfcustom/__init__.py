@@ -47,6 +47,7 @@ _HOME = {
     "quantization_config": "hfcustom.adapt",
     "register": "hfcustom.registry",
     "resize_images": "hfcustom.resize",
+    "select_frames": "hfcustom.data.frames",
     "show_losses": "hfcustom.console",
     "show_parts": "hfcustom.console",
     "term": "hfcustom.losses",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from hfcustom.connectors import connector
     from hfcustom.console import show_losses, show_parts
     from hfcustom.data.collate import Collator
+    from hfcustom.data.frames import select_frames
     from hfcustom.data.messages import RowError
     from hfcustom.data.reference import cache_reference
     from hfcustom.data.sources import Examples, load_rows

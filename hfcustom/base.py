@@ -25,6 +25,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hfcustom import loading, losses, parts, seams
 from hfcustom.configuration import share_key_conversion
+from hfcustom.processors import ConnectedProcessor, match_connector
 from hfcustom.seam_hooks import SeamHooks
 
 SEAM_METHODS = ("transform_vision_features", "transform_embeddings", "transform_hidden_states")
@@ -262,6 +263,11 @@ class CustomVLM(SeamHooks):
         """Apply the head: (..., D) -> (..., V); families that scale or cap their logits override this."""
         return self.get_output_embeddings()(hidden_states)
 
+    def head_size(self) -> int:
+        """Return how many tokens the head can say; some that are read have a larger id, as mllama's <|image|>."""
+        size: int = self.get_output_embeddings().out_features
+        return size
+
     def loss_head(self) -> losses.Head:
         """Return the head as losses use it: a plain Linear is multiplied by directly, anything else is called."""
         overridden = type(self).compute_logits is not CustomVLM.compute_logits
@@ -320,7 +326,7 @@ class CustomVLM(SeamHooks):
     def match_processor(self, processor: Any) -> Any:
         """Make the processor write as many placeholders as this model makes tokens; save it with the model."""
         setattr(processor, self.placeholder_field, self.tokens_per_crop())
-        return processor
+        return match_connector(self, processor) if isinstance(processor, ConnectedProcessor) else processor
 
     def image_token_rows(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
         """Return the row of data of each image token, (P * N,); None where each stands at its own placeholder."""

@@ -76,14 +76,6 @@ class SeamHooks(PreTrainedModel):
             )
         return module
 
-    def refuse_frames_of_videos(self) -> None:
-        """Raise ValueError for a connector of frames where a video comes that no connector sees."""
-        if frames_together(self.custom_connector) > 1:
-            raise ValueError(
-                f"connector={self.config.connector!r} takes frames together, but {type(self).__name__} has a path of its own "
-                "for videos, which no connector sees. Give the frames as images of one size."
-            )
-
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Return (module path, hook registrar, method, options) for each seam."""
         vision, connector, language = (
@@ -213,22 +205,21 @@ class SeamHooks(PreTrainedModel):
                 f"tokens of {crops} crops. Call model.match_processor(processor) before processing, and save that "
                 "processor with the model."
             )
-        if kind == "image":
-            self._check_clips(lengths or [tokens // crops] * crops)
+        if kind == "image" or lengths:
+            self._check_clips(lengths or [tokens // crops] * crops, mask)
 
-    def _check_clips(self, lengths: Sequence[int]) -> None:
-        """A connector that takes neighbouring crops together must not mix those of two rows."""
+    def _check_clips(self, lengths: Sequence[int], mask: torch.Tensor) -> None:
+        """A connector that takes neighbouring crops together must not mix those of two rows; mask (B, T)."""
         frames = frames_together(self.custom_connector)
         if frames == 1:
             return
-        assert self._pass is not None and self._pass.image_mask is not None
         ends = [0, *accumulate(lengths)][::frames]
-        for row, end in enumerate(self._pass.image_mask.sum(1).cumsum(0).tolist()):
+        for row, end in enumerate(mask.sum(1).cumsum(0).tolist()):
             if end not in ends:
                 raise ValueError(
                     f"connector={self.config.connector!r} takes {frames} neighbouring crops together, but row {row} of the "
-                    f"batch ends amid such {frames}. Give each row a multiple of {frames} images (repeat a still one), one "
-                    "crop each: switch the processor's multi-crop off."
+                    f"batch ends amid such {frames}. Give each row a multiple of {frames} images (repeat a still one) or "
+                    "frames of a video, one crop each: switch the processor's multi-crop off."
                 )
 
     def _at_language_input(

@@ -25,10 +25,10 @@ from torch import nn
 from hfcustom import checkpoint
 from hfcustom.base import CustomVLM, check_registered
 from hfcustom.console import TrainLog, out
-from hfcustom.data.collate import Batch
+from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.feed import Feed, as_rows
 from hfcustom.data.steps import BadRows
-from hfcustom.losses import NonFiniteError, StepSummary, count_all_tokens
+from hfcustom.losses import NonFiniteError, StepSummary, count_all_tokens, loss_columns, token_columns
 from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.signals import EXIT_PREEMPTED, StopRequest
@@ -104,7 +104,8 @@ def fit(
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, feed)
     start = state.resume() if config.resume else state.begin()
-    steps = iter(feed.loader(processor, weighted, range(start, max_steps), (micro_batch_size, accumulation)))
+    collate = make_collator(core, processor, config, feed.first_columns(weighted))
+    steps = iter(feed.loader(collate, range(start, max_steps), (micro_batch_size, accumulation)))
     listed = Path(config.output_dir) / "bad_rows.jsonl"
     limits = {"rows_per_step": config.batch_size, "resumed_at": start}
     bad_rows = BadRows(accelerator, feed.num_rows, config.max_bad_share, listed, **limits)
@@ -142,6 +143,20 @@ def counting_steps(core: Any) -> Iterator[None]:
         core.loss_step = None
 
 
+def make_collator(core: Any, processor: Any, config: TrainConfig, given: Mapping[str, Any]) -> Collator:
+    """Return the collator that a run's options and losses ask for; `given` are the columns of a row."""
+    losses = core.losses()
+    return Collator(
+        processor,
+        config.max_length,
+        loss_columns(losses, given),
+        token_columns(losses, given),
+        train_on=config.train_on,
+        allowed_tokens=config.allowed_tokens,
+        head_size=core.head_size(),
+    )
+
+
 def _checked(model: nn.Module, config: TrainConfig, evaluate: Evaluate | None) -> TrainConfig:
     """Check what fit() was given before anything runs; return the config with its precision decided."""
     if problems := config.problems():
@@ -165,12 +180,14 @@ def train_step(
     """Run one optimiser step over micro-batches: count, forward and backward each, clip, update."""
     report, core = StepReport(), unwrap(model)
     plan = plan_step(core, batches, accelerator)  # before the batches are moved: asking a GPU for a count takes a wait
+    losses_by_batch: list[torch.Tensor] = []
     for micro, batch in enumerate(batches):
         last = micro == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             core.loss_values, core.loss_metrics = {}, {}
             if _is_blank(batch):
-                accelerator.backward(_run_blank(model, batch, accelerator))
+                losses_by_batch.append(_run_blank(model, batch, accelerator))
+                accelerator.backward(losses_by_batch[-1])
                 continue
             report.add_batch(batch)
             loss = model(**send_to_device(dict(batch), accelerator.device), **plan[micro]).loss
@@ -182,6 +199,7 @@ def train_step(
                 )
             # DDP averages gradients over ranks, the divisors count all of them.
             accelerator.backward(loss * accelerator.num_processes)
+            losses_by_batch.append(loss.detach())
         for name, value in core.loss_values.items():
             report.losses[name] = report.losses.get(name, 0.0) + value.mean
         for name, sum_and_count in core.loss_metrics.items():
@@ -190,10 +208,20 @@ def train_step(
     losses = {name: float(value) for name, value in report.losses.items()}
     if not all(map(math.isfinite, (report.grad_norm, *losses.values()))):
         norm = float(report.grad_norm)
-        raise NonFiniteError(f"The gradient's norm is {norm}, the losses are {losses}; the step was not applied.")
+        raise NonFiniteError(
+            f"The gradient's norm is {norm}, the losses are {losses}; the step was not applied."
+            f"{_suspects(batches, losses_by_batch)}"
+        )
     optimizer.step()
     optimizer.zero_grad()
     return report
+
+
+def _suspects(batches: Sequence[Mapping[str, Any]], losses: Sequence[torch.Tensor]) -> str:
+    """Return which rows a loss that is no number came from, where their names are known: this rank's all, if every loss is one."""
+    wrong = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
+    names = [row for batch in wrong or batches if isinstance(batch, Batch) for row in batch.rows]
+    return f" Look at {', '.join(names)}." if names else ""
 
 
 def _is_blank(batch: Mapping[str, Any]) -> bool:

@@ -32,6 +32,7 @@ class FinetuneConfig(TrainConfig):
     streaming: Annotated[bool, "read rows in the order of the files instead of drawing them from all"] = False
     shuffle_buffer: Annotated[int, "rows of a stream that are shuffled among each other, with the order of shards"] = 0
     max_frames: Annotated[int, "frames of a video that are seen"] = 8
+    frame_method: Annotated[str, "which frames those are, a method of `hfcustom frames`"] = "uniform"
     video_as_images: Annotated[bool, "give the frames of a video to the model as images"] = False
     eval_data: Annotated[str | None, "held-out rows, answered by generation every eval_steps and at the end"] = None
     eval_split: Annotated[str | None, "split of the held-out rows where there are several; by default train"] = None
@@ -165,7 +166,9 @@ def choose_what_trains(model: Any, config: FinetuneConfig) -> Any:
 
 def main(config: FinetuneConfig) -> None:
     console.out.quiet = not process_state().is_main_process  # every fact is printed once, not once a rank
-    videos: dict[str, Any] = {"max_frames": config.max_frames, "video_as_images": config.video_as_images}
+    videos: dict[str, Any] = {
+        name: getattr(config, name) for name in ("max_frames", "frame_method", "video_as_images")
+    }
     streams = {"streaming": config.streaming, "shuffle_buffer": config.shuffle_buffer}
     rows = hfcustom.load_rows(config.data, config.split, **streams, **videos)
     held_out = None
@@ -177,7 +180,8 @@ def main(config: FinetuneConfig) -> None:
     console.show_start(model, processor, first_example(rows, config.on_bad_row == "skip"), config)
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
-        answers = hfcustom.generate_answers(model, processor, held_out, max_new_tokens=config.max_new_tokens)
+        options = {"max_new_tokens": config.max_new_tokens, "allowed_tokens": config.allowed_tokens}
+        answers = hfcustom.generate_answers(model, processor, held_out, **options)
         return {"exact_match": hfcustom.exact_match(answers)}
 
     try:

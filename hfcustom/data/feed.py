@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from hfcustom.data.collate import Batch, Collator
+from hfcustom.data.collate import Batch
 from hfcustom.data.columns import column_report
 from hfcustom.data.messages import Example
 from hfcustom.data.mixtures import Mixture
@@ -88,16 +88,13 @@ class Feed:
             self.epoch = state["epoch"]
             self.positions = {int(worker): position for worker, position in state["positions"].items()}
 
-    def loader(self, processor: Any, losses: Sequence[WeightedLoss], steps: range, cut: tuple[int, int]) -> Any:
-        """Return a loader of this rank's micro-batches by step, with the columns that the losses want out of the rows.
-
-        `cut` is (rows of a micro-batch, micro-batches of a rank's step).
-        """
+    def loader(
+        self, collate_rows: Callable[[Sequence[Any]], Batch], steps: range, cut: tuple[int, int]
+    ) -> Iterable[StepBatches]:
+        """Return a loader of this rank's steps; `cut` is (rows of a micro-batch, micro-batches of a rank's step)."""
         config, ranks = self.config, (self.accelerator.process_index, self.accelerator.num_processes)
         skip = config.on_bad_row == "skip"
-        given = self._first_columns(losses, skip)
-        collator = Collator(processor, config.max_length, loss_columns(losses, given), token_columns(losses, given))
-        collate = StepCollator(collator, cut[0], skip_bad_rows=skip)
+        collate = StepCollator(collate_rows, cut[0], skip_bad_rows=skip)
         if not isinstance(self.rows, Examples):
             stream = StepStream(
                 self.rows,
@@ -124,9 +121,10 @@ class Feed:
             draw=self.rows.step_rows if isinstance(self.rows, Mixture) else None,
         )
 
-    def _first_columns(self, losses: Sequence[WeightedLoss], skip_bad_rows: bool) -> Mapping[str, Any]:
+    def first_columns(self, losses: Sequence[WeightedLoss]) -> Mapping[str, Any]:
         """Return the columns of the first row that can be read, and say for each source what becomes of its columns."""
-        first = {name: first_example(rows, skip_bad_rows) for name, rows in self._sources().items()}
+        skip = self.config.on_bad_row == "skip"
+        first = {name: first_example(rows, skip) for name, rows in self._sources().items()}
         for name, example in first.items():
             asked = [*loss_columns(losses, example.columns), *token_columns(losses, example.columns)]
             self.accelerator.print(f"{name + ': ' if len(first) > 1 else ''}{column_report(example, asked)}")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from hfcustom.data.images import load_image
 from hfcustom.data.row_forms import FORM, Parsed, find_form, take_media
-from hfcustom.data.turns import Message, RowError, place_media, without_weights
+from hfcustom.data.turns import Message, RowError, check_answers, place_media, without_weights
 from hfcustom.data.video_frames import VIDEO_DEFAULTS, VideoOptions, load_video
 
 
@@ -51,10 +51,12 @@ def read_row(
     parsed = find_form(given, name, counts, keys).take(given, name, counts)
     used = tuple(key for key in keys if key not in given)
     messages, sources = place_media(parsed.turns, media, name)
-    images, videos = _load_media(sources, name, root, video)
     rejected = None
+    check_answers(messages, f"{name}{', chosen:' if parsed.rejected is not None else ','} message")
+    images, videos = _load_media(sources, name, root, video)
     if parsed.rejected is not None:
         rejected, others = _place_rejected(parsed, media, name)
+        check_answers(rejected, f"{name}, rejected: message")
         _check_same_media(sources, others, images, name, root)
     example = Example(messages, images, name, rejected, parsed.preferred, given, videos=videos, used=used)
     return videos_as_images(example) if video.as_images else example

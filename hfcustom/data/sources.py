@@ -103,6 +103,7 @@ def load_rows(
     streaming: bool = False,
     shuffle_buffer: int = 0,
     max_frames: int = VIDEO_DEFAULTS.max_frames,
+    frame_method: str = VIDEO_DEFAULTS.method,
     video_as_images: bool = False,
 ) -> Any:
     """Return the rows of a file, a folder, a data set's name on the hub, or a mixture {source: weight} of them.
@@ -111,12 +112,12 @@ def load_rows(
     metadata, or is what `datasets` saved or can read. `split` is for sources that have several, "train" where none is given.
     Image paths are read below the file's (or folder's) own folder only. With `streaming` rows come in the order of the files,
     shuffled within `shuffle_buffer` of them, and nothing is read ahead of need; fit() then wants max_steps. Of a video
-    `max_frames` frames are seen, as images if `video_as_images`. Raises FileNotFoundError for a path that does not exist and
+    `max_frames` frames are seen, chosen by `frame_method` (`hfcustom frames`), as images if `video_as_images`. Raises FileNotFoundError for a path that does not exist and
     ValueError for an unknown split, a split of a source that has none, or a source without rows.
     """
     from hfcustom.data import mixtures, streams
 
-    video = VideoOptions(max_frames, video_as_images)
+    video = VideoOptions(max_frames, frame_method, video_as_images)
     if shuffle_buffer < 0 or (shuffle_buffer and not streaming):
         raise ValueError(
             f"shuffle_buffer={shuffle_buffer} is for streaming=True, where it must not be negative; other rows are shuffled whole."
