@@ -213,7 +213,7 @@ def process(
         options["add_special_tokens"] = False  # the template wrote it already
     if any(example.images for example in examples):
         options["images"] = [example.images for example in examples]
-    options |= video_options(processor, examples)
+    options |= video_options(processor, texts, examples)
     if with_offsets:
         options |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
     try:

@@ -18,7 +18,7 @@ from PIL import Image
 from hfcustom.data.images import load_image
 from hfcustom.data.row_forms import FORM, Parsed, find_form, take_media
 from hfcustom.data.turns import Message, RowError, check_answers, place_media, without_weights
-from hfcustom.data.video_frames import VIDEO_DEFAULTS, VideoOptions, load_video
+from hfcustom.data.video_frames import VIDEO_DEFAULTS, Frames, VideoOptions, load_video
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Example:
     rejected: list[Message] | None = None  # of a pair, the other conversation, with the same images
     preferred: bool | None = None  # of an answer judged alone
     columns: Mapping[str, Any] = field(default_factory=dict)  # the row's other keys
-    videos: list[list[Image.Image]] = field(default_factory=list)  # the chosen frames of each, in order of appearance
+    videos: list[Frames] = field(default_factory=list)  # the chosen frames of each, in order of appearance
     used: tuple[str, ...] = field(default=(), compare=False)  # the row's keys that all this was made of
     source: str = field(default="", compare=False)  # of a mixture, which of its sets the row is from
 
@@ -104,7 +104,7 @@ def _check_same_media(
 
 def _load_media(
     sources: Mapping[str, Sequence[Any]], name: str, root: Path | None, video: VideoOptions
-) -> tuple[list[Image.Image], list[list[Image.Image]]]:
+) -> tuple[list[Image.Image], list[Frames]]:
     images = [_load_image(source, at, name, root) for at, source in enumerate(sources["image"])]
     videos = []
     for at, source in enumerate(sources["video"]):
@@ -133,7 +133,7 @@ def videos_as_images(example: Example) -> Example:
             if block["type"] == "text":
                 blocks.append(block)
                 continue
-            frames = next(videos) if block["type"] == "video" else [next(images)]
+            frames: list[Image.Image] = next(videos) if block["type"] == "video" else [next(images)]
             shown += frames
             blocks += [{"type": "image"} for _ in frames]
         messages.append({**message, "content": blocks})

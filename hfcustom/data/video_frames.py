@@ -8,7 +8,7 @@ set's folder only, as images are.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class VideoOptions:
 VIDEO_DEFAULTS = VideoOptions()
 
 
-def load_video(source: Any, root: Path | None = None, options: VideoOptions = VIDEO_DEFAULTS) -> list[Image.Image]:
+def load_video(source: Any, root: Path | None = None, options: VideoOptions = VIDEO_DEFAULTS) -> Frames:
     """Return the chosen frames of a video: a list of frames, bytes, {"bytes": ..., "path": ...} or a path below `root`.
 
     Raises ValueError for a source of another kind, an empty or undecodable video and a path outside `root`,
@@ -63,8 +63,13 @@ def load_video(source: Any, root: Path | None = None, options: VideoOptions = VI
     )
 
 
-def _choose(clip: Clip, options: VideoOptions) -> list[Image.Image]:
-    return clip.pictures(select_frames(clip, options.method, options.max_frames))
+def _choose(clip: Clip, options: VideoOptions) -> Frames:
+    indices = select_frames(clip, options.method, options.max_frames)
+    length = float(clip.times[-1] - clip.times[0]) if clip.times is not None else 0.0
+    frames = Frames(clip.pictures(indices))
+    if length > 0:
+        frames.fps, frames.indices, frames.total = (len(clip) - 1) / length, indices, len(clip)
+    return frames
 
 
 def _suffix(head: bytes) -> str:
@@ -74,6 +79,16 @@ def _suffix(head: bytes) -> str:
     if head[:4] == MATROSKA:
         return ".mkv"
     return ".avi" if head[:4] == b"RIFF" and head[8:12] == b"AVI " else ".gif"
+
+
+class Frames(list[Image.Image]):
+    """The chosen frames of a video, and where they lie in it; those of one without times count as a frame a second."""
+
+    def __init__(self, frames: Iterable[Image.Image]) -> None:
+        super().__init__(frames)
+        self.fps = 1.0  # of the whole video
+        self.indices = list(range(len(self)))
+        self.total = len(self)
 
 
 class ListClip(Clip):
