@@ -104,14 +104,14 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a mistyped key": ({"mesages": [ASK, CAT]}, ("columns: mesages", "Did you mean 'messages' by 'mesages'?")),
     "text without an image": (
         {"text": "hello"},
-        ("no list of messages (columns: text)", "{'image': ..., 'caption': ...}"),
+        ("no list of messages (columns: text)", "{'image': ..., 'text': ...}"),
     ),
     "image and images": (
         {"messages": [ASK, CAT], "image": PICTURE, "images": [PICTURE]},
         ("both 'image' and 'images'", "drop the column"),
     ),
-    "caption and text": ({"image": PICTURE, "caption": "a", "text": "b"}, ("both 'caption' and 'text'",)),
-    "a blank caption": ({"image": PICTURE, "caption": "  "}, ("caption is '  '", "in words")),
+    "caption and text": ({"image": PICTURE, "caption": "a", "text": "b"}, ("both 'text' and 'caption'",)),
+    "a blank caption": ({"image": PICTURE, "caption": "  "}, ("its caption is empty ('  ')", "drop the row")),
     "more tags than images": (
         {"image": PICTURE, "conversations": [human("<image><image>"), gpt("b")]},
         ("turn 0: more {'type': 'image'} blocks than the row's 1 images",),

@@ -93,7 +93,7 @@ class Collator:
         features = process(processor, texts, shielded, padding_side="right", with_offsets=True)
         offsets = features.pop("offset_mapping")  # (B, T, 2)
         replaced = features.pop("text_replacement_offsets", None) or [[]] * len(answers)
-        self._check_processor(features, texts, offsets, replaced)
+        self._check_processor(texts, offsets, replaced)
         for answer, mask in zip(answers, features["attention_mask"], strict=True):
             self._check_length(mask, answer)
         ids = features["input_ids"]
@@ -105,17 +105,13 @@ class Collator:
                 check_labels(processor, row, texts[at], spans[at], replaced[at], ids[at][weights[at] != 0])
                 self.num_verified += 1
         weights[self._unsayable(ids)] = 0.0
-        for answer, empty in zip(answers, (weights == 0).all(1).tolist(), strict=True):
-            if empty:
-                raise RowError(
-                    f"{answer.name}: no token carries a label, so there is nothing to learn from it; drop the row."
-                )
+        _check_labelled(weights, answers)
         batch = Batch(features, labels=ids.masked_fill(weights == 0, IGNORE))
         if isinstance(self.processor, PrefixProcessor):
             batch["token_type_ids"] = self.processor.mark_answers(batch, weights != 0)
         batch.images = sum(len(answer.images) + sum(map(len, answer.videos)) for answer in answers)
         batch.rows = [answer.name for answer in answers]
-        batch.source_tokens = _count_by_source(answers, features["attention_mask"])
+        batch.source_tokens = count_by_source(answers, features["attention_mask"])
         if answers[0].preferred is not None:
             batch["preference"] = torch.tensor([1.0 if answer.preferred else -1.0 for answer in answers])  # (B,)
         self._add_columns(batch, examples, weights)
@@ -139,20 +135,11 @@ class Collator:
                 else column_tensor(name, examples, batch["labels"], name in self.token_columns)
             )
 
-    def _check_processor(
-        self, features: Mapping[str, Any], texts: Sequence[str], offsets: torch.Tensor, replaced: Sequence[Any]
-    ) -> None:
-        """A processor that makes labels, or expands a text without a record, would put labels on other words."""
-        grown = any(
-            not records and int(row.max()) > len(text)
-            for text, row, records in zip(texts, offsets, replaced, strict=True)
-        )
-        if grown or "labels" in features:
-            does = "expands images without saying where" if grown else "makes labels of its own"
-            raise ValueError(
-                f"{type(self.processor).__name__} {does}, so labels would be on other words; load the processor of the "
-                "family's custom class: model.processor_class.from_pretrained(...)."
-            )
+    def _check_processor(self, texts: Sequence[str], offsets: torch.Tensor, replaced: Sequence[Any]) -> None:
+        """A processor that expands a text without a record would put labels on other words."""
+        for text, row, records in zip(texts, offsets, replaced, strict=True):
+            if not records and int(row.max()) > len(text):
+                raise _wrong_processor(self.processor, "expands images without saying where")
 
     def _check_length(self, attention_mask: torch.Tensor, example: Example) -> None:
         length = int(attention_mask.sum())
@@ -163,7 +150,8 @@ class Collator:
             )
 
 
-def _count_by_source(answers: Sequence[Example], attention_mask: torch.Tensor) -> dict[str, int]:
+def count_by_source(answers: Sequence[Example], attention_mask: torch.Tensor) -> dict[str, int]:
+    """Return the tokens of each source of a mixture, (B, T) -> {source: tokens}."""
     counts: dict[str, int] = {}
     for answer, length in zip(answers, attention_mask.sum(1).tolist(), strict=True):
         if answer.source:
@@ -177,6 +165,14 @@ def split_pair(example: Example) -> list[Example]:
         return [example]
     chosen = replace(example, name=f"{example.name}, chosen", rejected=None, preferred=True)
     return [chosen, replace(chosen, messages=example.rejected, name=f"{example.name}, rejected", preferred=False)]
+
+
+def _check_labelled(weights: torch.Tensor, answers: Sequence[Example]) -> None:
+    for answer, empty in zip(answers, (weights == 0).all(1).tolist(), strict=True):
+        if empty:
+            raise RowError(
+                f"{answer.name}: no token carries a label, so there is nothing to learn from it; drop the row."
+            )
 
 
 def _check_same_kind(examples: Sequence[Example], train_on: TrainOn) -> None:
@@ -226,9 +222,18 @@ def process(
         raise  # each row alone is fine
     replaced = features.pop("text_replacement_offsets", None)
     batch = dict(features.convert_to_tensors("pt"))
+    if "labels" in batch:
+        raise _wrong_processor(processor, "makes labels of its own")
     _check_complete(processor, batch)
     _check_single_bos(processor, texts, examples, batch["input_ids"])
     return batch | ({"text_replacement_offsets": replaced} if with_offsets else {})
+
+
+def _wrong_processor(processor: Any, does: str) -> ValueError:
+    return ValueError(
+        f"{type(processor).__name__} {does}, so labels would be on other words; load the processor of the family's custom "
+        "class: model.processor_class.from_pretrained(...)."
+    )
 
 
 def _check_complete(processor: Any, batch: Mapping[str, Any]) -> None:

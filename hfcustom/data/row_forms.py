@@ -181,13 +181,16 @@ def _take_completion(row: dict[str, Any], name: str, media: Mapping[str, int]) -
 
 
 def _take_caption(row: dict[str, Any], name: str, media: Mapping[str, int]) -> Parsed:
-    keys = [key for key in ("caption", "text") if key in row]
+    """Read a text as the answer to what it describes; contrastive encoders take the two as a pair."""
+    keys = [key for key in ("text", "caption") if key in row]
     if len(keys) > 1:
-        raise RowError(f"{name}: both 'caption' and 'text'; drop the column that does not say what is to be seen.")
+        raise RowError(f"{name}: both 'text' and 'caption'; drop the column that does not say what is to be seen.")
     blocks = [{"type": kind} for kind in MEDIA for _ in range(media[kind])]
     words = row.pop(keys[0])
-    if not isinstance(words, str) or not words.strip():
-        raise RowError(f"{name}: {keys[0]} is {words!r:.40}; it must say in words what is to be seen.")
+    if not isinstance(words, str):
+        raise RowError(f"{name}: {keys[0]} is {type(words).__name__}; it must be a string. Write a row for each text.")
+    if not words.strip():
+        raise RowError(f"{name}: its {keys[0]} is empty ({words!r}), so it says nothing of its image; drop the row.")
     messages = [{"role": "user", "content": blocks}, {"role": "assistant", "content": words}]
     return Parsed(check_turns(messages, f"{name}, message"))
 
@@ -259,7 +262,7 @@ def _common(chosen: list[Turn], rejected: list[Turn], name: str) -> int:
 
 
 FORMS = {
-    "captions": Form(("caption", "text"), "a caption", _take_caption, needs_media=True),
+    "captions": Form(("text", "caption"), "a caption", _take_caption, needs_media=True),
     "completions": Form(("completion",), "an answer to a prompt", _take_completion),
     "conversations": Form(("conversations",), "a LLaVA or ShareGPT row", _take_conversations),
     "messages": Form(("messages",), "an ordinary row", _take_messages),
@@ -267,6 +270,6 @@ FORMS = {
 }
 FORM = (
     "{'messages': [...], 'images': [...]}, {'conversations': [...], 'image': ...}, {'prompt': ..., 'completion': ...}, "
-    "{'image': ..., 'caption': ...}, or for preferences {'prompt': ..., 'chosen': ..., 'rejected': ...} or "
+    "{'image': ..., 'text': ...}, or for preferences {'prompt': ..., 'chosen': ..., 'rejected': ...} or "
     "{'prompt': ..., 'completion': ..., 'label': true}"
 )

@@ -111,7 +111,7 @@ def check_answers(messages: Sequence[Message], where: str) -> None:
 def _wordless(message: Message) -> str:
     if shown := [block["type"] for block in message["content"] if block["type"] != "text"]:
         return f"{_shown_block(shown[0])} without words"
-    return "blank" if any(block["text"] for block in message["content"]) else "empty"
+    return "blank" if any(block.get("text") for block in message["content"]) else "empty"
 
 
 def _shown_block(kind: str) -> str:
