@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 from conftest import Family, chat_row
 from source_files import number_of, numbered, write_jsonl
 from training import train
 
+from hfcustom.data.feed import Feed
 from hfcustom.data.mixtures import BLOCK, Mixture, block_counts, drawn
-from hfcustom.data.sources import Examples, load_rows
+from hfcustom.data.sources import Examples, RowsWithColumns, load_rows
+from hfcustom.train_config import TrainConfig
 
 SIZES = {"a": 7, "b": 40, "c": 3}
 WEIGHTS = {"a": 2.0, "b": 1.0, "c": 1}
@@ -44,6 +47,12 @@ def test_every_step_has_nearly_its_share_of_each_source() -> None:
         counts = Counter(names[8 * step : 8 * step + 8])
         assert abs(counts["a"] - 4) <= 2 and abs(counts["b"] - 2) <= 2
     assert len({tuple(names[8 * step : 8 * step + 8]) for step in range(100)}) > 50  # no fixed pattern
+
+
+def test_added_columns_leave_the_weights_alone() -> None:
+    rows = RowsWithColumns(mixture(), {"score": [0.5] * 50})
+    feed = Feed(rows, TrainConfig(), Accelerator())
+    assert feed.mixture is rows.rows and feed.source_names == list(SIZES) and rows[3].columns == {"score": 0.5}
 
 
 def test_a_step_is_a_function_of_the_seed_and_the_step() -> None:
@@ -100,11 +109,21 @@ def test_a_run_logs_what_share_of_the_tokens_each_source_had(
     shares = []
     for micro in (8, 2):
         result = train(internvl.model(), internvl, tmp_path / str(micro), mixed, micro_batch_size=micro, **options)
-        shares.append([[line[f"tokens/{path}"] for path in paths] for line in result.history])
+        shares.append([[line[f"tokens/{name}.jsonl"] for name in ("long", "short")] for line in result.history])
     assert shares[0] == shares[1]
     for step in shares[0]:
         assert sum(step) == pytest.approx(1) and step[0] > 0.5  # a quarter of the rows
-    assert f"{paths[1]}: columns used: messages, images; ignored: id" in capsys.readouterr().out
+    assert "short.jsonl: columns used: messages, images; ignored: id" in capsys.readouterr().out
     again = load_rows({paths[0]: 1.0, paths[1]: 2.0})
     with pytest.raises(ValueError, match="was trained on other data: files, rows or weights have changed"):
         train(internvl.model(), internvl, tmp_path / "8", again, resume=True, **{**options, "max_steps": 3})
+
+
+def test_sources_are_called_by_the_last_part_of_their_path_unless_two_end_alike(tmp_path: Path) -> None:
+    paths = [
+        write_jsonl(tmp_path / folder / name, numbered(0))
+        for folder, name in (("a", "x.jsonl"), ("b", "x.jsonl"), ("b", "y.jsonl"))
+    ]
+    for streaming in (False, True):
+        rows = load_rows(dict.fromkeys(paths, 1.0), streaming=streaming)
+        assert list(rows.weights) == [paths[0], paths[1], "y.jsonl"]

@@ -17,7 +17,7 @@ from training import curve, train, weights
 
 from hfcustom.data.feed import as_rows, first_example
 from hfcustom.data.messages import RowError
-from hfcustom.data.sources import load_rows
+from hfcustom.data.sources import as_examples, load_rows
 from hfcustom.data.steps import BadRow, StepBatches
 from hfcustom.data.stream_loader import StepStream, StreamLoader
 from hfcustom.data.streams import Share, check_shards
@@ -144,7 +144,7 @@ def test_a_mixture_of_streams_goes_on(num_workers: int, tmp_path: Path) -> None:
         assert numbers(read(stream, range(cut, STEPS), **options)) == numbers(whole)[cut:]
     cursor = stream.cursor(Share(), 0)
     names = [next(cursor).source for _ in range(40)]
-    assert [names.count(name) for name in sources] == [30, 10]
+    assert [names.count(name) for name in ("a", "b")] == [30, 10]
 
 
 def test_a_bad_row_keeps_its_place_and_its_name(tmp_path: Path) -> None:
@@ -221,5 +221,7 @@ def test_what_a_stream_needs_is_told(internvl: Family, tmp_path: Path) -> None:
         load_rows(tmp_path / "a.jsonl", shuffle_buffer=3)
     with pytest.raises(ValueError, match="the stream has no rows"):
         read(load_rows(write_jsonl(tmp_path / "b.jsonl", ""), streaming=True), range(1))
+    with pytest.raises(TypeError, match="rows is a Stream, which has no length; only fit\\(\\) takes streams"):
+        as_examples(stream)
     with pytest.raises(TypeError, match="rows is a generator; pass hfcustom.load_rows"):
         as_rows(row for row in [numbered(0)])

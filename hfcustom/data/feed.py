@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hfcustom.data.columns import column_report
 from hfcustom.data.messages import Example
 from hfcustom.data.mixtures import Mixture
 from hfcustom.data.order import step_loader
-from hfcustom.data.sources import Examples, as_examples
+from hfcustom.data.sources import Examples, RowsWithColumns, as_examples
 from hfcustom.data.steps import Attempts, BadRow, BadRows, StepBatches, StepCollator, TooManyBadRows, agree_on_batches
 from hfcustom.data.stream_loader import StepStream, StreamLoader
 from hfcustom.data.streams import State, Stream, StreamMixture, check_shards, first_row
@@ -62,15 +63,26 @@ class Feed:
         return self.config.max_steps or math.ceil(self.config.epochs * len(self.rows) / self.config.batch_size)  # type: ignore[arg-type]
 
     @property
+    def mixture(self) -> Mixture | None:
+        """The mixture that the rows are, perhaps with columns added to them."""
+        rows = self.rows.rows if isinstance(self.rows, RowsWithColumns) else self.rows
+        return rows if isinstance(rows, Mixture) else None
+
+    @property
     def source_names(self) -> list[str]:
         """The sources of a mixture, whose shares of the tokens are logged."""
-        if isinstance(self.rows, Mixture):
-            return list(self.rows.sources)
+        if isinstance(self.rows, Examples):
+            return list(self.mixture.sources) if self.mixture else []
         return list(self.rows.parts()) if isinstance(self.rows, StreamMixture) else []
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells the data from others."""
+        return self.rows.fingerprint()
 
     def order(self) -> dict[str, Any]:
         """Return what, with the step, decides which rows come next."""
-        order = {"batch_size": self.config.batch_size, "seed": self.config.seed, "data": self.rows.fingerprint()}
+        order = {"batch_size": self.config.batch_size, "seed": self.config.seed, "data": self.fingerprint}
         if isinstance(self.rows, Examples):
             return order | {"rows": len(self.rows)}
         return order | {"processes": self.accelerator.num_processes, "num_workers": self.config.num_workers}
@@ -118,7 +130,7 @@ class Feed:
             world_size=ranks[1],
             seed=config.seed,
             num_workers=config.num_workers,
-            draw=self.rows.step_rows if isinstance(self.rows, Mixture) else None,
+            draw=self.mixture.step_rows if self.mixture else None,
         )
 
     def first_columns(self, losses: Sequence[WeightedLoss]) -> Mapping[str, Any]:
@@ -131,9 +143,9 @@ class Feed:
         return next(iter(first.values())).columns
 
     def _sources(self) -> dict[str, Rows]:
-        if isinstance(self.rows, Mixture):
-            return dict(self.rows.sources)
-        return dict(self.rows.parts()) if isinstance(self.rows, StreamMixture) else {"": self.rows}
+        if isinstance(self.rows, StreamMixture):
+            return dict(self.rows.parts())
+        return dict(self.rows.sources) if isinstance(self.rows, Mixture) else {"": self.rows}
 
     def next_batches(self, steps: Iterator[StepBatches], bad_rows: BadRows) -> list[Batch]:
         """Return this rank's micro-batches of the next step, as many as every other rank has; none if no row can be used."""

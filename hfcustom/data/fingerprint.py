@@ -1,7 +1,7 @@
 """Fingerprints of data: whether a resumed run would meet the rows that it has left.
 
-Files are hashed whole up to WHOLE bytes, larger ones by their size and pieces all over them; rows in memory by the words of
-some of them. Neither times nor places count, so that a data set may be copied or moved.
+Files of up to WHOLE bytes together are hashed whole, more by their sizes and pieces all over them; rows in memory by the words
+of some of them. Neither times nor places count, so that a data set may be copied or moved.
 """
 
 from __future__ import annotations
@@ -11,30 +11,32 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-WHOLE = 2**28  # bytes of a file that is hashed whole, half a second
-PIECES, PIECE = 64, 2**20
+WHOLE = 2**28  # bytes, half a second
+PIECES, PIECE = 256, 2**20  # of all files together, but two of each at least
 SAMPLED_ROWS = 64
 
 
 def files_fingerprint(paths: Iterable[Path], root: Path) -> str:
     """Return a hash of files, with their names below `root`."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
+    digest, files = hashlib.sha256(), sorted(paths)
+    sizes = [path.stat().st_size for path in files]
+    pieces = None if sum(sizes) <= WHOLE else max(2, PIECES // len(files))
+    for path, size in zip(files, sizes, strict=True):
         name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-        digest.update(f"{name}\0{path.stat().st_size}\0".encode(errors="surrogateescape"))
-        _add_file(digest, path)
+        digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
+        _add_file(digest, path, size, None if pieces is None or size <= pieces * PIECE else pieces)
     return digest.hexdigest()[:32]
 
 
-def _add_file(digest: Any, path: Path) -> None:
-    size = path.stat().st_size
+def _add_file(digest: Any, path: Path, size: int, pieces: int | None) -> None:
+    """Add a file, of which only its begin, its end and pieces between them if `pieces` says how many."""
     with path.open("rb") as file:
-        if size <= WHOLE:
+        if pieces is None:
             while block := file.read(PIECE):
                 digest.update(block)
             return
-        for at in range(PIECES):
-            file.seek((size - PIECE) * at // (PIECES - 1))
+        for at in range(pieces):
+            file.seek((size - PIECE) * at // (pieces - 1))
             digest.update(file.read(PIECE))
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,13 @@ def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
                 f"The weight of {name} is {weight!r}, less than one row in {BLOCK}; leave the source out."
             )
     return dict(weights)
+
+
+def short_names(sources: Iterable[str]) -> dict[str, str]:
+    """Return what logs call each source: the last part of a path, unless two end alike."""
+    names = {source: Path(source).name if Path(source).exists() else source for source in sources}
+    taken = list(names.values())
+    return {source: name if taken.count(name) == 1 else source for source, name in names.items()}
 
 
 def block_counts(weights: Sequence[float]) -> tuple[int, ...]:

@@ -92,7 +92,11 @@ class RowsWithColumns(Examples):
 
 
 def as_examples(rows: Sequence[Any]) -> Examples:
-    """Return rows of any sequence as checked Examples."""
+    """Return rows of any sequence as checked Examples; TypeError for a stream."""
+    if not isinstance(rows, Examples) and not hasattr(rows, "__len__"):
+        raise TypeError(
+            f"rows is a {type(rows).__name__}, which has no length; only fit() takes streams. Load the rows without streaming."
+        )
     return rows if isinstance(rows, Examples) else Examples(rows)
 
 
@@ -124,10 +128,12 @@ def load_rows(
         )
     if isinstance(source, Mapping):
         weights = mixtures.check_weights(source)
+        names = mixtures.short_names(weights)
+        weights = {names[each]: weight for each, weight in weights.items()}
         if streaming:
-            parts = {name: streams.open_stream(name, split, shuffle_buffer, video) for name in weights}
+            parts = {name: streams.open_stream(each, split, shuffle_buffer, video) for each, name in names.items()}
             return streams.StreamMixture(parts, weights)
-        return mixtures.Mixture({name: load_source(name, split, video) for name in weights}, weights)
+        return mixtures.Mixture({name: load_source(each, split, video) for each, name in names.items()}, weights)
     if streaming:
         return streams.open_stream(str(source), split, shuffle_buffer, video)
     return load_source(str(source), split, video)

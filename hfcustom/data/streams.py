@@ -9,6 +9,7 @@ out would have to be stored or lost.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -245,7 +246,9 @@ def file_rows(shards: Sequence[RowFile]) -> Iterator[dict[str, Any]]:
 
 def first_row(stream: Stream | StreamMixture, skip_bad_rows: bool, tried: int = 1000) -> Example:
     """Return the first row, of the first `tried` the first that can be used if others are skipped; RowError for none."""
-    cursor = stream.cursor(Share(), 0)
+    first = copy.copy(next(iter(stream.parts().values())))
+    first.shuffle_buffer = 0  # a look at one row fills no window
+    cursor = first.cursor(Share(), 0)
     for at in range(tried):
         try:
             return next(cursor)
