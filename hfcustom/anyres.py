@@ -18,7 +18,7 @@ from torch import nn
 
 from hfcustom.connectors import Grid, count_tokens_out, grid_out
 from hfcustom.processors import ConnectedProcessor
-from hfcustom.ragged import RaggedImages
+from hfcustom.ragged import RaggedImages, of_each
 
 
 class AnyresImages(RaggedImages):
@@ -69,10 +69,13 @@ class AnyresImages(RaggedImages):
         rows = (stock(**inputs | thin)[1] - lengths).tolist()  # with newlines there is a token more a row
         bases = [image[0] for image in crops]
         rests = [image[len(base) :] for image, base in zip(images, bases, strict=True)]  # (rows * columns, D)
-        bases = self._reduce(bases, [_square(len(base)) for base in bases])
         grids = [(height, len(rest) // height) for height, rest in zip(rows, rests, strict=True)]
+        told = self.question_of(self._packed_lengths([len(base) for base in bases], grids, newline is not None))
+        bases = self._reduce(bases, [_square(len(base)) for base in bases], told)
         tiled = [image for image, rest in enumerate(rests) if len(rest)]
-        found = self._reduce([rests[image] for image in tiled], [grids[image] for image in tiled])
+        found = self._reduce(
+            [rests[image] for image in tiled], [grids[image] for image in tiled], of_each(told, tiled)
+        )
         reduced = dict(zip(tiled, found, strict=True))
         packed = [
             torch.cat([base, self._lines(reduced.get(image, rests[image]), grids[image], newline)])
@@ -80,10 +83,21 @@ class AnyresImages(RaggedImages):
         ]
         return packed, lengths.new_tensor([len(image) for image in packed])
 
+    def _packed_lengths(self, bases: list[int], grids: list[Grid], newlines: bool) -> list[int]:
+        """Return the tokens of each image after the connector, from those of its base view and how its tiles lie."""
+        module = self.custom_connector
+        lefts = [self._rows_and_columns(grid) for grid in grids]
+        tiles = [rows * (columns + newlines) for rows, columns in lefts]
+        return [count_tokens_out(module, base, _square(base)) + rest for base, rest in zip(bases, tiles, strict=True)]
+
+    def _rows_and_columns(self, grid: Grid) -> Grid:
+        """Return how the tokens of tiles lie after the connector; of a base view alone there are none, in one row."""
+        tokens = math.prod(grid)
+        return grid_out(self.custom_connector, tokens, grid) if tokens else (1, 0)
+
     def _lines(self, rest: torch.Tensor, grid: Grid, newline: torch.Tensor | None) -> torch.Tensor:
         """End each row of what is left of the tiles, (M, D), with a newline; `grid` is how they lay before the connector."""
-        tokens = math.prod(grid)  # of a base view alone 0, which is one row
-        rows, columns = grid_out(self.custom_connector, tokens, grid) if tokens else (1, 0)
+        rows, columns = self._rows_and_columns(grid)
         lines = rest.view(rows, columns, rest.shape[-1])  # (rows, columns, D)
         if newline is not None:
             lines = torch.cat([lines, newline.to(lines).expand(rows, 1, -1)], 1)  # (rows, columns + 1, D)

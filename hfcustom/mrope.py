@@ -20,7 +20,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from hfcustom import losses, seams
 from hfcustom.connectors import Grid, grids_out
-from hfcustom.ragged import RaggedImages
+from hfcustom.ragged import RaggedImages, of_each
 
 logger = logging.get_logger("hfcustom")
 
@@ -127,7 +127,9 @@ class MRopeImages(RaggedImages):
         if self.image_inputs.get("video_grid_thw") is None:
             return super()._connect(features)
         grids = self.image_grids(self.image_inputs)
-        return [self._reduce([video], [grid])[0] for video, grid in zip(features, grids, strict=True)]
+        told = self.question_of(self.tokens_left(features, grids), self.config.video_token_id)
+        parts = enumerate(zip(features, grids, strict=True))
+        return [self._reduce([video], [grid], of_each(told, [at]))[0] for at, (video, grid) in parts]
 
     def _at_rope_index(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inputs = inspect.signature(stock).bind(*args, **kwargs).arguments

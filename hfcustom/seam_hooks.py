@@ -17,8 +17,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfcustom import parts, seams
-from hfcustom.connectors import build_connector, find_connector, frames_together, reduce_tokens, takes_pictures
+from hfcustom.connectors import (
+    build_connector,
+    count_tokens_out,
+    find_connector,
+    frames_together,
+    reduce_tokens,
+    takes_pictures,
+    takes_question,
+)
 from hfcustom.naming import check_shape
+from hfcustom.questions import Asked
 
 if TYPE_CHECKING:
     from hfcustom.base import CustomVLM
@@ -37,6 +46,7 @@ class SeamHooks(PreTrainedModel):
     no_resizing: ClassVar[str] = ""  # why resize_images has nothing to do, or cannot do it
     custom_connector: nn.Module | None
     _pictures: torch.Tensor | None = None  # (P, 3, H, W), what the vision tower is looking at
+    _asked: Asked | None = None  # while a connector may ask for the question
     _stock_parts: parts.PartMap | None = None  # until the stock part is built
     _pass: seams.ForwardPass | None
 
@@ -132,17 +142,54 @@ class SeamHooks(PreTrainedModel):
         finally:
             self._pass = None
 
+    @contextmanager
+    def asking(
+        self, inputs: Mapping[str, Any], labels: torch.Tensor | None = None, prompt_length: int | None = None
+    ) -> Iterator[None]:
+        """Let a connector ask for the questions in these inputs of forward() or generate(); labels (B, T)."""
+        if not takes_question(self.custom_connector):
+            yield
+            return
+        before = self._asked
+        if before is not None and prompt_length is None:  # a forward of generate()
+            prompt_length = before.prompt_length
+        self._asked = Asked(self, inputs, labels, prompt_length)
+        try:
+            yield
+        finally:
+            self._asked = before
+
+    def question_of(self, lengths: Sequence[int], token: int | None = None) -> dict[str, torch.Tensor]:
+        """Return what a connector that asks for it is told of the question of each crop's row, nothing for another one.
+
+        `lengths` are the tokens of each crop as the text has placeholders for them, `token` is these placeholders' id.
+        """
+        if not takes_question(self.custom_connector):
+            return {}
+        return self._what_is_asked().of_crops(lengths, token)
+
+    def _what_is_asked(self) -> Asked:
+        if self._asked is None:
+            raise ValueError(
+                f"connector={self.config.connector!r} wants to know what the text asks, but images came without a text. Call "
+                "the model or generate() with both, or put the call into `with model.asking({'input_ids': ...}):`."
+            )
+        return self._asked
+
     def _begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        input_ids = args[0] if args else kwargs.get("input_ids")
         if self._pass is None:  # the inner model is called directly
             if not torch.compiler.is_compiling():
                 seams.install(cast("CustomVLM", self))
-            self._pass = seams.ForwardPass(ends_with_inner=True)
-        input_ids = args[0] if args else kwargs.get("input_ids")
+            self._pass = seams.ForwardPass(ends_with_inner=True, asked_before=self._asked)
+            if self._asked is None and takes_question(self.custom_connector):
+                self._asked = Asked(self, {**kwargs, "input_ids": input_ids})
         embeds, token = kwargs.get("inputs_embeds"), self.placeholder_token_id
         self._pass.image_mask = seams.find_placeholders(self, input_ids, embeds, token)
 
     def _end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._pass is not None and self._pass.ends_with_inner:
+            self._asked = self._pass.asked_before
             self._pass = None
 
     def _at_vision_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -183,7 +230,9 @@ class SeamHooks(PreTrainedModel):
 
     def _at_connector_output(self, module: nn.Module, args: tuple[Any, ...], features: torch.Tensor) -> torch.Tensor:
         if self.custom_connector is not None:
-            features = reduce_tokens(self.custom_connector, features, None, self.config.connector)  # (P, M, D)
+            tokens = count_tokens_out(self.custom_connector, features.shape[1])
+            told = self.question_of([tokens] * len(features))
+            features = reduce_tokens(self.custom_connector, features, None, self.config.connector, told)  # (P, M, D)
             self._check_placeholders(features.shape[0] * features.shape[1], len(features))
         if self._pass is not None and self._pass.records:
             self._pass.image_features = features
@@ -208,13 +257,17 @@ class SeamHooks(PreTrainedModel):
         assert mask is not None
         placeholders = int(mask.sum())
         if placeholders != tokens:
-            raise ValueError(
-                f"The text has {placeholders} {kind} placeholders, the connector {self.config.connector!r} made {tokens} "
-                f"tokens of {crops} crops. Call model.match_processor(processor) before processing, and save that "
-                "processor with the model."
-            )
+            raise self.unmatched(placeholders, tokens, crops, kind)
         if kind == "image":
             self._check_clips(lengths or [tokens // crops] * crops)
+
+    def unmatched(self, placeholders: int, tokens: int, crops: int, kind: str = "image") -> ValueError:
+        """Return the error for a text that has other placeholders than the connector makes tokens."""
+        return ValueError(
+            f"The text has {placeholders} {kind} placeholders, the connector {self.config.connector!r} made {tokens} "
+            f"tokens of {crops} crops. Call model.match_processor(processor) before processing, and save that "
+            "processor with the model."
+        )
 
     def _check_clips(self, lengths: Sequence[int]) -> None:
         """A connector that takes neighbouring crops together must not mix those of two rows."""

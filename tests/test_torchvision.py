@@ -29,6 +29,7 @@ FILES = [
     "loading",
     "parts",
     "pipeline",
+    "questions",
     "evaluate",
     "experts",
     "ragged",

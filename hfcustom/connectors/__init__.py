@@ -7,6 +7,8 @@ writes M placeholders where it wrote N (`model.match_processor`). What a connect
 - `forward(features, grid)` and `num_tokens_out(n, grid)`: how the tokens lie, (rows, columns); None stands for a square.
 - `forward(features, pixel_values)`: the crops' pictures, (P, 3, H, W). Such a connector works before the projector, on the
   vision features: (P, patches, D_vision) -> the same shape. Not in families whose tower is given patches.
+- `forward(features, question, question_mask)`: what the text of each crop's row asks (hfcustom/questions.py), as the
+  embeddings of its words, (P, Q, D), and which places of the Q hold one, (P, Q); unless an attribute `asks` is False.
 - an attribute `frames`: it takes that many neighbouring crops together, as the frames of one clip (frame_average.py).
 
 Weights start so that a pretrained model goes on from where it is: as the identity, or as the average of what is reduced;
@@ -39,6 +41,7 @@ from hfcustom.connectors.two_encoders import TwoEncoders
 from hfcustom.naming import check_shape, snake_case, unknown
 from hfcustom.parts import is_trained_copy
 
+Told = Mapping[str, torch.Tensor]
 ConnectorClass = TypeVar("ConnectorClass", bound=type[nn.Module])
 
 
@@ -51,6 +54,11 @@ def connector(module_class: ConnectorClass) -> ConnectorClass:
     for method in ("forward", "num_tokens_out"):
         if not callable(getattr(module_class, method, None)):
             raise TypeError(f"{module_class.__name__} needs a method {method}() to be a connector.")
+    if _takes("question", module_class) != _takes("question_mask", module_class):
+        raise TypeError(
+            f"{module_class.__name__}.forward takes one of question (P, Q, D) and question_mask (P, Q); rows have questions of "
+            "different lengths, so it must take both."
+        )
     name = snake_case(module_class.__name__)
     taken = CONNECTORS.get(name)
     if taken is not None and _origin(taken) != _origin(module_class):
@@ -88,8 +96,13 @@ def build_connector(spec: str | Mapping[str, Any], hidden_size: int) -> nn.Modul
 
 def _takes(name: str, module: Any) -> bool:
     """Whether the forward of a connector, or of a class of them, has an argument; peft may have wrapped the module."""
+    return name in inspect.signature(unwrapped(module).forward).parameters
+
+
+def unwrapped(module: Any) -> Any:
+    """Return the connector that peft may have wrapped, or a class as it is."""
     wrapped = not isinstance(module, type) and is_trained_copy(module)
-    return name in inspect.signature((module.original_module if wrapped else module).forward).parameters
+    return module.original_module if wrapped else module
 
 
 def takes_grid(module: nn.Module) -> bool:
@@ -102,19 +115,35 @@ def takes_pictures(module: nn.Module | type[nn.Module] | None) -> bool:
     return module is not None and _takes("pixel_values", module)
 
 
+def takes_question(module: nn.Module | None) -> bool:
+    """Whether a connector wants to know what the text asks: `forward(features, question, question_mask)`."""
+    if module is None or not _takes("question", module):
+        return False
+    return bool(getattr(unwrapped(module), "asks", True))
+
+
 def frames_together(module: Any) -> int:
     """Return how many neighbouring crops a connector takes together."""
     return int(getattr(module, "frames", 1))
 
 
-def reduce_tokens(module: Any, features: torch.Tensor, grid: Grid | None, name: Any) -> torch.Tensor:
+def reduce_tokens(
+    module: Any, features: torch.Tensor, grid: Grid | None, name: Any, told: Told | None = None
+) -> torch.Tensor:
     """Run a connector on crops of one size: (P, N, D) -> (P, M, D); ValueError when M is not what it said.
 
-    One that takes pictures has done its work before the projector.
+    `told` is what it asks for besides, by name, an entry a crop. One that takes pictures has done its work before the
+    projector.
     """
     if takes_pictures(module):
         return features
-    known = {"grid": grid} if grid is not None and takes_grid(module) else {}
+    known: dict[str, Any] = {"grid": grid} if grid is not None and takes_grid(module) else {}
+    known |= {
+        key: x.to(features.device, features.dtype if x.is_floating_point() else None)
+        for key, x in (told or {}).items()
+    }
+    if takes_question(module) and "question" not in known:
+        raise ValueError(f"connector {name!r} wants to know what the text asks, and is not told here.")
     reduced: torch.Tensor = module(features, **known)
     expected = torch.Size((len(features), count_tokens_out(module, features.shape[1], grid), features.shape[2]))
     check_shape(f"connector {name!r}", reduced, expected, "(crops, num_tokens_out, hidden size)")

@@ -16,7 +16,7 @@ from transformers import Molmo2Config, Molmo2ForConditionalGeneration, Molmo2Pro
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.connectors import Grid, grid_out
+from hfcustom.connectors import Grid, Told, count_tokens_out, grid_out
 from hfcustom.families import tiny
 from hfcustom.processors import MatchedProcessor, NeedsTorchvision
 from hfcustom.ragged import VideosAsImages
@@ -74,12 +74,19 @@ class CustomMolmo2ForConditionalGeneration(VideosAsImages, CustomVLM, Molmo2ForC
         """Return two grids an image: of the whole, and of its crops together."""
         return [(rows, columns) for rows, columns in inputs["image_grids"].view(-1, 2).tolist()]
 
-    def _reduce(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[torch.Tensor]:
+    def tokens_left(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[int]:
+        """Return how many tokens the connector leaves of each image, the whole and its crops."""
+        counts = [count_tokens_out(self.custom_connector, rows * columns, (rows, columns)) for rows, columns in grids]
+        return [whole + crops for whole, crops in zip(counts[::2], counts[1::2], strict=True)]
+
+    def _reduce(
+        self, features: Sequence[torch.Tensor], grids: Sequence[Grid], told: Told | None = None
+    ) -> list[torch.Tensor]:
         """Run the connector on the wholes, then on the crops: neighbours that it takes together are of one kind."""
         sizes = [rows * columns for rows, columns in grids[::2]]  # tokens of the whole
         wholes = [image[:size] for image, size in zip(features, sizes, strict=True)]
         crops = [image[size:] for image, size in zip(features, sizes, strict=True)]
-        views = super()._reduce(wholes, grids[::2]), super()._reduce(crops, grids[1::2])
+        views = super()._reduce(wholes, grids[::2], told), super()._reduce(crops, grids[1::2], told)
         return [torch.cat(image) for image in zip(*views, strict=True)]
 
 
