@@ -181,7 +181,7 @@ class CustomVLM(SeamHooks):
         labels = inputs.pop("labels", labels)
         if labels is None:
             call = self.stock_inputs(inputs)
-            with self.asking(inputs), self.flat_pass(call):
+            with self.stock_pass(call, inputs):
                 return super().forward(**call)
         head = self.loss_head().linear
         if head is not None and not torch.compiler.is_compiling() and (labels.is_cpu or not self._labels_checked):
@@ -237,7 +237,7 @@ class CustomVLM(SeamHooks):
             call |= {f"output_{name}": True for name in loss.outputs}
         self._pass = passed = seams.ForwardPass(records=True, skips_head=not return_logits)
         try:
-            with self.asking(batch, labels), self.flat_pass(call):
+            with self.stock_pass(call, batch, labels):
                 outputs = super().forward(**call, return_dict=True)
         finally:
             self._pass = None
@@ -262,7 +262,7 @@ class CustomVLM(SeamHooks):
         """Run the parent's own path, logits and loss included; seams before the head stay in effect."""
         num_items = num_items if divisors is None else divisors["stock"]
         extra = {} if num_items is None else {"num_items_in_batch": num_items}
-        with self.asking(inputs, labels), self.flat_pass(inputs):
+        with self.stock_pass(inputs, inputs, labels):
             outputs = super().forward(**inputs, labels=labels, **extra, return_dict=True)
         count = losses.count_tokens({"labels": labels})
         if not count:  # stock divides by it

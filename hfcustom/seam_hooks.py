@@ -128,36 +128,41 @@ class SeamHooks(PreTrainedModel):
         return "" if self.base_model is self else self.base_model_prefix
 
     @contextmanager
-    def flat_pass(self, call: Mapping[str, Any]) -> Iterator[None]:
-        """Begin and end the pass around the stock forward of a class without an inner model, whose call would do it.
+    def stock_pass(
+        self, call: Mapping[str, Any], inputs: Mapping[str, Any], labels: torch.Tensor | None = None
+    ) -> Iterator[None]:
+        """Surround the stock forward, which gets `call` of `inputs`: a connector may ask for the questions in these.
 
-        Hooks on the model itself would not do: peft calls its forward(), which runs no hook.
+        Of a class without an inner model, whose call would do it, it begins and ends the pass, too. Hooks on the model
+        itself would not do: peft calls its forward(), which runs no hook. One context, since torch.compile nests none.
         """
-        if self.inner_path():
-            yield
-            return
-        self._begin_pass(self, (), dict(call))
+        before, flat = self._asked, not self.inner_path()
+        self._ask(inputs, labels)
         try:
+            if flat:
+                self._begin_pass(self, (), dict(call))
             yield
         finally:
-            self._pass = None
+            self._asked = before
+            if flat:
+                self._pass = None
 
     @contextmanager
-    def asking(
-        self, inputs: Mapping[str, Any], labels: torch.Tensor | None = None, prompt_length: int | None = None
-    ) -> Iterator[None]:
-        """Let a connector ask for the questions in these inputs of forward() or generate(); labels (B, T)."""
-        if not takes_question(self.custom_connector):
-            yield
-            return
+    def asking(self, inputs: Mapping[str, Any], prompt_length: int | None = None) -> Iterator[None]:
+        """Let a connector ask for the questions in these inputs where it is run outside of forward()."""
         before = self._asked
-        if before is not None and prompt_length is None:  # a forward of generate()
-            prompt_length = before.prompt_length
-        self._asked = Asked(self, inputs, labels, prompt_length)
+        self._ask(inputs, None, prompt_length)
         try:
             yield
         finally:
             self._asked = before
+
+    def _ask(self, inputs: Mapping[str, Any], labels: torch.Tensor | None, prompt_length: int | None = None) -> None:
+        if not takes_question(self.custom_connector):
+            return
+        if self._asked is not None and prompt_length is None:  # a forward of generate()
+            prompt_length = self._asked.prompt_length
+        self._asked = Asked(self, inputs, labels, prompt_length)
 
     def question_of(self, lengths: Sequence[int], token: int | None = None) -> dict[str, torch.Tensor]:
         """Return what a connector that asks for it is told of the question of each crop's row, nothing for another one.

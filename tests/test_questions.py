@@ -155,7 +155,7 @@ def test_what_comes_before_the_first_label_of_a_row_of_data() -> None:
     assert before_answers(labels, of_rows).long().tolist() == expected
 
 
-def test_images_without_a_text_are_refused_and_the_inner_model_knows_its_own(internvl: Family) -> None:
+def test_images_without_a_text_are_refused_and_the_inner_model_and_compiled_ones_know_theirs(internvl: Family) -> None:
     model = internvl.model(connector=BY_QUESTION)
     processor = model.match_processor(copy.deepcopy(internvl.processor))
     batch = internvl.batch([1], processor)
