@@ -1,39 +1,57 @@
-"""perceiver_resampler: learned queries read any number of tokens, in residual blocks."""
+"""perceiver_resampler: queries read any number of tokens, in residual blocks."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from hfcustom.connectors.attention import check_heads, check_queries
+from hfcustom.connectors.attention import ImageQueries, check_heads, start_at_zero
+from hfcustom.connectors.grids import Grid
 
 
 class PerceiverResampler(nn.Module):
-    """Read any number of tokens into `num_queries` learned ones by cross-attention, in residual blocks.
+    """Read any number of tokens into `num_queries` by cross-attention, in residual blocks.
 
+    start="average" lets each query start as the mean of a region of the crop, to which the blocks add what they find,
+    nothing at first: the start is an average pool (ImageQueries in attention.py). start="random" is the paper's form,
+    learned queries and a norm at the end, which know nothing of the image before training.
     Source: Flamingo, https://arxiv.org/abs/2204.14198, section 3.1 (keys and values are tokens and queries together).
     """
 
-    def __init__(self, hidden_size: int, num_queries: int = 64, num_layers: int = 2, num_heads: int = 8) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_queries: int = 64,
+        num_layers: int = 2,
+        num_heads: int = 8,
+        start: str = "average",
+    ) -> None:
         super().__init__()
         check_heads("perceiver_resampler", hidden_size, num_heads)
-        check_queries("perceiver_resampler", num_queries)
-        self.queries = nn.Embedding(num_queries, hidden_size)
-        self.blocks = nn.ModuleList(_PerceiverBlock(hidden_size, num_heads) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(hidden_size)
+        self.queries = ImageQueries("perceiver_resampler", hidden_size, num_queries, start)
+        self.blocks = nn.ModuleList(PerceiverBlock(hidden_size, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(hidden_size) if start == "random" else nn.Identity()
+        for block in self.blocks if start == "average" else ():
+            start_at_zero(block.o_proj, block.mlp[-1])
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        queries = self.queries.weight.expand(len(features), -1, -1)  # (P, M, D)
+    def forward(self, features: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
+        queries = self.queries(features, grid)  # (P, M, D)
         for block in self.blocks:
             queries = block(queries, features)
         return self.norm(queries)
 
-    def num_tokens_out(self, num_tokens: int) -> int:
+    def num_tokens_out(self, num_tokens: int, grid: Grid | None = None) -> int:
         """Return the number of queries, whatever comes in."""
-        return self.queries.num_embeddings
+        return len(self.queries.weight)
+
+    def grid_out(self, grid: Grid) -> Grid:
+        """Return how the queries lie."""
+        return self.queries.grid_out(grid)
 
 
-class _PerceiverBlock(nn.Module):
+class PerceiverBlock(nn.Module):
+    """Add to queries (P, M, D) what they find in tokens (P, N, D) and in each other, then a two-layer MLP."""
+
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
