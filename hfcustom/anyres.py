@@ -25,6 +25,9 @@ class AnyresImages(RaggedImages):
     """Mixin between CustomVLM and a stock class that has `pack_image_features`."""
 
     no_pictures = no_resizing = ""  # crops reach the tower as pictures of one size
+    no_pictures_of_tokens = (
+        "the tiles of an image are put together and cut before a connector behind the projector sees them"
+    )
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features before the projector, which gets crops of one size."""

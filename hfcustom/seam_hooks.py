@@ -25,6 +25,7 @@ from hfcustom.connectors import (
     reduce_tokens,
     takes_pictures,
     takes_question,
+    works_before_projector,
 )
 from hfcustom.naming import check_shape
 from hfcustom.questions import Asked
@@ -42,6 +43,9 @@ class SeamHooks(PreTrainedModel):
     keeps_mask: ClassVar[bool] = False  # the stock forward reads more from attention_mask than where padding is
     lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, "connector"), or "placeholders" -> why not
     no_pictures: ClassVar[str] = ""  # why no picture of a crop can be handed to a connector that wants one
+    no_pictures_of_tokens: ClassVar[str] = (
+        ""  # why there is no one picture of what a connector behind the projector sees
+    )
     no_frames: ClassVar[str] = ""  # why neighbouring crops can never be frames of one clip
     no_resizing: ClassVar[str] = ""  # why resize_images has nothing to do, or cannot do it
     custom_connector: nn.Module | None
@@ -76,10 +80,12 @@ class SeamHooks(PreTrainedModel):
             return None
         if "connector" in self.lacks:
             raise ValueError(f"connector={spec!r}: this family takes none: {self.lacks['connector']}")
-        pictures = takes_pictures(find_connector(spec)[0])
-        if pictures and self.no_pictures:
-            raise ValueError(f"connector={spec!r} looks at pictures, but in this family {self.no_pictures}.")
-        module = build_connector(spec, self.vision_width() if pictures else self.config.get_text_config().hidden_size)
+        module_class = find_connector(spec)[0]
+        before = works_before_projector(module_class)
+        why_not = self.no_pictures or ("" if before else self.no_pictures_of_tokens)
+        if takes_pictures(module_class) and why_not:
+            raise ValueError(f"connector={spec!r} looks at pictures, but in this family {why_not}.")
+        module = build_connector(spec, self.vision_width() if before else self.config.get_text_config().hidden_size)
         if frames_together(module) > 1 and self.no_frames:
             raise ValueError(
                 f"connector={spec!r} takes crops together as frames, but in this family {self.no_frames}."
@@ -213,7 +219,7 @@ class SeamHooks(PreTrainedModel):
         given = features.shape
         features = self.transform_vision_features(features)  # (P, patches, D_vision)
         check_shape("transform_vision_features", features, given)
-        if takes_pictures(self.custom_connector):
+        if works_before_projector(self.custom_connector):
             features = self._look_again(features)
         if self._pass is not None and self._pass.records:
             self._pass.vision_features = features
@@ -222,6 +228,12 @@ class SeamHooks(PreTrainedModel):
     def _look_again(self, features: torch.Tensor) -> torch.Tensor:
         """Run a connector that works on vision features and pictures: (P, patches, D_vision) -> the same shape."""
         connector: Any = self.custom_connector
+        looked: torch.Tensor = connector(features, pixel_values=self._pictures_of(features))
+        check_shape(f"connector {self.config.connector!r}", looked, features.shape)
+        return looked
+
+    def _pictures_of(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the pictures that the tower has just looked at, (P, 3, H, W), for what became of them, (P, ...)."""
         pictures, self._pictures = self._pictures, None
         if pictures is None or len(pictures) != len(features):
             seen = 0 if pictures is None else len(pictures)
@@ -229,14 +241,14 @@ class SeamHooks(PreTrainedModel):
                 f"connector={self.config.connector!r} looks at the picture of each crop: there are {len(features)} crops and "
                 f"{seen} pictures. A video's frames have none in families that read videos with another tower."
             )
-        looked: torch.Tensor = connector(features, pixel_values=pictures)
-        check_shape(f"connector {self.config.connector!r}", looked, features.shape)
-        return looked
+        return pictures
 
     def _at_connector_output(self, module: nn.Module, args: tuple[Any, ...], features: torch.Tensor) -> torch.Tensor:
         if self.custom_connector is not None:
             tokens = count_tokens_out(self.custom_connector, features.shape[1])
             told = self.question_of([tokens] * len(features))
+            if takes_pictures(self.custom_connector) and not works_before_projector(self.custom_connector):
+                told |= {"pixel_values": self._pictures_of(features)}
             features = reduce_tokens(self.custom_connector, features, None, self.config.connector, told)  # (P, M, D)
             self._check_placeholders(features.shape[0] * features.shape[1], len(features))
         if self._pass is not None and self._pass.records:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import hfcustom
 from hfcustom.connectors import build_connector
-from hfcustom.connectors.two_encoders import describe_tower
+from hfcustom.connectors.added_tower import describe_tower
 from hfcustom.families import tiny
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -6,13 +6,14 @@ writes M placeholders where it wrote N (`model.match_processor`). What a connect
 
 - `forward(features, grid)` and `num_tokens_out(n, grid)`: how the tokens lie, (rows, columns); None stands for a square.
 - `forward(features, pixel_values)`: the crops' pictures, (P, 3, H, W). Such a connector works before the projector, on the
-  vision features: (P, patches, D_vision) -> the same shape. Not in families whose tower is given patches.
+  vision features: (P, patches, D_vision) -> the same shape; with an attribute `after_projector`, where every other one
+  does, and may change the number of tokens. Not in families whose tower is given patches.
 - `forward(features, question, question_mask)`: what the text of each crop's row asks (hfcustom/questions.py), as the
   embeddings of its words, (P, Q, D), and which places of the Q hold one, (P, Q); unless an attribute `asks` is False.
 - an attribute `frames`: it takes that many neighbouring crops together, as the frames of one clip (frame_average.py).
 
-Weights start so that a pretrained model goes on from where it is: as the identity, or as the average of what is reduced;
-only learned queries start with no knowledge of the image. Letters: P crops, N tokens in, M tokens out, D hidden.
+Weights start so that a pretrained model goes on from where it is: as the identity, or as the average of what is reduced.
+Letters: P crops, N tokens in, M tokens out, D hidden.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from hfcustom.connectors.frame_average import FrameAverage
 from hfcustom.connectors.grids import Grid
 from hfcustom.connectors.linear import Linear
 from hfcustom.connectors.mlp import MLP
+from hfcustom.connectors.multi_encoder_resampler import MultiEncoderResampler
 from hfcustom.connectors.patch_merger import PatchMerger
 from hfcustom.connectors.perceiver_resampler import PerceiverResampler
 from hfcustom.connectors.pixel_shuffle import PixelShuffle
@@ -111,8 +113,13 @@ def takes_grid(module: nn.Module) -> bool:
 
 
 def takes_pictures(module: nn.Module | type[nn.Module] | None) -> bool:
-    """Whether a connector, or a class of them, works on vision features and pictures: `forward(features, pixel_values)`."""
+    """Whether a connector, or a class of them, looks at pictures: `forward(features, pixel_values)`."""
     return module is not None and _takes("pixel_values", module)
+
+
+def works_before_projector(module: nn.Module | type[nn.Module] | None) -> bool:
+    """Whether a connector, or a class of them, takes pictures and vision features, and leaves the tokens as they are."""
+    return takes_pictures(module) and not getattr(unwrapped(module), "after_projector", False)
 
 
 def takes_question(module: nn.Module | None) -> bool:
@@ -132,17 +139,15 @@ def reduce_tokens(
 ) -> torch.Tensor:
     """Run a connector on crops of one size: (P, N, D) -> (P, M, D); ValueError when M is not what it said.
 
-    `told` is what it asks for besides, by name, an entry a crop. One that takes pictures has done its work before the
-    projector.
+    `told` is what it asks for besides, by name, an entry a crop. One that works before the projector has done so.
     """
-    if takes_pictures(module):
+    if works_before_projector(module):
         return features
     known: dict[str, Any] = {"grid": grid} if grid is not None and takes_grid(module) else {}
-    known |= {
-        key: x.to(features.device, features.dtype if x.is_floating_point() else None)
-        for key, x in (told or {}).items()
-    }
-    if takes_question(module) and "question" not in known:
+    known |= {key: entries.to(features.device) for key, entries in (told or {}).items()}
+    if "question" in known:
+        known["question"] = known["question"].to(features.dtype)
+    elif takes_question(module):
         raise ValueError(f"connector {name!r} wants to know what the text asks, and is not told here.")
     reduced: torch.Tensor = module(features, **known)
     expected = torch.Size((len(features), count_tokens_out(module, features.shape[1], grid), features.shape[2]))
@@ -183,6 +188,7 @@ CONNECTORS: dict[str, type[nn.Module]] = {
     "frame_average": FrameAverage,
     "linear": Linear,
     "mlp": MLP,
+    "multi_encoder_resampler": MultiEncoderResampler,
     "patch_merger": PatchMerger,
     "perceiver_resampler": PerceiverResampler,
     "pixel_shuffle": PixelShuffle,

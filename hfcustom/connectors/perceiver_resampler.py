@@ -9,7 +9,34 @@ from hfcustom.connectors.attention import ImageQueries, check_heads, start_at_ze
 from hfcustom.connectors.grids import Grid
 
 
-class PerceiverResampler(nn.Module):
+class Resampler(nn.Module):
+    """`num_queries` queries of a crop, and the blocks in which they read, for the connector called `name`."""
+
+    def __init__(
+        self, name: str, hidden_size: int, num_queries: int, num_layers: int, num_heads: int, start: str
+    ) -> None:
+        super().__init__()
+        check_heads(name, hidden_size, num_heads)
+        self.queries = ImageQueries(name, hidden_size, num_queries, start)
+        self.blocks = nn.ModuleList(PerceiverBlock(hidden_size, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(hidden_size) if start == "random" else nn.Identity()
+        for block in self.blocks if start == "average" else ():
+            start_at_zero(block.o_proj, block.mlp[-1])
+
+    def read(self, features: torch.Tensor, grid: Grid | None, memory: torch.Tensor) -> torch.Tensor:
+        """Let the queries of features (P, N, D) read a memory (P, N + others, D): -> (P, M, D)."""
+        queries = self.queries(features, grid)  # (P, M, D)
+        for block in self.blocks:
+            queries = block(queries, memory)
+        read: torch.Tensor = self.norm(queries)
+        return read
+
+    def num_tokens_out(self, num_tokens: int, grid: Grid | None = None) -> int:
+        """Return the number of queries, whatever comes in."""
+        return len(self.queries.weight)
+
+
+class PerceiverResampler(Resampler):
     """Read any number of tokens into `num_queries` by cross-attention, in residual blocks.
 
     start="average" lets each query start as the mean of a region of the crop, to which the blocks add what they find,
@@ -26,23 +53,10 @@ class PerceiverResampler(nn.Module):
         num_heads: int = 8,
         start: str = "average",
     ) -> None:
-        super().__init__()
-        check_heads("perceiver_resampler", hidden_size, num_heads)
-        self.queries = ImageQueries("perceiver_resampler", hidden_size, num_queries, start)
-        self.blocks = nn.ModuleList(PerceiverBlock(hidden_size, num_heads) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(hidden_size) if start == "random" else nn.Identity()
-        for block in self.blocks if start == "average" else ():
-            start_at_zero(block.o_proj, block.mlp[-1])
+        super().__init__("perceiver_resampler", hidden_size, num_queries, num_layers, num_heads, start)
 
     def forward(self, features: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
-        queries = self.queries(features, grid)  # (P, M, D)
-        for block in self.blocks:
-            queries = block(queries, features)
-        return self.norm(queries)
-
-    def num_tokens_out(self, num_tokens: int, grid: Grid | None = None) -> int:
-        """Return the number of queries, whatever comes in."""
-        return len(self.queries.weight)
+        return self.read(features, grid, features)
 
     def grid_out(self, grid: Grid) -> Grid:
         """Return how the queries lie."""
