@@ -26,6 +26,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hfcustom import loading, losses, parts, seams
 from hfcustom.configuration import share_key_conversion
+from hfcustom.processors import ConnectedProcessor, match_connector
 from hfcustom.seam_hooks import SeamHooks
 
 SEAM_METHODS = ("transform_vision_features", "transform_embeddings", "transform_hidden_states")
@@ -333,7 +334,7 @@ class CustomVLM(SeamHooks):
     def match_processor(self, processor: Any) -> Any:
         """Make the processor write as many placeholders as this model makes tokens; save it with the model."""
         setattr(processor, self.placeholder_field, self.tokens_per_crop())
-        return processor
+        return match_connector(self, processor) if isinstance(processor, ConnectedProcessor) else processor
 
     def image_token_rows(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
         """Return the row of data of each image token, (P * N,); None where each stands at its own placeholder."""

@@ -76,11 +76,11 @@ class TrainLog:
         if self.config.trackers:
             self.accelerator.end_training()
 
-    def step(self, step: int, report: StepReport, optimizer: torch.optim.Optimizer) -> None:
-        """Take one step's report."""
-        self.window.append(report)
+    def step(self, step: int, report: StepReport | None, optimizer: torch.optim.Optimizer) -> None:
+        """Take one step's report; None is a step of which no row could be used, so that nothing was computed."""
+        self.window += [] if report is None else [report]
         self.bar.update(self.task, completed=step)
-        if step % self.config.log_steps == 0 or step == self.max_steps:
+        if self.window and (step % self.config.log_steps == 0 or step == self.max_steps):
             self.metrics(step, self._close_window(step, optimizer), progress=True)
 
     def metrics(self, step: int, values: Mapping[str, float], progress: bool = False) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
@@ -51,9 +52,21 @@ def load_strictly(
     fresh = _check_missing(model, sorted(info["missing_keys"]), tuple(new_modules), source)
     _say_unexpected(model, sorted(info["unexpected_keys"]), source)
     _fill(model, fresh)
+    _keep_4bit_layout(model)
     for name in model._frozen_by_init:  # transformers makes every loaded parameter trainable
         model.get_parameter(name).requires_grad_(False)
     return (model, info) if wants_info else model
+
+
+def _keep_4bit_layout(model: nn.Module) -> None:
+    """Have bitsandbytes leave 4-bit weights as they are, also on processors with AVX512-BF16.
+
+    There its Linear4bit (0.50, nn/modules.py) rewrites them in the first eval pass on a CPU: that fails where the outputs are no
+    multiple of 32, rounds to bfloat16 what training does not, and training after it fails.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def check_source(source: Any) -> None:

@@ -92,14 +92,6 @@ class SeamHooks(PreTrainedModel):
             )
         return module
 
-    def refuse_frames_of_videos(self) -> None:
-        """Raise ValueError for a connector of frames where a video comes that no connector sees."""
-        if frames_together(self.custom_connector) > 1:
-            raise ValueError(
-                f"connector={self.config.connector!r} takes frames together, but {type(self).__name__} has a path of its own "
-                "for videos, which no connector sees. Give the frames as images of one size."
-            )
-
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Return (module path, hook registrar, method, options) for each seam."""
         vision, connector, language = (
@@ -232,6 +224,12 @@ class SeamHooks(PreTrainedModel):
         check_shape(f"connector {self.config.connector!r}", looked, features.shape)
         return looked
 
+    def pictures_of_tokens(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what a connector behind the projector is told of the pictures of (P, N, D), nothing for another one."""
+        if not takes_pictures(self.custom_connector) or works_before_projector(self.custom_connector):
+            return {}
+        return {"pixel_values": self._pictures_of(features)}
+
     def _pictures_of(self, features: torch.Tensor) -> torch.Tensor:
         """Return the pictures that the tower has just looked at, (P, 3, H, W), for what became of them, (P, ...)."""
         pictures, self._pictures = self._pictures, None
@@ -246,9 +244,7 @@ class SeamHooks(PreTrainedModel):
     def _at_connector_output(self, module: nn.Module, args: tuple[Any, ...], features: torch.Tensor) -> torch.Tensor:
         if self.custom_connector is not None:
             tokens = count_tokens_out(self.custom_connector, features.shape[1])
-            told = self.question_of([tokens] * len(features))
-            if takes_pictures(self.custom_connector) and not works_before_projector(self.custom_connector):
-                told |= {"pixel_values": self._pictures_of(features)}
+            told = self.question_of([tokens] * len(features)) | self.pictures_of_tokens(features)
             features = reduce_tokens(self.custom_connector, features, None, self.config.connector, told)  # (P, M, D)
             self._check_placeholders(features.shape[0] * features.shape[1], len(features))
         if self._pass is not None and self._pass.records:
@@ -275,8 +271,8 @@ class SeamHooks(PreTrainedModel):
         placeholders = int(mask.sum())
         if placeholders != tokens:
             raise self.unmatched(placeholders, tokens, crops, kind)
-        if kind == "image":
-            self._check_clips(lengths or [tokens // crops] * crops)
+        if kind == "image" or lengths:
+            self._check_clips(lengths or [tokens // crops] * crops, mask)
 
     def unmatched(self, placeholders: int, tokens: int, crops: int, kind: str = "image") -> ValueError:
         """Return the error for a text that has other placeholders than the connector makes tokens."""
@@ -286,19 +282,18 @@ class SeamHooks(PreTrainedModel):
             "processor with the model."
         )
 
-    def _check_clips(self, lengths: Sequence[int]) -> None:
-        """A connector that takes neighbouring crops together must not mix those of two rows."""
+    def _check_clips(self, lengths: Sequence[int], mask: torch.Tensor) -> None:
+        """A connector that takes neighbouring crops together must not mix those of two rows; mask (B, T)."""
         frames = frames_together(self.custom_connector)
         if frames == 1:
             return
-        assert self._pass is not None and self._pass.image_mask is not None
         ends = [0, *accumulate(lengths)][::frames]
-        for row, end in enumerate(self._pass.image_mask.sum(1).cumsum(0).tolist()):
+        for row, end in enumerate(mask.sum(1).cumsum(0).tolist()):
             if end not in ends:
                 raise ValueError(
                     f"connector={self.config.connector!r} takes {frames} neighbouring crops together, but row {row} of the "
-                    f"batch ends amid such {frames}. Give each row a multiple of {frames} images (repeat a still one), one "
-                    "crop each: switch the processor's multi-crop off."
+                    f"batch ends amid such {frames}. Give each row a multiple of {frames} images (repeat a still one) or "
+                    "frames of a video, one crop each: switch the processor's multi-crop off."
                 )
 
     def _at_language_input(

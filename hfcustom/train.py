@@ -27,7 +27,8 @@ from hfcustom.base import CustomVLM, check_registered
 from hfcustom.console import TrainLog, out
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.order import step_loader
-from hfcustom.data.sources import Examples
+from hfcustom.data.sources import Examples, as_examples
+from hfcustom.data.steps import Attempts, BadRow, BadRows, StepBatches, StepCollator, TooManyBadRows, agree_on_batches
 from hfcustom.losses import NonFiniteError, StepSummary, WeightedLoss, count_all_tokens, loss_columns, token_columns
 from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
@@ -95,7 +96,11 @@ def fit(
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, len(rows))
     start = state.resume() if config.resume else state.begin()
     cut = (micro_batch_size, accumulation)
-    batches = iter(make_loader(Examples(rows), processor, weighted, config, accelerator, range(start, max_steps), cut))
+    steps = iter(
+        make_loader(as_examples(rows), processor, weighted, config, accelerator, range(start, max_steps), cut)
+    )
+    listed = Path(config.output_dir) / "bad_rows.jsonl"
+    bad_rows = BadRows(accelerator, len(rows), config.max_bad_share, listed, resumed=start > 0)
     state.restore_rng()  # after the iterator exists: making one draws random numbers
     model.train()
     step, stopped = start, False
@@ -108,7 +113,8 @@ def fit(
         while step < max_steps and not stopped:
             set_lr(optimizer, step, max_steps, config)
             core.loss_step = step
-            report = train_step(model, [next(batches) for _ in range(accumulation)], optimizer, accelerator, config)
+            batches = next_batches(steps, bad_rows, config)
+            report = train_step(model, batches, optimizer, accelerator, config) if batches else None
             step += 1
             log.step(step, report, optimizer)
             if evaluate is not None and _due(step, config.eval_steps):
@@ -118,6 +124,23 @@ def fit(
                 state.save(step, log.history, log.pending())
     finished = step >= max_steps
     return TrainResult(step, not finished, log.history, state.publish() if finished else state.model_dir())
+
+
+def first_columns(examples: Examples, skip_bad_rows: bool) -> Mapping[str, Any]:
+    """Return the columns of the first row, of the first that can be read if others are skipped; RowError if none can."""
+    rows = Attempts(examples) if skip_bad_rows else examples
+    found = next((row for row in rows if not isinstance(row, BadRow)), None)
+    if found is None:
+        raise TooManyBadRows(f"None of the {len(rows)} rows can be read; the first says: {rows[0].reason}")
+    return found.columns
+
+
+def next_batches(steps: Iterator[StepBatches], bad_rows: BadRows, config: TrainConfig) -> list[Batch]:
+    """Return this rank's micro-batches of the next step, as many as every other rank has; none if no row can be used."""
+    found = next(steps)
+    if config.on_bad_row == "skip":
+        bad_rows.take(found.skipped)
+    return agree_on_batches(found.batches, bad_rows.accelerator)
 
 
 @contextmanager
@@ -138,12 +161,13 @@ def make_loader(
     steps: range,
     cut: tuple[int, int],
 ) -> Any:
-    """Return a loader of this rank's micro-batches, with the columns that the losses want out of the rows."""
-    given = examples[0].columns
+    """Return a loader of this rank's micro-batches by step, with the columns that the losses want out of the rows."""
+    skip = config.on_bad_row == "skip"
+    given = first_columns(examples, skip)
     columns = (loss_columns(losses, given), token_columns(losses, given))
     return step_loader(
-        examples,
-        Collator(processor, config.max_length, *columns),
+        Attempts(examples) if skip else examples,
+        StepCollator(Collator(processor, config.max_length, *columns), cut[0], skip_bad_rows=skip),
         steps=steps,
         micro_batch_size=cut[0],
         accumulation=cut[1],
@@ -184,13 +208,15 @@ def train_step(
     report, core = StepReport(), unwrap(model)
     plan = plan_step(core, batches, accelerator)  # before the batches are moved: asking a GPU for a count takes a wait
     for micro, batch in enumerate(batches):
-        report.tokens += count_all_tokens(batch)
-        report.images += batch.images if isinstance(batch, Batch) else 0
-        batch = send_to_device(dict(batch), accelerator.device)
         last = micro == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             core.loss_values, core.loss_metrics = {}, {}
-            loss = model(**batch, **plan[micro]).loss
+            if _is_blank(batch):
+                accelerator.backward(_run_blank(model, batch, accelerator))
+                continue
+            report.tokens += count_all_tokens(batch)
+            report.images += batch.images if isinstance(batch, Batch) else 0
+            loss = model(**send_to_device(dict(batch), accelerator.device), **plan[micro]).loss
             if core.loss_values.keys() != plan[micro]["loss_counts"].keys():
                 names = ", ".join(plan[micro]["loss_counts"])
                 raise ValueError(
@@ -213,9 +239,21 @@ def train_step(
     return report
 
 
+def _is_blank(batch: Mapping[str, Any]) -> bool:
+    return isinstance(batch, Batch) and batch.blank
+
+
+def _run_blank(model: nn.Module, batch: Mapping[str, Any], accelerator: Accelerator) -> torch.Tensor:
+    """Run a micro-batch that counts for nothing, as other ranks run theirs: a loss of 0 with a gradient of 0."""
+    inputs = send_to_device({name: value for name, value in batch.items() if name != "labels"}, accelerator.device)
+    zero: torch.Tensor = model(**inputs).logits.float().sum() * 0.0
+    return zero
+
+
 def plan_step(core: Any, batches: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> list[dict[str, Any]]:
     """Look at a whole step first: return what forward() of each micro-batch is to be told about it."""
-    counts = [core.loss_counts([batch]) for batch in batches]
+    names = [item.loss.name for item in core.losses()]
+    counts = [dict.fromkeys(names, 0.0) if _is_blank(batch) else core.loss_counts([batch]) for batch in batches]
     divisors = step_divisors(counts, accelerator)
     summaries = step_summaries(core, batches, accelerator)
     return [
@@ -244,7 +282,10 @@ def step_summaries(
         return [{} for _ in batches]
     state = checkpoint.rng_state()
     with accelerator.autocast():  # as accelerate wraps forward()
-        own = [core.loss_summaries(send_to_device(dict(batch), accelerator.device)) for batch in batches]
+        own = [
+            {} if _is_blank(batch) else core.loss_summaries(send_to_device(dict(batch), accelerator.device))
+            for batch in batches
+        ]
     checkpoint.set_rng_state(state)
     everyone = gather_object([{name: value.cpu() for name, value in found.items()} for found in own])
     first = accelerator.process_index * len(batches)

@@ -34,6 +34,7 @@ FILES = [
     "experts",
     "ragged",
     "resize",
+    "videos",
 ]
 NEED_IT = [name for name in family_names() if missing_packages(name)]
 SAME = "(processor or video or labels) and not connector"  # what another image path could change

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -132,6 +132,11 @@ def takes_question(module: nn.Module | None) -> bool:
 def frames_together(module: Any) -> int:
     """Return how many neighbouring crops a connector takes together."""
     return int(getattr(module, "frames", 1))
+
+
+def of_each(told: Told, crops: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return what a connector is told of some crops, by their places, from what it is told of all."""
+    return {name: entries[list(crops)] for name, entries in told.items()}
 
 
 def reduce_tokens(

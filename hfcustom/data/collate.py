@@ -29,6 +29,13 @@ class Batch(dict[str, torch.Tensor]):
     """Tensors for forward(), and how many images they hold."""
 
     images: int = 0
+    blank: bool = False  # run only so that ranks stay together; counts for nothing
+
+    def blank_copy(self) -> Batch:
+        """Return the batch as one that counts for nothing."""
+        copied = Batch(self)
+        copied.blank = True
+        return copied
 
 
 class Collator:
