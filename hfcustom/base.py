@@ -211,11 +211,7 @@ class CustomVLM(SeamHooks):
         """Generate as stock does; the question that a connector may ask for is the prompt, in every step."""
         stock: Any = super()
         prompt = {"input_ids": inputs, **kwargs}
-        shown = (
-            prompt["inputs_embeds"]
-            if prompt["input_ids"] is None and "inputs_embeds" in kwargs
-            else prompt["input_ids"]
-        )
+        shown = kwargs.get("inputs_embeds") if prompt["input_ids"] is None else prompt["input_ids"]
         with nullcontext() if shown is None else self.asking(prompt, prompt_length=shown.shape[1]):
             return stock.generate(inputs, *args, **kwargs)
 

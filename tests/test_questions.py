@@ -171,6 +171,17 @@ def test_images_without_a_text_are_refused_and_the_inner_model_and_compiled_ones
     assert model._asked is None
 
 
+def test_an_adapter_around_it_is_told_too(internvl: Family) -> None:
+    plain = internvl.model(connector=BY_QUESTION)
+    batch = internvl.batch([1, 1], plain.match_processor(copy.deepcopy(internvl.processor)))
+    with torch.no_grad():
+        expected = plain(**batch).logits
+        model = hfcustom.lora(plain, rank=2).eval()
+        torch.testing.assert_close(model(**batch).logits, expected)
+        prompt = {name: x for name, x in batch.items() if name != "labels"}
+        assert model.generate(**prompt, max_new_tokens=2, do_sample=False, num_beams=2).shape[0] == 2
+
+
 def test_embeddings_ask_as_their_ids_do(internvl: Family) -> None:
     model = internvl.model(connector=BY_QUESTION)
     batch = internvl.batch([1, 0], model.match_processor(copy.deepcopy(internvl.processor)))

@@ -18,10 +18,9 @@ class Resampler(nn.Module):
         super().__init__()
         check_heads(name, hidden_size, num_heads)
         self.queries = ImageQueries(name, hidden_size, num_queries, start)
-        self.blocks = nn.ModuleList(PerceiverBlock(hidden_size, num_heads) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(hidden_size) if start == "random" else nn.Identity()
-        for block in self.blocks if start == "average" else ():
-            start_at_zero(block.o_proj, block.mlp[-1])
+        average = self.queries.average
+        self.blocks = nn.ModuleList(PerceiverBlock(hidden_size, num_heads, average) for _ in range(num_layers))
+        self.norm = nn.Identity() if average else nn.LayerNorm(hidden_size)
 
     def read(self, features: torch.Tensor, grid: Grid | None, memory: torch.Tensor) -> torch.Tensor:
         """Let the queries of features (P, N, D) read a memory (P, N + others, D): -> (P, M, D)."""
@@ -66,7 +65,7 @@ class PerceiverResampler(Resampler):
 class PerceiverBlock(nn.Module):
     """Add to queries (P, M, D) what they find in tokens (P, N, D) and in each other, then a two-layer MLP."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, starts_at_zero: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.norm_queries = nn.LayerNorm(hidden_size)
@@ -74,12 +73,10 @@ class PerceiverBlock(nn.Module):
         self.q_proj = nn.Linear(hidden_size, hidden_size)
         self.kv_proj = nn.Linear(hidden_size, 2 * hidden_size)
         self.o_proj = nn.Linear(hidden_size, hidden_size)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(hidden_size),
-            nn.Linear(hidden_size, 4 * hidden_size),
-            nn.GELU(),
-            nn.Linear(4 * hidden_size, hidden_size),
-        )
+        down = nn.Linear(4 * hidden_size, hidden_size)
+        self.mlp = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, 4 * hidden_size), nn.GELU(), down)
+        if starts_at_zero:
+            start_at_zero(self.o_proj, down)
 
     def forward(self, queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         normed = self.norm_queries(queries)  # (P, M, D)

@@ -26,14 +26,10 @@ class QueryCrossAttention(nn.Module):
         self.norm_queries = nn.LayerNorm(hidden_size)
         self.norm_tokens = nn.LayerNorm(hidden_size)
         self.attention = CrossAttention(hidden_size, num_heads)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(hidden_size),
-            nn.Linear(hidden_size, hidden_size),
-            nn.GELU(),
-            nn.Linear(hidden_size, hidden_size),
-        )
-        if start == "average":
-            start_at_zero(self.mlp[-1])
+        down = nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, hidden_size), nn.GELU(), down)
+        if self.queries.average:
+            start_at_zero(down)
 
     def forward(self, features: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
         queries = self.queries(features, grid)  # (P, M, D)
