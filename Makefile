@@ -14,7 +14,7 @@ quickstart: $(VENV)/recipes  ## train, tune and reload a small model of your own
 	$(BIN)/accelerate launch --config_file recipes/accelerate/one_process.yaml recipes/quickstart.py $(ARGS)
 
 test: $(VENV)/dev  ## run the whole test suite, a process for each core
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/dev  ## check style and types
 	$(BIN)/ruff check .

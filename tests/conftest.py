@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -171,12 +172,25 @@ def internvl(families: dict[str, Family]) -> Family:
     return families["internvl"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a fixture of their module run in one process of pytest-xdist, so that it is made once."""
-    for item in [item for item in items if isinstance(item, pytest.Function)]:
-        fixtures = item._fixtureinfo.name2fixturedefs.values()
-        if any(definition.scope == "module" for definitions in fixtures for definition in definitions):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@cache
+def shares_fixture(file: str) -> bool:
+    return bool(re.search(r"^@pytest.fixture\(scope=.module", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Run files with a fixture of their module in one process each, so that it is made once; other tests go anywhere.
+
+    `--dist loadgroup` of pytest-xdist 3.8 would do this with marks, which pytest 9.2 no longer passes on.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixture(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if shares_fixture(file) else nodeid
+
+    return ByFixture(config, log)
 
 
 @pytest.fixture(autouse=True)

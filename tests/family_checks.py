@@ -45,7 +45,7 @@ class Recorder:
 
 def case_of(nodeid: str) -> tuple[str, str, str] | None:
     """Return the family, file and check of a test, None for one that is not of a family."""
-    found = re.fullmatch(r"(?:.*/)?test_(\w+)\.py::test_(\w+)\[(.+)\](?:@\w+)?", nodeid)  # @group of pytest-xdist
+    found = re.fullmatch(r"(?:.*/)?test_(\w+)\.py::test_(\w+)\[(.+)\]", nodeid)
     family = next(
         (name for name in (*family_names(), *encoder_names()) if found and name in found[3].split("-")), None
     )
