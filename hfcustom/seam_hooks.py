@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from hfcustom import parts, seams
 from hfcustom.connectors import build_connector, find_connector, frames_together, reduce_tokens, takes_pictures
 from hfcustom.naming import check_shape
+from hfcustom.packed import keep_rows_apart, merge_crops, packed_row_ids, why_not_packed
 
 if TYPE_CHECKING:
     from hfcustom.base import CustomVLM
@@ -30,6 +31,8 @@ class SeamHooks(PreTrainedModel):
     ignores_logits_to_keep: ClassVar[bool] = (
         False  # the stock forward runs the head on every position whatever it is told
     )
+    no_packing: ClassVar[str] = ""  # why rows packed into one would see each other
+    crop_dims: ClassVar[Mapping[str, int]] = {}  # image tensor -> the dimension along which it has crops, by default 0
     keeps_mask: ClassVar[bool] = False  # the stock forward reads more from attention_mask than where padding is
     lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, "connector"), or "placeholders" -> why not
     no_pictures: ClassVar[str] = ""  # why no picture of a crop can be handed to a connector that wants one
@@ -44,6 +47,11 @@ class SeamHooks(PreTrainedModel):
     transform_embeddings: Any
     transform_hidden_states: Any
     tokens_per_crop: Any
+
+    @classmethod
+    def merge_images(cls, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Join the image tensors of rows that are packed into one; a family in which they point at each other says how."""
+        return merge_crops(rows, cls.crop_dims)
 
     @property
     def placeholder_token_id(self) -> int | None:
@@ -105,6 +113,7 @@ class SeamHooks(PreTrainedModel):
             (connector, "register_forward_pre_hook", "_at_connector_input", {}),
             (connector, "register_forward_hook", "_at_connector_output", {}),
             (language, "register_forward_pre_hook", "_at_language_input", {"with_kwargs": True}),
+            (language, "register_forward_pre_hook", "_at_packed_rows", {"with_kwargs": True}),
             (language, "register_forward_hook", "_at_language_output", {}),
             *(head if self.ignores_logits_to_keep else []),
         ]
@@ -140,6 +149,7 @@ class SeamHooks(PreTrainedModel):
         input_ids = args[0] if args else kwargs.get("input_ids")
         embeds, token = kwargs.get("inputs_embeds"), self.placeholder_token_id
         self._pass.image_mask = seams.find_placeholders(self, input_ids, embeds, token)
+        self._pass.rows = packed_row_ids(kwargs)
 
     def _end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._pass is not None and self._pass.ends_with_inner:
@@ -223,13 +233,21 @@ class SeamHooks(PreTrainedModel):
             return
         assert self._pass is not None and self._pass.image_mask is not None
         ends = [0, *accumulate(lengths)][::frames]
-        for row, end in enumerate(self._pass.image_mask.sum(1).cumsum(0).tolist()):
+        for row, end in enumerate(self._image_tokens_of_rows().cumsum(0).tolist()):
             if end not in ends:
                 raise ValueError(
                     f"connector={self.config.connector!r} takes {frames} neighbouring crops together, but row {row} of the "
                     f"batch ends amid such {frames}. Give each row a multiple of {frames} images (repeat a still one), one "
                     "crop each: switch the processor's multi-crop off."
                 )
+
+    def _image_tokens_of_rows(self) -> torch.Tensor:
+        """Return the number of image tokens of each row of data, (R,)."""
+        assert self._pass is not None and self._pass.image_mask is not None
+        mask, rows = self._pass.image_mask.long(), self._pass.rows
+        if rows is None:
+            return mask.sum(1)
+        return mask.new_zeros(int(rows.max()) + 1).index_add(0, rows.flatten(), mask.flatten())
 
     def _at_language_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -243,6 +261,18 @@ class SeamHooks(PreTrainedModel):
         embeddings = self.transform_embeddings(given, self._pass.image_mask)  # (B, T, D)
         check_shape("transform_embeddings", embeddings, given.shape)
         return args, {**kwargs, "inputs_embeds": embeddings}
+
+    def _at_packed_rows(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._pass is None or self._pass.rows is None:
+            return args, kwargs
+        if reason := why_not_packed(self):
+            raise ValueError(
+                f"position_ids start again within a row, as where rows are packed into one, which {type(self).__name__} cannot "
+                f"keep apart: {reason}. Give each row a row of the batch, and an attention_mask."
+            )
+        return args, keep_rows_apart(module, kwargs, self._pass.rows)
 
     def _at_head_input(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         return (args[0][:, :0],) if self._pass is not None and self._pass.skips_head else None

@@ -24,13 +24,15 @@ from torch import nn
 
 from hfcustom import checkpoint
 from hfcustom.base import CustomVLM, check_registered
-from hfcustom.console import TrainLog, out
+from hfcustom.console import TrainLog, out, show_cut
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.order import step_loader
+from hfcustom.data.packing import Packer
 from hfcustom.data.sources import Examples, as_examples
 from hfcustom.data.steps import Attempts, BadRow, BadRows, StepBatches, StepCollator, TooManyBadRows, agree_on_batches
 from hfcustom.losses import NonFiniteError, StepSummary, WeightedLoss, count_all_tokens, loss_columns, token_columns
 from hfcustom.naming import unknown
+from hfcustom.packed import why_not_packed
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.signals import EXIT_PREEMPTED, StopRequest
 from hfcustom.train_config import TrainConfig
@@ -62,6 +64,7 @@ class StepReport:
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # sum and count, (2,) each
     tokens: int = 0
+    positions: int = 0  # tokens and padding
     images: int = 0
     grad_norm: torch.Tensor | float = 0.0
 
@@ -97,7 +100,9 @@ def fit(
     start = state.resume() if config.resume else state.begin()
     cut = (micro_batch_size, accumulation)
     steps = iter(
-        make_loader(as_examples(rows), processor, weighted, config, accelerator, range(start, max_steps), cut)
+        make_loader(
+            as_examples(rows), processor, weighted, config, accelerator, range(start, max_steps), cut, make_packer(core, config)
+        )
     )
     listed = Path(config.output_dir) / "bad_rows.jsonl"
     bad_rows = BadRows(accelerator, len(rows), config.max_bad_share, listed, resumed=start > 0)
@@ -113,7 +118,7 @@ def fit(
         while step < max_steps and not stopped:
             set_lr(optimizer, step, max_steps, config)
             core.loss_step = step
-            batches = next_batches(steps, bad_rows, config)
+            batches = next_batches(steps, bad_rows, config, first=step == start)
             report = train_step(model, batches, optimizer, accelerator, config) if batches else None
             step += 1
             log.step(step, report, optimizer)
@@ -126,6 +131,16 @@ def fit(
     return TrainResult(step, not finished, log.history, state.publish() if finished else state.model_dir())
 
 
+def make_packer(core: CustomVLM, config: TrainConfig) -> Packer | None:
+    """Return what packs rows for a model; if its family cannot keep them apart, say so and return what pads them."""
+    if not config.packing:
+        return None
+    reason = why_not_packed(core)
+    if reason and process_state().is_main_process:
+        out.print(f"packing: rows of similar length are padded together instead, since in this family {reason}")
+    return Packer.of(core, config.pack_tokens, config.pack_crops)
+
+
 def first_columns(examples: Examples, skip_bad_rows: bool) -> Mapping[str, Any]:
     """Return the columns of the first row, of the first that can be read if others are skipped; RowError if none can."""
     rows = Attempts(examples) if skip_bad_rows else examples
@@ -135,9 +150,16 @@ def first_columns(examples: Examples, skip_bad_rows: bool) -> Mapping[str, Any]:
     return found.columns
 
 
-def next_batches(steps: Iterator[StepBatches], bad_rows: BadRows, config: TrainConfig) -> list[Batch]:
-    """Return this rank's micro-batches of the next step, as many as every other rank has; none if no row can be used."""
+def next_batches(
+    steps: Iterator[StepBatches], bad_rows: BadRows, config: TrainConfig, *, first: bool = False
+) -> list[Batch]:
+    """Return this rank's micro-batches of the next step, as many as every other rank has; none if no row can be used.
+
+    Of the `first` step, say how its rows were packed.
+    """
     found = next(steps)
+    if found.cut is not None:
+        show_cut(found.cut, first and bad_rows.accelerator.is_main_process)
     if config.on_bad_row == "skip":
         bad_rows.take(found.skipped)
     return agree_on_batches(found.batches, bad_rows.accelerator)
@@ -160,6 +182,7 @@ def make_loader(
     accelerator: Accelerator,
     steps: range,
     cut: tuple[int, int],
+    packer: Packer | None = None,
 ) -> Any:
     """Return a loader of this rank's micro-batches by step, with the columns that the losses want out of the rows."""
     skip = config.on_bad_row == "skip"
@@ -167,7 +190,7 @@ def make_loader(
     columns = (loss_columns(losses, given), token_columns(losses, given))
     return step_loader(
         Attempts(examples) if skip else examples,
-        StepCollator(Collator(processor, config.max_length, *columns), cut[0], skip_bad_rows=skip),
+        StepCollator(Collator(processor, config.max_length, *columns), cut[0], skip_bad_rows=skip, packer=packer),
         steps=steps,
         micro_batch_size=cut[0],
         accumulation=cut[1],
@@ -215,6 +238,7 @@ def train_step(
                 accelerator.backward(_run_blank(model, batch, accelerator))
                 continue
             report.tokens += count_all_tokens(batch)
+            report.positions += batch["labels"].numel()
             report.images += batch.images if isinstance(batch, Batch) else 0
             loss = model(**send_to_device(dict(batch), accelerator.device), **plan[micro]).loss
             if core.loss_values.keys() != plan[micro]["loss_counts"].keys():
@@ -246,6 +270,8 @@ def _is_blank(batch: Mapping[str, Any]) -> bool:
 def _run_blank(model: nn.Module, batch: Mapping[str, Any], accelerator: Accelerator) -> torch.Tensor:
     """Run a micro-batch that counts for nothing, as other ranks run theirs: a loss of 0 with a gradient of 0."""
     inputs = send_to_device({name: value for name, value in batch.items() if name != "labels"}, accelerator.device)
+    if not unwrap(model).ignores_logits_to_keep:
+        inputs["logits_to_keep"] = 1  # one token reaches every weight
     zero: torch.Tensor = model(**inputs).logits.float().sum() * 0.0
     return zero
 

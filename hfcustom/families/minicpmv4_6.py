@@ -59,6 +59,7 @@ class CustomMiniCPMV4_6ForConditionalGeneration(VideosAsImages, CustomVLM, MiniC
 
     config_class = CustomMiniCPMV4_6Config
     processor_class = CustomMiniCPMV4_6Processor
+    no_packing = "linear attention carries its state from one row into the next"
     ignores_logits_to_keep = True
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:

@@ -84,6 +84,7 @@ class CustomNemotronH_Omni_Reasoning_V3(RaggedImages, CustomVLM, NemotronH_Omni_
 
     config_class = CustomNemotronH_Omni_Reasoning_V3_Config
     processor_class = CustomNemotronH_Omni_Reasoning_V3Processor
+    no_packing = "Mamba layers carry their state from one row into the next"
     _router_logits: Any = None  # of the running forward
 
     @property
