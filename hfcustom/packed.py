@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.generic import is_flash_attention_requested
-
-from torch.nn import functional as F
 
 from hfcustom import losses
 
@@ -51,10 +50,10 @@ def sdpa_by_row(
     ends = list(accumulate(row_lengths))
     parts = []
     for start, end in zip([0, *ends], ends, strict=False):
-        own = (tensor[:, :, start:end] for tensor in (query, key, value))  # (1, heads, t, D/heads) each
+        q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))  # (1, heads, t, D/heads)
         masked = attention_mask is not None and attention_mask.numel()
         mask = attention_mask[..., start:end, start:end] if masked else None  # type: ignore[index]
-        parts.append(sdpa_attention_forward(module, *own, mask, **kwargs)[0])  # (1, t, heads, D/heads)
+        parts.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])  # (1, t, heads, D/heads)
     return torch.cat(parts, 1), None  # (1, T, heads, D/heads)
 
 

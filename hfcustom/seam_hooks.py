@@ -48,6 +48,11 @@ class SeamHooks(PreTrainedModel):
     transform_hidden_states: Any
     tokens_per_crop: Any
 
+    @property
+    def max_packed_tokens(self) -> int | None:
+        """The tokens of rows packed into one beyond which stock would not treat them as by themselves; None for any number."""
+        return None
+
     @classmethod
     def merge_images(cls, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Join the image tensors of rows that are packed into one; a family in which they point at each other says how."""
@@ -272,7 +277,12 @@ class SeamHooks(PreTrainedModel):
                 f"position_ids start again within a row, as where rows are packed into one, which {type(self).__name__} cannot "
                 f"keep apart: {reason}. Give each row a row of the batch, and an attention_mask."
             )
-        return args, keep_rows_apart(module, kwargs, self._pass.rows)
+        limit, rows = self.max_packed_tokens, self._pass.rows
+        if limit is not None and rows.shape[1] > limit:
+            raise ValueError(
+                f"Rows of {rows.shape[1]} tokens are packed into one; {type(self).__name__} takes at most {limit}: pack fewer."
+            )
+        return args, keep_rows_apart(module, kwargs, rows)
 
     def _at_head_input(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         return (args[0][:, :0],) if self._pass is not None and self._pass.skips_head else None

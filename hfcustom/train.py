@@ -24,15 +24,14 @@ from torch import nn
 
 from hfcustom import checkpoint
 from hfcustom.base import CustomVLM, check_registered
-from hfcustom.console import TrainLog, out, show_cut
+from hfcustom.console import TrainLog, out
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.order import step_loader
-from hfcustom.data.packing import Packer
+from hfcustom.data.packing import Packer, make_packer
 from hfcustom.data.sources import Examples, as_examples
-from hfcustom.data.steps import Attempts, BadRow, BadRows, StepBatches, StepCollator, TooManyBadRows, agree_on_batches
+from hfcustom.data.steps import Attempts, BadRow, BadRows, StepCollator, TooManyBadRows, next_batches
 from hfcustom.losses import NonFiniteError, StepSummary, WeightedLoss, count_all_tokens, loss_columns, token_columns
 from hfcustom.naming import unknown
-from hfcustom.packed import why_not_packed
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.signals import EXIT_PREEMPTED, StopRequest
 from hfcustom.train_config import TrainConfig
@@ -101,7 +100,14 @@ def fit(
     cut = (micro_batch_size, accumulation)
     steps = iter(
         make_loader(
-            as_examples(rows), processor, weighted, config, accelerator, range(start, max_steps), cut, make_packer(core, config)
+            as_examples(rows),
+            processor,
+            weighted,
+            config,
+            accelerator,
+            range(start, max_steps),
+            cut,
+            make_packer(core, config),
         )
     )
     listed = Path(config.output_dir) / "bad_rows.jsonl"
@@ -131,16 +137,6 @@ def fit(
     return TrainResult(step, not finished, log.history, state.publish() if finished else state.model_dir())
 
 
-def make_packer(core: CustomVLM, config: TrainConfig) -> Packer | None:
-    """Return what packs rows for a model; if its family cannot keep them apart, say so and return what pads them."""
-    if not config.packing:
-        return None
-    reason = why_not_packed(core)
-    if reason and process_state().is_main_process:
-        out.print(f"packing: rows of similar length are padded together instead, since in this family {reason}")
-    return Packer.of(core, config.pack_tokens, config.pack_crops)
-
-
 def first_columns(examples: Examples, skip_bad_rows: bool) -> Mapping[str, Any]:
     """Return the columns of the first row, of the first that can be read if others are skipped; RowError if none can."""
     rows = Attempts(examples) if skip_bad_rows else examples
@@ -148,21 +144,6 @@ def first_columns(examples: Examples, skip_bad_rows: bool) -> Mapping[str, Any]:
     if found is None:
         raise TooManyBadRows(f"None of the {len(rows)} rows can be read; the first says: {rows[0].reason}")
     return found.columns
-
-
-def next_batches(
-    steps: Iterator[StepBatches], bad_rows: BadRows, config: TrainConfig, *, first: bool = False
-) -> list[Batch]:
-    """Return this rank's micro-batches of the next step, as many as every other rank has; none if no row can be used.
-
-    Of the `first` step, say how its rows were packed.
-    """
-    found = next(steps)
-    if found.cut is not None:
-        show_cut(found.cut, first and bad_rows.accelerator.is_main_process)
-    if config.on_bad_row == "skip":
-        bad_rows.take(found.skipped)
-    return agree_on_batches(found.batches, bad_rows.accelerator)
 
 
 @contextmanager

@@ -24,9 +24,12 @@ class TrainConfig:
     packing: Annotated[
         bool, "pack rows without padding into micro-batches of pack_tokens tokens; losses and gradients stay the same"
     ] = False
-    pack_tokens: Annotated[int | None, "tokens of one packed micro-batch, those of images included; by default 4096"] = None
+    pack_tokens: Annotated[
+        int | None, "tokens of one packed micro-batch, those of images included; by default 4096"
+    ] = None
     pack_crops: Annotated[
-        int | None, "image crops of one packed micro-batch at most (images, in families that do not crop); by default any"
+        int | None,
+        "image crops of one packed micro-batch at most (images, in families that do not crop); by default any",
     ] = None
     lr: Annotated[float, "peak learning rate"] = 2e-4
     connector_lr: Annotated[float | None, "peak learning rate of the connector and of new modules"] = None
@@ -97,7 +100,16 @@ class TrainConfig:
         for name in ("pack_tokens", "pack_crops"):
             value = getattr(self, name)
             rules.append((value is None or self.packing, f"{name}={value} has no effect without packing"))
-        for name in ("micro_batch_size", "pack_tokens", "pack_crops", "eval_steps", "save_steps", "max_length", "connector_lr", "vision_lr"):
+        for name in (
+            "micro_batch_size",
+            "pack_tokens",
+            "pack_crops",
+            "eval_steps",
+            "save_steps",
+            "max_length",
+            "connector_lr",
+            "vision_lr",
+        ):
             value = getattr(self, name)
             rules.append((value is None or value > 0, f"{name}={value} must be positive"))
         return [message for holds, message in rules if not holds]

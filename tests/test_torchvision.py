@@ -30,6 +30,7 @@ FILES = [
     "parts",
     "pipeline",
     "evaluate",
+    "packing",
     "experts",
     "ragged",
     "resize",

@@ -15,16 +15,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.utils import logging
+from accelerate import PartialState
 
+from hfcustom.console import out
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.columns import PER_TOKEN, TOKEN_WEIGHTS
 from hfcustom.data.messages import RowError
 from hfcustom.losses import IGNORE
 from hfcustom.packed import why_not_packed
 from hfcustom.parts import unwrap
+from hfcustom.train_config import TrainConfig
 
-logger = logging.get_logger("hfcustom")
+Tensors = Mapping[str, torch.Tensor]
+Collate = Callable[[Sequence[Any]], Batch]
+MergeImages = Callable[[Sequence[Tensors]], dict[str, torch.Tensor]]
 
 DEFAULT_TOKENS = 4096
 GRIDS = ("image_grid_thw", "image_grid_hw", "target_sizes")  # an entry an image, where pixels come as patches
@@ -67,13 +71,22 @@ class Packer:
 
     tokens: int = DEFAULT_TOKENS
     crops: int | None = None
-    merge_images: Callable[[Sequence[Mapping[str, torch.Tensor]]], dict[str, torch.Tensor]] | None = None
+    merge_images: MergeImages | None = None
 
     @classmethod
     def of(cls, model: Any, tokens: int | None = None, crops: int | None = None) -> Packer:
-        """Return the packer for a model, one that pads if its rows cannot be kept apart (`why_not_packed` says why)."""
+        """Return the packer for a model, one that pads if its rows cannot be kept apart (`why_not_packed` says why).
+
+        ValueError for more tokens than the family can have in one row.
+        """
         merge = None if why_not_packed(model) else type(model).merge_images
-        return cls(DEFAULT_TOKENS if tokens is None else tokens, crops, merge)
+        tokens = DEFAULT_TOKENS if tokens is None else tokens
+        if merge is not None and model.max_packed_tokens is not None and tokens > model.max_packed_tokens:
+            raise ValueError(
+                f"pack_tokens={tokens}, but rows packed into one may have at most {model.max_packed_tokens} tokens in this "
+                "family (max_packed_tokens): set pack_tokens to that or less."
+            )
+        return cls(tokens, crops, merge)
 
     def cut(self, sizes: Sequence[Size]) -> list[list[int]]:
         """Return which rows go into each micro-batch; a row that is too large by itself goes alone."""
@@ -81,7 +94,7 @@ class Packer:
             return group_by_length(sizes, self.tokens, self.crops)
         return best_fit(sizes, self.tokens, self.crops)
 
-    def __call__(self, collate: Collator, rows: Sequence[Any], singles: Sequence[Batch]) -> tuple[list[Batch], Cut]:
+    def __call__(self, collate: Collate, rows: Sequence[Any], singles: Sequence[Batch]) -> tuple[list[Batch], Cut]:
         """Return micro-batches of rows that are collated one by one already, and what the cut comes to."""
         sizes = [size_of(single) for single in singles]
         groups = self.cut(sizes)
@@ -97,10 +110,20 @@ class Packer:
             too_long=sum(size.tokens > self.tokens for size in sizes),
         )
 
-    def _join(self, collate: Collator, rows: Sequence[Any], singles: Sequence[Batch]) -> Batch:
+    def _join(self, collate: Collate, rows: Sequence[Any], singles: Sequence[Batch]) -> Batch:
         if self.merge_images is None:
             return singles[0] if len(rows) == 1 else collate(rows)
         return pack_rows(singles, self.merge_images, row_columns(collate))
+
+
+def make_packer(core: Any, config: TrainConfig) -> Packer | None:
+    """Return what packs rows for a model; if its family cannot keep them apart, say so and return what pads them."""
+    if not config.packing:
+        return None
+    reason = why_not_packed(core)
+    if reason and PartialState().is_main_process:
+        out.print(f"packing: rows of similar length are padded together instead, since in this family {reason}")
+    return Packer.of(core, config.pack_tokens, config.pack_crops)
 
 
 # ---- which rows go together -----------------------------------------------------------------------------------------
@@ -144,7 +167,7 @@ def group_by_length(sizes: Sequence[Size], tokens: int, crops: int | None = None
     return [sorted(group) for group in groups]
 
 
-def size_of(single: Mapping[str, torch.Tensor]) -> Size:
+def size_of(single: Tensors) -> Size:
     """Return the tokens of a row and its image crops, or its images in families that take them whole."""
     tokens = int(single["attention_mask"].sum())
     whole = next((single[name] for name in GRIDS if name in single), None)
@@ -157,7 +180,7 @@ def size_of(single: Mapping[str, torch.Tensor]) -> Size:
 # ---- rows into one --------------------------------------------------------------------------------------------------
 
 
-def row_columns(collate: Any) -> frozenset[str]:
+def row_columns(collate: Collate) -> frozenset[str]:
     """Return the tensors of the collator's batches that have an entry a row, (B, ...), rather than one a token."""
     if not isinstance(collate, Collator):
         return frozenset({"preference"})
@@ -167,8 +190,8 @@ def row_columns(collate: Any) -> frozenset[str]:
 
 
 def pack_rows(
-    singles: Sequence[Mapping[str, torch.Tensor]],
-    merge_images: Callable[[Sequence[Mapping[str, torch.Tensor]]], dict[str, torch.Tensor]],
+    singles: Sequence[Tensors],
+    merge_images: MergeImages,
     by_row: Iterable[str] = ("preference",),
 ) -> Batch:
     """Return batches of a row, or of the two of a pair, as one row (1, T); a single one comes back as it is.
@@ -197,19 +220,19 @@ def pack_rows(
     return _described(packed, singles)
 
 
-def _described(batch: Batch, singles: Sequence[Mapping[str, torch.Tensor]]) -> Batch:
+def _described(batch: Batch, singles: Sequence[Tensors]) -> Batch:
     """Say of a batch what the collator says of those that it is made of."""
     for single in singles:
         batch.images += single.images if isinstance(single, Batch) else 0
     return batch
 
 
-def _is_by_token(name: str, single: Mapping[str, torch.Tensor]) -> bool:
+def _is_by_token(name: str, single: Tensors) -> bool:
     value = single[name]
     return value.ndim >= 2 and value.shape[:2] == single["labels"].shape
 
 
-def _check_everyone_has(name: str, singles: Sequence[Mapping[str, torch.Tensor]]) -> None:
+def _check_everyone_has(name: str, singles: Sequence[Tensors]) -> None:
     lacking = [at for at, single in enumerate(singles) if name not in single]
     if lacking:
         raise RowError(

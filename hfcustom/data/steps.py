@@ -8,7 +8,7 @@ since each loss is divided by what the whole step counts.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from hfcustom.console import show_cut
 from hfcustom.data.collate import Batch
 from hfcustom.data.messages import RowError
 from hfcustom.data.packing import Cut, Packer
 from hfcustom.data.sources import Examples
+from hfcustom.train_config import TrainConfig
 
 EXIT_BAD_ROWS = 4  # too many rows cannot be used: look at bad_rows.jsonl
 SHOWN = 3  # bad rows in an error message
@@ -170,3 +172,18 @@ def agree_on_batches(batches: Sequence[Batch], accelerator: Accelerator) -> list
         spare = gather_object(batches[:1] if accelerator.process_index == counts.index(max(counts)) else [])
         batches = batches or [spare[0].blank_copy()]
     return batches + [batches[0].blank_copy() for _ in range(max(counts) - len(batches))] if batches else []
+
+
+def next_batches(
+    steps: Iterator[StepBatches], bad_rows: BadRows, config: TrainConfig, *, first: bool = False
+) -> list[Batch]:
+    """Return this rank's micro-batches of the next step, as many as every other rank has; none if no row can be used.
+
+    Of the `first` step, say how its rows were packed.
+    """
+    found = next(steps)
+    if found.cut is not None:
+        show_cut(found.cut, first and bad_rows.accelerator.is_main_process)
+    if config.on_bad_row == "skip":
+        bad_rows.take(found.skipped)
+    return agree_on_batches(found.batches, bad_rows.accelerator)

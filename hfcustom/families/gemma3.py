@@ -70,9 +70,8 @@ class CustomGemma3ForConditionalGeneration(CustomVLM, Gemma3ForConditionalGenera
             call["token_type_ids"] = images.long()
         return call
 
-
     def _at_packed_rows(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Make the mask of a window out of the full one, where stock looks for images at wrong places (5.23.0)."""
         masks = kwargs.get("attention_mask")
