@@ -21,6 +21,7 @@ _HOME = {
     "Examples": "hfcustom.data.sources",
     "LossCallback": "hfcustom.trainer_callback",
     "LossContext": "hfcustom.losses",
+    "PackingCollator": "hfcustom.data.packing",
     "RowError": "hfcustom.data.messages",
     "TrainConfig": "hfcustom.train_config",
     "cache_reference": "hfcustom.data.reference",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from hfcustom.console import show_losses, show_parts
     from hfcustom.data.collate import Collator
     from hfcustom.data.messages import RowError
+    from hfcustom.data.packing import PackingCollator
     from hfcustom.data.reference import cache_reference
     from hfcustom.data.sources import Examples, load_rows
     from hfcustom.dual_encoder import CustomDualEncoder

@@ -117,13 +117,17 @@ class Packer:
 
 
 def make_packer(core: Any, config: TrainConfig) -> Packer | None:
-    """Return what packs rows for a model; if its family cannot keep them apart, say so and return what pads them."""
+    """Return what packs rows for a model; if it, or its teacher, cannot keep them apart, say so and return what pads them."""
     if not config.packing:
         return None
-    reason = why_not_packed(core)
+    models = (core, *core.companions.values())
+    refusing = next((model for model in models if why_not_packed(model)), core)
+    reason = why_not_packed(refusing)
     if reason and PartialState().is_main_process:
-        out.print(f"packing: rows of similar length are padded together instead, since in this family {reason}")
-    return Packer.of(core, config.pack_tokens, config.pack_crops)
+        out.print(
+            f"packing: rows of similar length are padded together instead: in {type(refusing).__name__} {reason}"
+        )
+    return Packer.of(refusing, config.pack_tokens, config.pack_crops)
 
 
 # ---- which rows go together -----------------------------------------------------------------------------------------
@@ -194,7 +198,7 @@ def pack_rows(
     merge_images: MergeImages,
     by_row: Iterable[str] = ("preference",),
 ) -> Batch:
-    """Return batches of a row, or of the two of a pair, as one row (1, T); a single one comes back as it is.
+    """Return the rows of batches as one row (1, T); `by_row` names what has an entry a row. One row stays as it is.
 
     Nothing predicts a row's first token, so it carries no label.
     """
