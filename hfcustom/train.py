@@ -97,19 +97,9 @@ def fit(
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, len(rows))
     start = state.resume() if config.resume else state.begin()
-    cut = (micro_batch_size, accumulation)
-    steps = iter(
-        make_loader(
-            as_examples(rows),
-            processor,
-            weighted,
-            config,
-            accelerator,
-            range(start, max_steps),
-            cut,
-            make_packer(core, config),
-        )
-    )
+    cut, packer = (micro_batch_size, accumulation), make_packer(core, config)
+    left = range(start, max_steps)
+    steps = iter(make_loader(as_examples(rows), processor, weighted, config, accelerator, left, cut, packer))
     listed = Path(config.output_dir) / "bad_rows.jsonl"
     bad_rows = BadRows(accelerator, len(rows), config.max_bad_share, listed, resumed=start > 0)
     state.restore_rng()  # after the iterator exists: making one draws random numbers
