@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from hfcustom.connectors import Grid, count_tokens_out, grid_out
 from hfcustom.processors import ConnectedProcessor
@@ -29,10 +28,7 @@ class AnyresImages(RaggedImages):
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features before the projector, which gets crops of one size."""
         projector = self.stock_parts().paths["connector"][0]
-        return [*super().seam_hooks(), (projector, "register_forward_pre_hook", "_at_projector_input", {})]
-
-    def _at_projector_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args if self.image_inputs is None else self._at_connector_input(module, args)  # None: a video
+        return [*super().seam_hooks(), (projector, "register_forward_pre_hook", "_at_connector_input", {})]
 
     def seam_methods(self) -> list[tuple[str, str, str]]:
         """Stand in for pack_image_features, where the tiles of an image come together."""
@@ -69,7 +65,7 @@ class AnyresImages(RaggedImages):
         rows = (stock(**inputs | thin)[1] - lengths).tolist()  # with newlines there is a token more a row
         bases = [image[0] for image in crops]
         rests = [image[len(base) :] for image, base in zip(images, bases, strict=True)]  # (rows * columns, D)
-        bases = self._reduce(bases, [_square(len(base)) for base in bases])
+        bases = self._reduce(bases, [square(len(base)) for base in bases])
         grids = [(height, len(rest) // height) for height, rest in zip(rows, rests, strict=True)]
         tiled = [image for image, rest in enumerate(rests) if len(rest)]
         found = self._reduce([rests[image] for image in tiled], [grids[image] for image in tiled])
@@ -105,7 +101,7 @@ class AnyresProcessor(ConnectedProcessor):
             return text
         token: str = self.image_token  # type: ignore[attr-defined]
         base = self.base_tokens(image_inputs)
-        return token * (len(text) // len(token) - base + count_tokens_out(module, base, _square(base)))
+        return token * (len(text) // len(token) - base + count_tokens_out(module, base, square(base)))
 
     def _get_unpadded_features(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Return the tokens of the tiles of an image after the connector, and the newlines; stock counts with this."""
@@ -118,6 +114,7 @@ class AnyresProcessor(ConnectedProcessor):
         return rows * columns, rows
 
 
-def _square(num_tokens: int) -> Grid:
+def square(num_tokens: int) -> Grid:
+    """Return the rows and columns of a square view."""
     side = math.isqrt(num_tokens)
     return side, side

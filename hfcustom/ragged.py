@@ -40,11 +40,7 @@ class RaggedImages(SeamHooks):
 
     def seam_methods(self) -> list[tuple[str, str, str]]:
         """Stand in for get_image_features, which forward() and generate() call."""
-        found = [*super().seam_methods(), (self.inner_path(), "get_image_features", "_at_image_features")]
-        inner = self.get_submodule(self.inner_path())
-        if frames_together(self.custom_connector) > 1 and hasattr(inner, "get_video_features"):
-            found.append((self.inner_path(), "get_video_features", "_at_video_features"))
-        return found
+        return [*super().seam_methods(), (self.inner_path(), "get_image_features", "_at_image_features")]
 
     def _at_image_features(self, stock: Callable[..., Any], *args: Any, return_dict: Any = None, **kwargs: Any) -> Any:
         outputs = self._features(stock, args, kwargs)
@@ -66,10 +62,6 @@ class RaggedImages(SeamHooks):
         finally:
             self.image_inputs = None
         return outputs
-
-    def _at_video_features(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.refuse_frames_of_videos()
-        return stock(*args, **kwargs)
 
     def match_processor(self, processor: Any) -> Any:
         """Give the processor the connector, so that it writes as many placeholders; save it with the model."""
@@ -111,27 +103,6 @@ class RaggedImages(SeamHooks):
         if self._pass is not None and self._pass.records:
             self._pass.vision_features = features[None]  # (1, patches of all images, D_vision)
         return features
-
-
-class VideosAsImages(RaggedImages):
-    """Ragged images of a stock class whose `get_video_features` runs `get_image_features`: videos keep their tokens."""
-
-    is_video: bool = False  # while get_video_features runs
-
-    def seam_methods(self) -> list[tuple[str, str, str]]:
-        """Stand in for get_video_features too."""
-        return [*super().seam_methods(), (self.inner_path(), "get_video_features", "_at_video_features")]
-
-    def _at_video_features(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.refuse_frames_of_videos()
-        self.is_video = True
-        try:
-            return stock(*args, **kwargs)
-        finally:
-            self.is_video = False
-
-    def _at_image_features(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return stock(*args, **kwargs) if self.is_video else super()._at_image_features(stock, *args, **kwargs)
 
 
 class SizedImages(RaggedImages):

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from hfcustom import parts, seams
 from hfcustom.connectors import build_connector, find_connector, frames_together, reduce_tokens, takes_pictures
+from hfcustom.custom_model import CustomModel
 from hfcustom.naming import check_shape
 from hfcustom.packed import keep_rows_apart, merge_crops, packed_row_ids, why_not_packed
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hfcustom.base import CustomVLM
 
 
-class SeamHooks(PreTrainedModel):
+class SeamHooks(CustomModel):
     """The methods that hfcustom/seams.py hangs on the parts of a model."""
 
     ignores_logits_to_keep: ClassVar[bool] = (
@@ -34,7 +34,6 @@ class SeamHooks(PreTrainedModel):
     no_packing: ClassVar[str] = ""  # why rows packed into one would see each other
     crop_dims: ClassVar[Mapping[str, int]] = {}  # image tensor -> the dimension along which it has crops, by default 0
     keeps_mask: ClassVar[bool] = False  # the stock forward reads more from attention_mask than where padding is
-    lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, "connector"), or "placeholders" -> why not
     no_pictures: ClassVar[str] = ""  # why no picture of a crop can be handed to a connector that wants one
     no_frames: ClassVar[str] = ""  # why neighbouring crops can never be frames of one clip
     no_resizing: ClassVar[str] = ""  # why resize_images has nothing to do, or cannot do it
@@ -89,14 +88,6 @@ class SeamHooks(PreTrainedModel):
             )
         return module
 
-    def refuse_frames_of_videos(self) -> None:
-        """Raise ValueError for a connector of frames where a video comes that no connector sees."""
-        if frames_together(self.custom_connector) > 1:
-            raise ValueError(
-                f"connector={self.config.connector!r} takes frames together, but {type(self).__name__} has a path of its own "
-                "for videos, which no connector sees. Give the frames as images of one size."
-            )
-
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Return (module path, hook registrar, method, options) for each seam."""
         vision, connector, language = (
@@ -122,10 +113,6 @@ class SeamHooks(PreTrainedModel):
             (language, "register_forward_hook", "_at_language_output", {}),
             *(head if self.ignores_logits_to_keep else []),
         ]
-
-    def seam_methods(self) -> list[tuple[str, str, str]]:
-        """Return (module path, its method, the method called instead) for seams that lie inside no part's border."""
-        return []
 
     def inner_path(self) -> str:
         """Return the path of the model without its head, "" for a family that has none."""
@@ -228,31 +215,29 @@ class SeamHooks(PreTrainedModel):
                 f"tokens of {crops} crops. Call model.match_processor(processor) before processing, and save that "
                 "processor with the model."
             )
-        if kind == "image":
-            self._check_clips(lengths or [tokens // crops] * crops)
+        if kind == "image" or lengths:
+            self._check_clips(lengths or [tokens // crops] * crops, mask)
 
-    def _check_clips(self, lengths: Sequence[int]) -> None:
-        """A connector that takes neighbouring crops together must not mix those of two rows."""
+    def _check_clips(self, lengths: Sequence[int], mask: torch.Tensor) -> None:
+        """A connector that takes neighbouring crops together must not mix those of two rows; mask (B, T)."""
         frames = frames_together(self.custom_connector)
         if frames == 1:
             return
-        assert self._pass is not None and self._pass.image_mask is not None
         ends = [0, *accumulate(lengths)][::frames]
-        for row, end in enumerate(self._image_tokens_of_rows().cumsum(0).tolist()):
+        for row, end in enumerate(self._tokens_of_rows(mask).cumsum(0).tolist()):
             if end not in ends:
                 raise ValueError(
                     f"connector={self.config.connector!r} takes {frames} neighbouring crops together, but row {row} of the "
-                    f"batch ends amid such {frames}. Give each row a multiple of {frames} images (repeat a still one), one "
-                    "crop each: switch the processor's multi-crop off."
+                    f"batch ends amid such {frames}. Give each row a multiple of {frames} images (repeat a still one) or "
+                    "frames of a video, one crop each: switch the processor's multi-crop off."
                 )
 
-    def _image_tokens_of_rows(self) -> torch.Tensor:
-        """Return the number of image tokens of each row of data, (R,)."""
-        assert self._pass is not None and self._pass.image_mask is not None
-        mask, rows = self._pass.image_mask.long(), self._pass.rows
+    def _tokens_of_rows(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return how many positions of a mask (B, T) each row of data has, (R,)."""
+        rows = None if self._pass is None else self._pass.rows
         if rows is None:
             return mask.sum(1)
-        return mask.new_zeros(int(rows.max()) + 1).index_add(0, rows.flatten(), mask.flatten())
+        return rows.new_zeros(int(rows.max()) + 1).index_add(0, rows.flatten(), mask.flatten().to(rows.dtype))
 
     def _at_language_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

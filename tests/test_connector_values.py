@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import Family, chat_row, picture
 from torch import nn
-from transformers.utils import is_torchvision_available
 
 from hfcustom.connectors import build_connector, grid_out
 from hfcustom.data.collate import Collator
@@ -244,26 +242,3 @@ def test_images_of_different_sizes_make_no_clip(families: dict[str, Family]) -> 
         model(**Collator(processor)([row]))
     row["images"][0] = picture(2, (40, 40))
     model(**Collator(processor)([row]))
-
-
-def test_a_family_with_a_path_of_its_own_for_videos_says_so(families: dict[str, Family]) -> None:
-    family = families["llava_onevision"]
-    videos = {"pixel_values_videos": torch.randn(1, 2, 3, 28, 28)}
-    with pytest.raises(
-        ValueError, match="has a path of its own for videos, which no connector sees. Give the frames as"
-    ):
-        family.model(connector=FRAMES[0]).model.get_video_features(**videos)
-    family.model(connector="average_pool").model.get_video_features(**videos)  # which is no error: it takes no frames
-
-
-def test_the_frames_of_a_video_reach_the_connector_as_crops(internvl: Family) -> None:
-    if not is_torchvision_available():
-        pytest.skip("videos need torchvision")
-    model = internvl.model(connector={"name": "frame_average", "frames": 4})
-    processor = model.match_processor(copy.deepcopy(internvl.processor))
-    video = np.stack([np.asarray(picture(seed, (32, 32))) for seed in range(4)])  # (F, H, W, C)
-    batch = processor(text=["<video> what?"], videos=[[video]], return_tensors="pt", num_frames=4)
-    frames = len(batch["pixel_values"])
-    assert frames == 4 and (batch["input_ids"] == model.placeholder_token_id).sum() == frames
-    with torch.no_grad():
-        assert torch.isfinite(model(**batch).logits).all()

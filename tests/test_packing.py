@@ -315,7 +315,7 @@ def test_a_row_begins_without_a_label(internvl: Family) -> None:
 def test_rows_of_two_kinds_in_a_step_are_an_error(internvl: Family) -> None:
     rows = list(Examples([*uneven_rows([0], [3]), *pair_rows((0,))]))
     step = StepCollator(Collator(internvl.processor), 0, packer=Packer.of(internvl.model()))
-    with pytest.raises(RowError, match="different kinds: 1 have 'preference', 1 have not"):
+    with pytest.raises(RowError, match="row 0: has no 'preference', which other rows of the step have"):
         step(rows)
 
 

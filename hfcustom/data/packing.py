@@ -21,6 +21,7 @@ from hfcustom.console import out
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.columns import PER_TOKEN, TOKEN_WEIGHTS
 from hfcustom.data.messages import RowError
+from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.losses import IGNORE
 from hfcustom.packed import why_not_packed
 from hfcustom.parts import unwrap
@@ -120,6 +121,10 @@ def make_packer(core: Any, config: TrainConfig) -> Packer | None:
     """Return what packs rows for a model; if it, or its teacher, cannot keep them apart, say so and return what pads them."""
     if not config.packing:
         return None
+    if isinstance(core, CustomDualEncoder):
+        raise ValueError(
+            f"packing has no effect on {type(core).__name__}, whose texts are short captions; leave it out of the config."
+        )
     models = (core, *core.companions.values())
     refusing = next((model for model in models if why_not_packed(model)), core)
     reason = why_not_packed(refusing)
@@ -226,8 +231,9 @@ def pack_rows(
 
 def _described(batch: Batch, singles: Sequence[Tensors]) -> Batch:
     """Say of a batch what the collator says of those that it is made of."""
-    for single in singles:
-        batch.images += single.images if isinstance(single, Batch) else 0
+    known = [single for single in singles if isinstance(single, Batch)]
+    batch.images = sum(single.images for single in known)
+    batch.rows = [name for single in known for name in single.rows]
     return batch
 
 
@@ -237,12 +243,10 @@ def _is_by_token(name: str, single: Tensors) -> bool:
 
 
 def _check_everyone_has(name: str, singles: Sequence[Tensors]) -> None:
-    lacking = [at for at, single in enumerate(singles) if name not in single]
-    if lacking:
-        raise RowError(
-            f"Rows of one step are of different kinds: {len(singles) - len(lacking)} have {name!r}, {len(lacking)} have not; "
-            "train on rows of one kind."
-        )
+    lacking = next((single for single in singles if name not in single), None)
+    if lacking is not None:
+        which = ", ".join(lacking.rows) if isinstance(lacking, Batch) else "one"
+        raise RowError(f"{which}: has no {name!r}, which other rows of the step have; train on rows of one kind.")
 
 
 def _stacked(name: str, values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -259,15 +263,15 @@ def _stacked(name: str, values: Sequence[torch.Tensor]) -> torch.Tensor:
 class PackingCollator:
     """Collate rows as Collator does, then pack them into one row: a `data_collator` for transformers.Trainer.
 
-    All rows of a call are packed, whatever their tokens: Trainer decides how many there are. Raises ValueError for a model
-    whose rows cannot be kept apart.
+    All rows of a call are packed, whatever their tokens: Trainer decides how many there are. `options` are Collator's. Raises
+    ValueError for a model whose rows cannot be kept apart.
     """
 
-    def __init__(self, model: Any, processor: Any, max_length: int | None = None, **columns: Sequence[str]) -> None:
+    def __init__(self, model: Any, processor: Any, max_length: int | None = None, **options: Any) -> None:
         core = unwrap(model)
         if reason := why_not_packed(core):
             raise ValueError(f"{type(core).__name__} cannot be trained on packed rows: {reason}. Use Collator.")
-        self.collate = Collator(processor, max_length, **columns)
+        self.collate = Collator(processor, max_length, **options)
         self.merge_images = type(core).merge_images
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
