@@ -82,13 +82,14 @@ def packed_row_ids(inputs: Mapping[str, Any]) -> torch.Tensor | None:
 def keep_rows_apart(decoder: nn.Module, inputs: Mapping[str, Any], rows: torch.Tensor) -> dict[str, Any]:
     """Return the inputs of a language model such that no token sees another row of data; rows (B, T)."""
     kwargs = dict(inputs)
-    config: Any = decoder.config if isinstance(decoder, PreTrainedModel) else None
+    config: Any = decoder.config if isinstance(decoder, PreTrainedModel) and _takes_kwargs(decoder) else None
     one = len(rows) == 1 and not torch.compiler.is_compiling()
+    if one and config is not None:  # layers of attention and those that carry a state get it
+        kwargs["row_lengths"] = torch.bincount(rows[0]).tolist()
     if config is not None and is_flash_attention_requested(config):
         return kwargs | (_flash_lengths(rows) if one else {})
-    if one and config is not None and config._attn_implementation in ("sdpa", BY_ROW) and _takes_kwargs(decoder):
+    if "row_lengths" in kwargs and config._attn_implementation in ("sdpa", BY_ROW):
         config._attn_implementation = {"": BY_ROW}  # not that of configs within
-        kwargs["row_lengths"] = torch.bincount(rows[0]).tolist()
         if kwargs.get("attention_mask") is None and _is_plainly_causal(decoder, max(kwargs["row_lengths"])):
             kwargs["attention_mask"] = rows.new_empty(1, 1, 0, 0, dtype=torch.bool)  # transformers then builds none
         return kwargs
@@ -105,7 +106,7 @@ def why_not_packed(model: SeamHooks) -> str:
     if model.no_packing:
         return model.no_packing
     kinds = set(vars(model.config.get_text_config()).get("layer_types") or ())
-    others = sorted(kinds - ATTENTION_LAYERS - LAYERS_WITHOUT_MIXING)
+    others = sorted(kinds - ATTENTION_LAYERS - LAYERS_WITHOUT_MIXING) if not model.state_modules else []
     return f"its layers of {', '.join(others)} carry what they have read from one row into the next" if others else ""
 
 
@@ -124,8 +125,8 @@ def _is_plainly_causal(decoder: Any, longest: int) -> bool:
     """Whether causal attention is all there is to the mask of rows of up to so many tokens."""
     known = vars(decoder.config)
     window = known.get("sliding_window")
-    kinds = set(known.get("layer_types") or ())
-    return kinds <= CAUSAL_LAYERS and (window is None or window >= longest) and is_causal(decoder)
+    others = set(known.get("layer_types") or ()) & ATTENTION_LAYERS - CAUSAL_LAYERS
+    return not others and (window is None or window >= longest) and is_causal(decoder)
 
 
 def _flash_lengths(rows: torch.Tensor) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Letters: B rows, T text tokens, N image tokens, P crops, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -32,6 +32,9 @@ class SeamHooks(CustomModel):
         False  # the stock forward runs the head on every position whatever it is told
     )
     no_packing: ClassVar[str] = ""  # why rows packed into one would see each other
+    state_modules: ClassVar[
+        tuple[type[nn.Module], ...]
+    ] = ()  # what carries a state from token to token, beside attention
     crop_dims: ClassVar[Mapping[str, int]] = {}  # image tensor -> the dimension along which it has crops, by default 0
     keeps_mask: ClassVar[bool] = False  # the stock forward reads more from attention_mask than where padding is
     no_pictures: ClassVar[str] = ""  # why no picture of a crop can be handed to a connector that wants one
@@ -117,6 +120,25 @@ class SeamHooks(CustomModel):
     def inner_path(self) -> str:
         """Return the path of the model without its head, "" for a family that has none."""
         return "" if self.base_model is self else self.base_model_prefix
+
+    def seam_methods(self) -> list[tuple[str, str, str]]:
+        """Return (module path, its method, the method called instead) for seams that lie inside no part's border."""
+        found = self.named_modules() if self.state_modules else ()
+        states = [(path, "forward", "_at_state") for path, module in found if isinstance(module, self.state_modules)]
+        return [*super().seam_methods(), *states]
+
+    def _at_state(
+        self,
+        stock: Callable[..., torch.Tensor],
+        hidden_states: torch.Tensor,
+        *args: Any,
+        row_lengths: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Begin anew with each of the rows that are packed into one: (1, T, D) -> (1, T, D)."""
+        if row_lengths is None:
+            return stock(hidden_states, *args, **kwargs)
+        return torch.cat([stock(row, *args, **kwargs) for row in hidden_states.split(list(row_lengths), 1)], 1)
 
     @contextmanager
     def flat_pass(self, call: Mapping[str, Any]) -> Iterator[None]:
@@ -267,7 +289,13 @@ class SeamHooks(CustomModel):
             raise ValueError(
                 f"Rows of {rows.shape[1]} tokens are packed into one; {type(self).__name__} takes at most {limit}: pack fewer."
             )
-        return args, keep_rows_apart(module, kwargs, rows)
+        kept = keep_rows_apart(module, kwargs, rows)
+        if self.state_modules and "row_lengths" not in kept:
+            raise ValueError(
+                f"{type(self).__name__} carries a state from token to token, which is begun anew only for rows packed into a "
+                "batch of one row, and not under torch.compile. Pack into one row, or pad."
+            )
+        return args, kept
 
     def _at_head_input(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         return (args[0][:, :0],) if self._pass is not None and self._pass.skips_head else None

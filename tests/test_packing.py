@@ -30,9 +30,19 @@ import hfcustom
 from hfcustom import losses
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.messages import RowError
-from hfcustom.data.packing import Packer, PackingCollator, Size, best_fit, group_by_length, pack_rows, size_of
+from hfcustom.data.packing import (
+    Packer,
+    PackingCollator,
+    Size,
+    best_fit,
+    group_by_length,
+    make_packer,
+    pack_rows,
+    size_of,
+)
 from hfcustom.data.sources import Examples
 from hfcustom.data.steps import StepCollator
+from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.packed import BY_ROW, keep_rows_apart, packed_row_ids, sdpa_by_row, why_not_packed
 from hfcustom.train import checkpoint_activations
 from hfcustom.train_config import TrainConfig
@@ -187,6 +197,20 @@ def test_layers_that_carry_a_state_are_found_in_the_config(internvl: Family) -> 
     )
 
 
+@pytest.mark.parametrize("name", [name for name in ("minicpmv4_6",) if name in FAMILIES])
+def test_a_state_that_cannot_begin_anew_is_an_error(name: str, families: dict[str, Family]) -> None:
+    family = families[name]
+    model, one = family.model(), packed(family, rows_one_by_one(family)[2:])
+    twice = {key: value.expand(2, -1) for key, value in one.items()}
+    with pytest.raises(ValueError, match="only for rows packed into a batch of one row"):
+        model(**twice)
+
+
+def test_packing_has_no_meaning_for_an_encoder() -> None:
+    with pytest.raises(ValueError, match="packing has no effect on CustomDualEncoder"):
+        make_packer(CustomDualEncoder.__new__(CustomDualEncoder), TrainConfig(packing=True))
+
+
 def test_a_connector_of_frames_knows_packed_rows(internvl: Family) -> None:
     """Two neighbouring crops are one clip, of one row."""
     model = internvl.model(connector={"name": "frame_average", "frames": 2})
@@ -296,7 +320,7 @@ def test_columns_of_rows_and_of_tokens_follow_their_rows(internvl: Family) -> No
     one = pack_rows(singles, internvl.model_class.merge_images, ["score"])
     assert one["score"].tolist() == [[float(at)] * 3 for at in range(4)]
     assert one["labels"].shape == one["position_ids"].shape and losses.count_rows(one) == 4
-    assert one.images == 3
+    assert one.images == 3 and one.rows == ["row 0"] * 4  # each was a batch by itself
     singles[1]["score"] = torch.zeros(1, 2)
     with pytest.raises(RowError, match=r"'score' has shapes \(3,\) and \(2,\)"):
         pack_rows(singles, internvl.model_class.merge_images, ["score"])
