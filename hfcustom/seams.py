@@ -22,6 +22,7 @@ from hfcustom.packed import BY_ROW, is_causal
 
 if TYPE_CHECKING:
     from hfcustom.custom_model import CustomModel
+    from hfcustom.questions import Asked
 
 
 @dataclass
@@ -31,6 +32,7 @@ class ForwardPass:
     records: bool = False  # keep the tensors below for the loss
     skips_head: bool = False  # nobody wants the logits
     ends_with_inner: bool = False  # the inner model was called directly and closes the pass itself
+    asked_before: Asked | None = None  # what it closes with: what connectors may ask for around it
     image_mask: torch.Tensor | None = None  # (B, T) True at image placeholders
     video_mask: torch.Tensor | None = None  # (B, T) True at video placeholders, where a family tells them apart
     rows: torch.Tensor | None = None  # (B, T) which row of data a token belongs to, where several are packed into one
