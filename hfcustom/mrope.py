@@ -57,8 +57,7 @@ class MRopeImages(VideoFrames, RaggedImages):
         """Give rows packed into one the positions by which stock keeps them apart; all else as CustomVLM does."""
         call: dict[str, Any] = super().stock_inputs(inputs)  # type: ignore[misc]
         if losses.is_packed(call) and call["position_ids"].ndim == 2:
-            starts = call["position_ids"] == 0  # (B, T)
-            starts[:, 0] = True
+            starts = losses.row_starts(call["position_ids"])  # (B, T)
             if int(starts.sum()) > len(starts):
                 call["position_ids"] = torch.cat([call["position_ids"][None], self._packed_positions(call, starts)])
         return call

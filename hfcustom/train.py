@@ -28,9 +28,10 @@ from hfcustom.custom_model import CustomModel, check_registered
 from hfcustom.data.captions import CaptionCollator
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.feed import Feed, as_rows
+from hfcustom.data.packing import make_packer
 from hfcustom.data.steps import BadRows
 from hfcustom.dual_encoder import CustomDualEncoder
-from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, token_columns
+from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, real_tokens, token_columns
 from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.signals import EXIT_PREEMPTED, StopRequest
@@ -64,6 +65,7 @@ class StepReport:
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # sum and count, (2,) each
     tokens: int = 0
+    positions: int = 0  # tokens and padding
     images: int = 0
     source_tokens: dict[str, int] = field(default_factory=dict)  # of a mixture
     grad_norm: torch.Tensor | float = 0.0
@@ -71,6 +73,7 @@ class StepReport:
     def add_batch(self, batch: Mapping[str, Any]) -> None:
         """Count what a micro-batch holds."""
         self.tokens += count_all_tokens(batch)
+        self.positions += real_tokens(batch).numel()
         if isinstance(batch, Batch):
             self.images += batch.images
             for name, tokens in batch.source_tokens.items():
@@ -110,7 +113,9 @@ def fit(
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, feed)
     start = state.resume() if config.resume else state.begin()
     collate = make_collator(core, processor, config, feed.first_columns(weighted))
-    steps = iter(feed.loader(collate, range(start, max_steps), (micro_batch_size, accumulation)))
+    steps = iter(
+        feed.loader(collate, range(start, max_steps), (micro_batch_size, accumulation), make_packer(core, config))
+    )
     listed = Path(config.output_dir) / "bad_rows.jsonl"
     limits = {"rows_per_step": config.batch_size, "resumed_at": start}
     bad_rows = BadRows(accelerator, feed.num_rows, config.max_bad_share, listed, **limits)
@@ -241,8 +246,11 @@ def _suspects(batches: Sequence[Mapping[str, Any]], losses: Sequence[torch.Tenso
 def _run_blank(model: nn.Module, batch: Mapping[str, Any], accelerator: Accelerator) -> torch.Tensor:
     """Run a micro-batch that counts for nothing, as other ranks run theirs: a loss of 0 with a gradient of 0."""
     inputs = send_to_device({name: value for name, value in batch.items() if name != "labels"}, accelerator.device)
-    outputs = model(**inputs)
-    logits = outputs.logits_per_image if isinstance(unwrap(model), CustomDualEncoder) else outputs.logits
+    core = unwrap(model)
+    if isinstance(core, CustomDualEncoder):
+        logits = model(**inputs).logits_per_image
+    else:  # one token reaches every weight
+        logits = model(**inputs, **({} if core.ignores_logits_to_keep else {"logits_to_keep": 1})).logits
     zero: torch.Tensor = logits.float().sum() * 0.0
     return zero
 

@@ -32,6 +32,7 @@ FILES = [
     "pipeline",
     "questions",
     "evaluate",
+    "packing",
     "experts",
     "ragged",
     "resize",

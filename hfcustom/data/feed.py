@@ -15,11 +15,13 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from hfcustom.console import show_cut
 from hfcustom.data.collate import Batch
 from hfcustom.data.columns import column_report
 from hfcustom.data.messages import Example
 from hfcustom.data.mixtures import Mixture
 from hfcustom.data.order import step_loader
+from hfcustom.data.packing import Packer
 from hfcustom.data.sources import Examples, RowsWithColumns, as_examples
 from hfcustom.data.steps import Attempts, BadRow, BadRows, StepBatches, StepCollator, TooManyBadRows, agree_on_batches
 from hfcustom.data.stream_loader import StepStream, StreamLoader
@@ -39,6 +41,7 @@ class Feed:
         self.accelerator = accelerator
         self.positions: dict[int, State] = {}  # of this rank's loading processes, after the last step trained on
         self.epoch = 0
+        self._cut_shown = False
         if not isinstance(self.rows, Examples):
             self._check_stream(self.rows)
 
@@ -99,12 +102,19 @@ class Feed:
             self.positions = {int(worker): position for worker, position in state["positions"].items()}
 
     def loader(
-        self, collate_rows: Callable[[Sequence[Any]], Batch], steps: range, cut: tuple[int, int]
+        self,
+        collate_rows: Callable[[Sequence[Any]], Batch],
+        steps: range,
+        cut: tuple[int, int],
+        packer: Packer | None = None,
     ) -> Iterable[StepBatches]:
-        """Return a loader of this rank's steps; `cut` is (rows of a micro-batch, micro-batches of a rank's step)."""
+        """Return a loader of this rank's steps; `cut` is (rows of a micro-batch, micro-batches of a rank's step).
+
+        A `packer` cuts the rank's rows by tokens instead.
+        """
         config, ranks = self.config, (self.accelerator.process_index, self.accelerator.num_processes)
         skip = config.on_bad_row == "skip"
-        collate = StepCollator(collate_rows, cut[0], skip_bad_rows=skip)
+        collate = StepCollator(collate_rows, cut[0], skip_bad_rows=skip, packer=packer)
         if not isinstance(self.rows, Examples):
             stream = StepStream(
                 self.rows,
@@ -148,6 +158,9 @@ class Feed:
     def next_batches(self, steps: Iterator[StepBatches], bad_rows: BadRows) -> list[Batch]:
         """Return this rank's micro-batches of the next step, as many as every other rank has; none if no row can be used."""
         found = next(steps)
+        if found.cut is not None:
+            show_cut(found.cut, not self._cut_shown and self.accelerator.is_main_process)
+            self._cut_shown = True
         if found.position is not None:
             self.positions[found.position[0]] = found.position[1]
         if found.epoch > self.epoch:

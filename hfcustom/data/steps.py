@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 
 from hfcustom.data.collate import Batch
 from hfcustom.data.messages import RowError
+from hfcustom.data.packing import Cut, Packer
 from hfcustom.data.sources import Examples
 
 EXIT_BAD_ROWS = 4  # too many rows cannot be used: look at bad_rows.jsonl
@@ -46,6 +47,7 @@ class StepBatches:
     # of a stream: which loading process, where it stands after this, and how often the stream has ended for it
     position: tuple[int, dict[str, Any]] | None = None
     epoch: int = 0
+    cut: Cut | None = None  # of packed rows
 
 
 class Attempts(Sequence[Any]):
@@ -65,17 +67,31 @@ class Attempts(Sequence[Any]):
 
 
 class StepCollator:
-    """Cut a rank's rows of a step into micro-batches and collate each; `skip_bad_rows` leaves out those it cannot."""
+    """Cut a rank's rows of a step into micro-batches and collate each; `skip_bad_rows` leaves out those it cannot.
+
+    A `packer` cuts them by tokens instead of `micro_batch_size` rows.
+    """
 
     def __init__(
-        self, collate: Callable[[Sequence[Any]], Batch], micro_batch_size: int, *, skip_bad_rows: bool = False
+        self,
+        collate: Callable[[Sequence[Any]], Batch],
+        micro_batch_size: int,
+        *,
+        skip_bad_rows: bool = False,
+        packer: Packer | None = None,
     ) -> None:
         self.collate = collate
         self.micro_batch_size = micro_batch_size
         self.skip_bad_rows = skip_bad_rows
+        self.packer = packer
 
     def __call__(self, rows: Sequence[Any]) -> StepBatches:
         skipped = [row for row in rows if isinstance(row, BadRow)]
+        if self.packer is not None:
+            found = [(row, self._batch([row], skipped)) for row in rows if not isinstance(row, BadRow)]
+            usable = [(row, single) for row, single in found if single is not None]
+            batches, cut = self.packer(self.collate, *([pair[at] for pair in usable] for at in (0, 1)))
+            return StepBatches(batches, skipped, cut=cut)
         batches = []
         for first in range(0, len(rows), self.micro_batch_size):
             chunk = [row for row in rows[first : first + self.micro_batch_size] if not isinstance(row, BadRow)]

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import NemotronH_Omni_Reasoning_V3, NemotronH_Omni_Reasoning_V3_Config
 from transformers import NemotronH_Omni_Reasoning_V3Processor as StockProcessor
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 from transformers.video_utils import VideoMetadata
 
 from hfcustom.base import CustomVLM
@@ -108,6 +109,7 @@ class CustomNemotronH_Omni_Reasoning_V3(VideoFrames, RaggedImages, CustomVLM, Ne
 
     config_class = CustomNemotronH_Omni_Reasoning_V3_Config
     processor_class = CustomNemotronH_Omni_Reasoning_V3Processor
+    state_modules = (NemotronHMamba2Mixer,)
     _router_logits: Any = None  # of the running forward
 
     @property
