@@ -47,7 +47,11 @@ class Caches:
 
     @contextmanager
     def serving(self, processor: Any, examples: Sequence[Example]) -> Iterator[None]:
-        """Answer for the image processor while it runs on examples."""
+        """Answer for the image processor while it runs on examples; ValueError for videos, which no cache of features knows."""
+        if self.features is not None and (shown := [example.name for example in examples if example.videos]):
+            raise ValueError(
+                f"{shown[0]} has a video; cache_features is for images alone. Leave cache_features out, or let videos be images."
+            )
         digests = {id(image): image_digest(image) for example in examples for image in example.images}
         # An image alone in its row is another one than beside others: LLaVA-OneVision cuts only it into tiles.
         keys = [
