@@ -1,17 +1,16 @@
 """Time what the caches save: a training step with and without cached features, and an image's processor time by epoch.
 
     python benchmarks/cache.py
-    python benchmarks/cache.py --task B --dtype float32 --rounds 2
     python benchmarks/cache.py --task tiny --images 2 --side 60
 
-Steps (LoRA, batches and weights as training_step.py's) are interleaved, one of each in a round; the first, which fills the
+Steps (LoRA, batches and weights as training_step.py's, of a task with fewer layers) are interleaved, one of each in a round; the first, which fills the
 cache, is not counted. Images are JPEG files of 8:13 in rows of one, cut into 13 tiles by InternVL3's processor. Time is
 processor seconds, the least of all rounds, and for images the mean of an epoch, from the file to pixels, text left out. Prints tables.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from hfcustom.naming import unknown
@@ -23,7 +22,8 @@ from tasks import TASKS
 class CacheBenchConfig:
     """Sizes; each annotation is the flag's help."""
 
-    task: Annotated[str, "the step's task, as in training_step.py: T, B or tiny"] = "T"
+    task: Annotated[str, "the step's task, as in training_step.py: T, B or tiny"] = "B"
+    layers: Annotated[int, "layers that the task's tower and language model are cut to, with a head of 16,384 ids"] = 3
     dtype: Annotated[Literal["float32", "bfloat16"], "weights of the step"] = "float32"
     rounds: Annotated[int, "measured steps of each variant, and epochs with a full cache"] = 3
     images: Annotated[int, "image files"] = 8
@@ -34,7 +34,7 @@ class CacheBenchConfig:
 
     def problems(self) -> list[str]:
         """Return what is out of range, in words."""
-        names = ("rounds", "images", "side", "threads")
+        names = ("layers", "rounds", "images", "side", "threads")
         wrong = [f"{name}={getattr(self, name)} must be positive" for name in names if getattr(self, name) < 1]
         return wrong + ([] if self.task in TASKS else [unknown("task", self.task, TASKS)])
 
@@ -70,7 +70,9 @@ from worker import Meter, create_state
 
 def time_steps(config: CacheBenchConfig, folder: Path) -> None:
     """Print time and memory of a step that runs the tower and of one that reads its features."""
-    task = TASKS[config.task]
+    full = TASKS[config.task]
+    text, vision = (replace(shape, layers=config.layers) for shape in (full.text, full.vision))
+    task = replace(full, vocabulary=min(full.vocabulary, 16_384), text=text, vision=vision)
     job = Job("ours", "cross_entropy", True, task, config.dtype, "cpu")
     bench = ours(job)
     create_state(bench.optimizer)

@@ -157,6 +157,17 @@ def run(model: Any, processor: Any, folder: Path, **options: Any) -> list[float]
     return curve(fit(model, processor, ROWS, config))
 
 
+def test_packed_rows_are_served(internvl: Family, tmp_path: Path) -> None:
+    def packed(model: Any, **options: Any) -> list[float]:
+        config = short_config(tmp_path / "run", max_steps=2, batch_size=4, packing=True, overwrite=True, **options)
+        return curve(fit(model, internvl.processor, ROWS, config))
+
+    plain, model = packed(frozen(internvl)), frozen(internvl)
+    runs = count_runs(model)
+    assert packed(model, cache_features=str(tmp_path / "features")) == plain
+    assert len(runs) == 1, "the second step reads what the first has made"
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_runs_with_caches_are_those_without(
     name: str, families: dict[str, Family], tmp_path: Path, capsys: pytest.CaptureFixture[str]

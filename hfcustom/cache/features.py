@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from hfcustom.base import CustomVLM
 from hfcustom.cache.fingerprint import digest_of, source_digest, versions, weights_digest
 from hfcustom.cache.store import Entry, ShardStore
 from hfcustom.ragged import RaggedImages
@@ -42,8 +43,9 @@ class FeatureCache:
 
     method = METHOD
 
-    def __init__(self, core: Any, store: ShardStore) -> None:
-        self.core, self.store = core, store
+    def __init__(self, core: CustomVLM, store: ShardStore) -> None:
+        self.core: Any = core
+        self.store = store
         self.hits = self.misses = 0
         self._pictures: Sequence[Picture] = ()
 

@@ -21,7 +21,7 @@ from hfcustom.cache.fingerprint import image_digest
 from hfcustom.cache.lazy import LazyRows
 from hfcustom.cache.pictures import ImageCache
 from hfcustom.cache.refusals import reads_pixels, why_not_cached, why_tower_only
-from hfcustom.cache.store import ShardStore, size_of
+from hfcustom.cache.store import ShardStore, in_words, size_of
 from hfcustom.parts import unwrap
 
 if TYPE_CHECKING:
@@ -138,8 +138,8 @@ def open_caches(model: Any, processor: Any, config: TrainConfig, accelerator: Ac
 def _opened(store: ShardStore) -> str:
     held, size = store.count(), size_of(store.folder)
     others = size_of(store.root) - size
-    beside = f"; {others / 1e9:.3g} GB beside them are of other models or settings" if others > 1e6 else ""
-    return f"{held:,} images in {store.folder} ({size / 1e9:.3g} GB of at most {store.max_bytes / 1e9:g}){beside}"
+    beside = f"; {in_words(others)} beside them are of other models or settings" if others > 1e6 else ""
+    return f"{held:,} images in {store.folder} ({in_words(size)} of at most {in_words(store.max_bytes)}){beside}"
 
 
 @contextmanager
@@ -165,7 +165,7 @@ def use_caches(core: Any, caches: Caches | None, accelerator: Accelerator) -> It
 def _report(store: ShardStore | None, hits: int = 0, asked: int = 0) -> str:
     assert store is not None
     share = f", {hits / asked:.0%} hits" if asked else ""
-    return f"{store.count():,} images, {size_of(store.folder) / 1e9:.3g} GB{share}"
+    return f"{store.count():,} images, {in_words(size_of(store.folder))}{share}"
 
 
 def serving(core: Any, batch: Any) -> Any:

@@ -107,7 +107,7 @@ class ShardStore:
     def _fill_up(self, why: str) -> None:
         self.full = True
         logger.warning(
-            f"The cache {self.root} holds {size_of(self.root) / 1e9:.3g} GB and takes no more: {why}. What it does not hold is "
+            f"The cache {self.root} holds {in_words(size_of(self.root))} and takes no more: {why}. What it does not hold is "
             "computed each time; raise max_cache_gb, or delete what other runs left there."
         )
 
@@ -190,6 +190,15 @@ def checksum(tensor: torch.Tensor) -> int:
     whole = len(flat) // 8 * 8
     aligned = flat[:whole] if flat.storage_offset() % 8 == 0 and flat.data_ptr() % 8 == 0 else flat[:whole].clone()
     return int(aligned.view(torch.int64).sum()) + int(flat[whole:].sum(dtype=torch.int64))
+
+
+def in_words(size: float) -> str:
+    """Return a number of bytes with its unit."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"
 
 
 def size_of(folder: Path) -> int:
