@@ -18,6 +18,7 @@ from training import curve, short_config
 import hfcustom
 from hfcustom.cache.features import FeatureCache, TowerCache, fingerprint
 from hfcustom.cache.fingerprint import image_digest
+from hfcustom.cache.lazy import LazyRows
 from hfcustom.cache.pictures import ImageCache
 from hfcustom.cache.refusals import why_not_cached, why_tower_only
 from hfcustom.cache.run import Caches, serving
@@ -294,6 +295,12 @@ def test_known_files_are_not_decoded_again(internvl: Family, tmp_path: Path, mon
     assert image.size == ROWS[0]["images"][0].size and len(decoded) == 4
     assert np.array_equal(np.asarray(image.resize((20, 20))), np.asarray(ROWS[0]["images"][0].resize((20, 20))))
     assert len(decoded) == 5
+    assert image_digest(image.resize(image.size)) != image_digest(image), "a copy may be changed"
+
+    class Changing(Examples):
+        pass
+
+    assert not isinstance(caches.lazy_rows(Changing(rows, root=tmp_path)), LazyRows)
     picture(9).save(tmp_path / "0-0.png")  # other content under the same name
     assert not torch.equal(collate([lazy[0]])["pixel_values"], Collator(internvl.processor)(ROWS[:1])["pixel_values"])
     (tmp_path / "0-0.png").write_bytes(b"no image")

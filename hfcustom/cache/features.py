@@ -100,6 +100,11 @@ class FeatureCache:
         return outputs.to_tuple() if kwargs.get("return_dict") is False else outputs
 
     def _store(self, picture: Picture, entry: Entry) -> None:
+        if any(tensor.requires_grad for tensor in entry[0].values()):
+            raise ValueError(
+                "cache_features: what trains changes the image features, though no parameter of the parts below does. Leave "
+                "cache_features out for this model."
+            )
         if picture.found is None:
             tensors = {name: tensor.detach().cpu().clone() for name, tensor in entry[0].items()}
             picture.found = (tensors, entry[1])
@@ -110,11 +115,6 @@ class FeatureCache:
         pooled = outputs.pooler_output
         listed = isinstance(pooled, list | tuple)
         flat = torch.cat(list(pooled)) if listed else pooled.flatten(0, -2)  # (all tokens, D)
-        if flat.requires_grad:
-            raise ValueError(
-                "cache_features: what trains changes the image features, though no parameter of the vision tower and the "
-                "connector does. Leave cache_features out for this model."
-            )
         lengths = [picture.tokens for picture in pictures]
         if len(flat) != sum(lengths):
             raise ValueError(

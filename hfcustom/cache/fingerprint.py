@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Mapping
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ import torch
 import transformers
 from PIL import Image
 from torch import nn
+from transformers.utils import is_torchvision_available
 
 import hfcustom
 
-DIGEST = "hfcustom_digest"  # key in Image.info: of the encoded bytes
+DIGEST = "hfcustom_digest"  # attribute of an image: of the encoded bytes
 LIBRARIES = ("accelerate", "bitsandbytes", "builtins", "hfcustom", "peft", "torch", "torchvision", "transformers")
 
 
@@ -35,8 +37,8 @@ def digest_of(value: Any) -> str:
 
 def image_digest(image: Image.Image) -> str:
     """Return the digest of an image: of the bytes it was decoded from where they are known, else its mode, size and pixels."""
-    if DIGEST in image.info:
-        return f"file{image.info[DIGEST]}"
+    if DIGEST in vars(image):
+        return f"file{vars(image)[DIGEST]}"
     found = hashlib.sha256(f"{image.mode} {image.size} ".encode())
     found.update(np.asarray(image).tobytes())
     return found.hexdigest()[:32]
@@ -44,12 +46,13 @@ def image_digest(image: Image.Image) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of all whose arithmetic a cached value comes from."""
-    return {
+    found = {
         "hfcustom": hfcustom.__version__,
         "pillow": PIL.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    return found | ({"torchvision": metadata.version("torchvision")} if is_torchvision_available() else {})
 
 
 def processor_digest(image_processor: Any, options: Mapping[str, Any]) -> str:

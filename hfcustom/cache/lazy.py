@@ -52,7 +52,7 @@ class Keeper:
         digest = hashlib.sha256(data).hexdigest()[:32]
         size = self.size_of(digest)
         image = self._load(source, root) if size is None else LazyImage(size, lambda: self._load(source, root))
-        image.info[DIGEST] = digest
+        vars(image)[DIGEST] = digest  # not in info, which a changed copy would take along
         return image
 
     def _load(self, source: Any, root: Path | None) -> Image.Image:
@@ -92,3 +92,13 @@ class LazyRows(Examples):
     def name_of(self, index: int) -> str:
         """Return what messages call a row."""
         return self.rows.name_of(index)
+
+
+def only_loaded(rows: Any) -> bool:
+    """Whether images reach the collator as they were loaded: rows of a user's own class may have changed them since."""
+    if not isinstance(rows, Examples):
+        return True
+    if type(rows).__module__.partition(".")[0] != "hfcustom":
+        return False
+    inner = vars(rows)
+    return all(map(only_loaded, [inner.get("rows"), *dict(inner.get("sources") or {}).values()]))

@@ -137,7 +137,8 @@ def reads_pixels(core: Any) -> bool:
 
     A frozen model beside this one sees the same batch; a user's own forward or term could look at anything in it.
     """
-    own = not _ours(type(core).forward)
+    methods = (type(core).forward, type(core).loss_context, type(core).stock_inputs, type(core).loss_counts)
+    own = not all(map(_ours, methods))
     terms = any(item.loss.is_term and not _ours(item.loss.function) for item in core.losses())
     return bool(core.companions) or own or terms or takes_pictures(core.custom_connector)
 

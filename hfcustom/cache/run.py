@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from hfcustom.base import CustomVLM
 from hfcustom.cache.features import FeatureCache, Picture, TowerCache, fingerprint
 from hfcustom.cache.fingerprint import image_digest
-from hfcustom.cache.lazy import LazyRows
+from hfcustom.cache.lazy import LazyRows, only_loaded
 from hfcustom.cache.pictures import ImageCache
 from hfcustom.cache.refusals import reads_pixels, why_not_cached, why_tower_only
 from hfcustom.cache.store import ShardStore, in_words, size_of
@@ -43,7 +43,9 @@ class Caches:
 
     def lazy_rows(self, rows: Examples) -> Examples:
         """Return rows whose known images are not decoded."""
-        return rows if self.images is None else LazyRows(rows, self.images.size_of)
+        if self.images is None or not only_loaded(rows):
+            return rows
+        return LazyRows(rows, self.images.size_of)
 
     @contextmanager
     def serving(self, processor: Any, examples: Sequence[Example]) -> Iterator[None]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 import uuid
+import weakref
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger("hfcustom")
 SHARD_BYTES = 2**26  # a file is written when so much waits for it
+MAX_WAIT_S = 60.0  # or when the last was written so long ago: other processes read it
 SUFFIX = ".safetensors"
 Entry = tuple[dict[str, torch.Tensor], Any]  # tensors by name, and what JSON holds beside them
 
@@ -44,7 +47,8 @@ class ShardStore:
         self._pid = os.getpid()
         self._waiting: dict[str, Entry] = {}
         self._waiting_bytes = 0
-        Finalize(self, self.flush, exitpriority=10)  # at the end of a loading process too
+        self._written_at = time.monotonic()
+        Finalize(self, _flush, (weakref.ref(self),), exitpriority=10)  # at the end of a loading process too
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "folder": self.folder.name, "max_bytes": self.max_bytes}
@@ -85,7 +89,7 @@ class ShardStore:
             return
         self._waiting[key] = ({name: tensor.contiguous() for name, tensor in tensors.items()}, about)
         self._waiting_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        if self._waiting_bytes >= SHARD_BYTES:
+        if self._waiting_bytes >= SHARD_BYTES or time.monotonic() - self._written_at > MAX_WAIT_S:
             self.flush()
 
     def flush(self) -> None:
@@ -93,7 +97,7 @@ class ShardStore:
         if self._pid != os.getpid() or not self._waiting:
             return
         waiting, size = self._waiting, self._waiting_bytes
-        self._waiting, self._waiting_bytes = {}, 0
+        self._waiting, self._waiting_bytes, self._written_at = {}, 0, time.monotonic()
         if size_of(self.root) + size > self.max_bytes:
             self._fill_up(f"max_cache_gb={self.max_bytes / 1e9:g} is reached")
             return
@@ -182,6 +186,12 @@ class ShardStore:
         """Return the number of entries."""
         self._scan()
         return len(self._index.keys() | self._waiting.keys())
+
+
+def _flush(store: weakref.ref[ShardStore]) -> None:
+    alive = store()
+    if alive is not None:
+        alive.flush()
 
 
 def checksum(tensor: torch.Tensor) -> int:
