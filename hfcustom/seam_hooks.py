@@ -7,14 +7,13 @@ Letters: B rows, T text tokens, N image tokens, P crops, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from hfcustom import parts, seams
 from hfcustom.connectors import (
@@ -27,21 +26,25 @@ from hfcustom.connectors import (
     takes_question,
     works_before_projector,
 )
+from hfcustom.custom_model import CustomModel
 from hfcustom.naming import check_shape
+from hfcustom.packed import keep_rows_apart, merge_crops, packed_row_ids, why_not_packed
 from hfcustom.questions import Asked
 
 if TYPE_CHECKING:
     from hfcustom.base import CustomVLM
 
 
-class SeamHooks(PreTrainedModel):
+class SeamHooks(CustomModel):
     """The methods that hfcustom/seams.py hangs on the parts of a model."""
 
     ignores_logits_to_keep: ClassVar[bool] = (
         False  # the stock forward runs the head on every position whatever it is told
     )
+    no_packing: ClassVar[str] = ""  # why rows packed into one would see each other
+    state_modules: ClassVar[tuple[type[nn.Module], ...]] = ()  # what carries a state from one token to the next
+    crop_dims: ClassVar[Mapping[str, int]] = {}  # image tensor -> the dimension along which it has crops, by default 0
     keeps_mask: ClassVar[bool] = False  # the stock forward reads more from attention_mask than where padding is
-    lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, "connector"), or "placeholders" -> why not
     no_pictures: ClassVar[str] = ""  # why no picture of a crop can be handed to a connector that wants one
     no_pictures_of_tokens: ClassVar[str] = (
         ""  # why there is no one picture of what a connector behind the projector sees
@@ -58,6 +61,16 @@ class SeamHooks(PreTrainedModel):
     transform_embeddings: Any
     transform_hidden_states: Any
     tokens_per_crop: Any
+
+    @property
+    def max_packed_tokens(self) -> int | None:
+        """The tokens of rows packed into one beyond which stock would not treat them as by themselves; None for any number."""
+        return None
+
+    @classmethod
+    def merge_images(cls, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Join the image tensors of rows that are packed into one; a family in which they point at each other says how."""
+        return merge_crops(rows, cls.crop_dims)
 
     @property
     def placeholder_token_id(self) -> int | None:
@@ -113,17 +126,33 @@ class SeamHooks(PreTrainedModel):
             (connector, "register_forward_pre_hook", "_at_connector_input", {}),
             (connector, "register_forward_hook", "_at_connector_output", {}),
             (language, "register_forward_pre_hook", "_at_language_input", {"with_kwargs": True}),
+            (language, "register_forward_pre_hook", "_at_packed_rows", {"with_kwargs": True}),
             (language, "register_forward_hook", "_at_language_output", {}),
             *(head if self.ignores_logits_to_keep else []),
         ]
 
-    def seam_methods(self) -> list[tuple[str, str, str]]:
-        """Return (module path, its method, the method called instead) for seams that lie inside no part's border."""
-        return []
-
     def inner_path(self) -> str:
         """Return the path of the model without its head, "" for a family that has none."""
         return "" if self.base_model is self else self.base_model_prefix
+
+    def seam_methods(self) -> list[tuple[str, str, str]]:
+        """Return (module path, its method, the method called instead) for seams that lie inside no part's border."""
+        found = self.named_modules() if self.state_modules else ()
+        states = [(path, "forward", "_at_state") for path, module in found if isinstance(module, self.state_modules)]
+        return [*super().seam_methods(), *states]
+
+    def _at_state(
+        self,
+        stock: Callable[..., torch.Tensor],
+        hidden_states: torch.Tensor,
+        *args: Any,
+        row_lengths: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Begin anew with each of the rows that are packed into one: (1, T, D) -> (1, T, D)."""
+        if row_lengths is None:
+            return stock(hidden_states, *args, **kwargs)
+        return torch.cat([stock(row, *args, **kwargs) for row in hidden_states.split(list(row_lengths), 1)], 1)
 
     @contextmanager
     def stock_pass(
@@ -189,6 +218,7 @@ class SeamHooks(PreTrainedModel):
                 self._asked = Asked(self, {**kwargs, "input_ids": input_ids})
         embeds, token = kwargs.get("inputs_embeds"), self.placeholder_token_id
         self._pass.image_mask = seams.find_placeholders(self, input_ids, embeds, token)
+        self._pass.rows = packed_row_ids(kwargs)
 
     def _end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._pass is not None and self._pass.ends_with_inner:
@@ -288,13 +318,20 @@ class SeamHooks(PreTrainedModel):
         if frames == 1:
             return
         ends = [0, *accumulate(lengths)][::frames]
-        for row, end in enumerate(mask.sum(1).cumsum(0).tolist()):
+        for row, end in enumerate(self._tokens_of_rows(mask).cumsum(0).tolist()):
             if end not in ends:
                 raise ValueError(
                     f"connector={self.config.connector!r} takes {frames} neighbouring crops together, but row {row} of the "
                     f"batch ends amid such {frames}. Give each row a multiple of {frames} images (repeat a still one) or "
                     "frames of a video, one crop each: switch the processor's multi-crop off."
                 )
+
+    def _tokens_of_rows(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return how many positions of a mask (B, T) each row of data has, (R,)."""
+        rows = None if self._pass is None else self._pass.rows
+        if rows is None:
+            return mask.sum(1)
+        return rows.new_zeros(int(rows.max()) + 1).index_add(0, rows.flatten(), mask.flatten().to(rows.dtype))
 
     def _at_language_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -308,6 +345,29 @@ class SeamHooks(PreTrainedModel):
         embeddings = self.transform_embeddings(given, self._pass.image_mask)  # (B, T, D)
         check_shape("transform_embeddings", embeddings, given.shape)
         return args, {**kwargs, "inputs_embeds": embeddings}
+
+    def _at_packed_rows(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._pass is None or self._pass.rows is None:
+            return args, kwargs
+        if reason := why_not_packed(self):
+            raise ValueError(
+                f"position_ids start again within a row, as where rows are packed into one, which {type(self).__name__} cannot "
+                f"keep apart: {reason}. Give each row a row of the batch, and an attention_mask."
+            )
+        limit, rows = self.max_packed_tokens, self._pass.rows
+        if limit is not None and rows.shape[1] > limit:
+            raise ValueError(
+                f"Rows of {rows.shape[1]} tokens are packed into one; {type(self).__name__} takes at most {limit}: pack fewer."
+            )
+        kept = keep_rows_apart(module, kwargs, rows)
+        if self.state_modules and "row_lengths" not in kept:
+            raise ValueError(
+                f"{type(self).__name__} carries a state from token to token, which is begun anew only for rows packed into a "
+                "batch of one row, and not under torch.compile. Pack into one row, or pad."
+            )
+        return args, kept
 
     def _at_head_input(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         return (args[0][:, :0],) if self._pass is not None and self._pass.skips_head else None

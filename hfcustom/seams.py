@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hfcustom.packed import BY_ROW, is_causal
+
 if TYPE_CHECKING:
-    from hfcustom.base import CustomVLM
+    from hfcustom.custom_model import CustomModel
     from hfcustom.questions import Asked
 
 
@@ -33,6 +35,7 @@ class ForwardPass:
     asked_before: Asked | None = None  # what it closes with: what connectors may ask for around it
     image_mask: torch.Tensor | None = None  # (B, T) True at image placeholders
     video_mask: torch.Tensor | None = None  # (B, T) True at video placeholders, where a family tells them apart
+    rows: torch.Tensor | None = None  # (B, T) which row of data a token belongs to, where several are packed into one
     crops: torch.Tensor | None = None  # (P,) which crops hold an image, in families that pad with empty ones
     vision_features: torch.Tensor | None = None  # (P, patches, D_vision)
     image_features: torch.Tensor | None = None  # (P, N, D)
@@ -51,7 +54,7 @@ class Seam:
     does not copy the whole model along: only a copy that includes the owner moves the hook to the new owner.
     """
 
-    def __init__(self, owner: CustomVLM, method: str) -> None:
+    def __init__(self, owner: CustomModel, method: str) -> None:
         self.owner = owner
         self.method = method
 
@@ -65,7 +68,7 @@ class Seam:
 class MethodSeam(Seam):
     """Stands in for a method of a part: calls `owner.<method>(stock method, ...)`, and shows the stock signature."""
 
-    def __init__(self, owner: CustomVLM, method: str, path: str, name: str) -> None:
+    def __init__(self, owner: CustomModel, method: str, path: str, name: str) -> None:
         super().__init__(owner, method)
         self.path, self.name = path, name
         self.__signature__ = inspect.signature(self.stock())
@@ -84,7 +87,7 @@ class MethodSeam(Seam):
         return copied
 
 
-def install(owner: CustomVLM) -> None:
+def install(owner: CustomModel) -> None:
     """Put the owner's seams on its parts; a part that already carries its seam, or contains it, is left alone.
 
     Safe to call again: a user who replaces a part (`self.model.connector = MyConnector(...)`) gets the seam on the
@@ -125,9 +128,10 @@ def needs_no_mask(inputs: Mapping[str, Any], text_config: Any, decoder: nn.Modul
     one type (token_type_ids: a prompt, an image), and all of them in a decoder that leaves causality to the mask.
     """
     mask = inputs.get("attention_mask")
-    if mask is None or mask.ndim != 2 or mask.device.type != "cpu" or text_config._attn_implementation != "sdpa":
+    if mask is None or mask.ndim != 2 or mask.device.type != "cpu":
+        return False
+    if text_config._attn_implementation not in ("sdpa", BY_ROW):
         return False
     if inputs.get("position_ids") is not None or inputs.get("token_type_ids") is not None:
         return False
-    causal = all(vars(module).get("is_causal", True) for module in decoder.modules())
-    return causal and bool((mask[:, 1:] <= mask[:, :-1]).all())
+    return is_causal(decoder) and bool((mask[:, 1:] <= mask[:, :-1]).all())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, KINDS, Family, assert_same_model
+from conftest import FAMILIES, KINDS, Family, assert_compiles, assert_same_model
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -229,9 +229,7 @@ def test_compiled_logits_equal_eager(internvl: Family, name: str) -> None:
     model = internvl.model(connector=spec(name))
     batch = internvl.batch(clips(name, [1]), model.match_processor(copy.deepcopy(internvl.processor)))
     del batch["labels"]
-    torch._dynamo.reset()
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, backend="eager")(**batch).logits, model(**batch).logits)
+    assert_compiles(model, batch)
 
 
 @pytest.mark.parametrize("name", NAMES)

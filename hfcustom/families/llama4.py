@@ -81,6 +81,12 @@ class CustomLlama4ForConditionalGeneration(CustomVLM, Llama4ForConditionalGenera
         self.config.stacked_experts = any(isinstance(module, Llama4TextExperts) for module in self.modules())
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    @property
+    def max_packed_tokens(self) -> int | None:
+        """Layers without positions scale their queries by a token's place in the tensor, in steps of so many."""
+        text: Any = self.config.get_text_config()
+        return text.floor_scale - 1 if text.attn_temperature_tuning else None
+
     def get_decoder(self) -> Any:
         """Return the language model without its head; stock returns the two together."""
         return self.language_model.model

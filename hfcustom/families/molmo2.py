@@ -18,7 +18,7 @@ from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
 from hfcustom.connectors import Grid, Told, count_tokens_out, grid_out, of_each
 from hfcustom.families import tiny
-from hfcustom.processors import MatchedProcessor, NeedsTorchvision
+from hfcustom.processors import MatchedProcessor, NeedsTorchvision, RaggedVideos
 from hfcustom.ragged import RaggedImages
 from hfcustom.registry import register
 from hfcustom.videos import VideoFrames
@@ -32,7 +32,7 @@ class CustomMolmo2Config(CustomConfig, Molmo2Config):
     model_type = "custom_molmo2"
 
 
-class CustomMolmo2Processor(NeedsTorchvision, MatchedProcessor, Molmo2Processor):
+class CustomMolmo2Processor(RaggedVideos, NeedsTorchvision, MatchedProcessor, Molmo2Processor):
     """Molmo2Processor that follows the model's connector, and whose offsets are those in the text it was given."""
 
     def reduced_inputs(
@@ -69,6 +69,9 @@ class CustomMolmo2Processor(NeedsTorchvision, MatchedProcessor, Molmo2Processor)
         return outputs
 
 
+POOLED = {"pixel_values": "image_token_pooling", "pixel_values_videos": "video_token_pooling"}
+
+
 class CustomMolmo2ForConditionalGeneration(VideoFrames, RaggedImages, CustomVLM, Molmo2ForConditionalGeneration):
     """Molmo 2 with five seams; vision features are a crop's patches in both layers, before the pooling attention."""
 
@@ -80,6 +83,18 @@ class CustomMolmo2ForConditionalGeneration(VideoFrames, RaggedImages, CustomVLM,
     def video_token_id(self) -> int:
         """The id of <im_patch>: frames are written as images are, which no call has beside them."""
         return int(self.config.image_token_id)
+
+    @classmethod
+    def merge_images(cls, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Join the image tensors of rows; where patches are pooled is counted over all that came before."""
+        first = dict.fromkeys(POOLED, 0)  # patches before a row's
+        moved = [dict(row) for row in rows]
+        for row in moved:
+            for pixels in POOLED.keys() & row.keys():
+                places = row[POOLED[pixels]]  # (tokens, patches a token), -1 for none
+                row[POOLED[pixels]] = torch.where(places < 0, places, places + first[pixels])
+                first[pixels] += row[pixels].shape[:2].numel()
+        return super().merge_images(moved)
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features before the projector, which gets all crops in one tensor."""
