@@ -7,6 +7,7 @@ needs it.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -38,8 +39,8 @@ NEED_IT = [name for name in family_names() if missing_packages(name)]
 SAME = "(processor or video or labels) and not connector"  # what another image path could change
 
 
-def run_tests(chosen: str, own: Sequence[str] = (), options: Sequence[str] = ()) -> None:
-    """Run the tests of the families, and files of their own, in a process that has torchvision."""
+def run_tests(chosen: str, own: Sequence[str] = (), options: Sequence[str] = ()) -> str:
+    """Run the tests of the families, and files of their own, in a process that has torchvision; return what it printed."""
     if is_torchvision_available():
         pytest.skip("torchvision is importable here, so the whole suite runs with it; the path without it is untested")
     if not FOLDER.is_dir():
@@ -50,16 +51,23 @@ def run_tests(chosen: str, own: Sequence[str] = (), options: Sequence[str] = ())
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
+    return done.stdout
 
 
 def test_families_that_work_without_torchvision_work_with_it() -> None:
     run_tests(f"({SAME}) and not ({' or '.join(NEED_IT) or 'none'})")
 
 
-@pytest.mark.parametrize("name", NEED_IT)
-def test_a_family_that_needs_torchvision_passes_every_test_with_it(name: str, request: pytest.FixtureRequest) -> None:
-    own = [name] if (ROOT / f"tests/test_{name}.py").is_file() else []
-    run_tests(name, own, ["--record-families"] if request.config.getoption("--record-families") else [])
+def test_families_that_need_torchvision_pass_every_test_with_it(request: pytest.FixtureRequest) -> None:
+    """All in one process; files of their own are the tests of one family each."""
+    own = [name for name in NEED_IT if (ROOT / f"tests/test_{name}.py").is_file()]
+    printed = run_tests(
+        " or ".join(NEED_IT) or "none",
+        own,
+        ["--record-families"] if request.config.getoption("--record-families") else [],
+    )
+    for name in NEED_IT:
+        assert re.search(rf"^{name} .* [1-9]\d*/", printed, re.MULTILINE), f"no check of {name} ran"
 
 
 @pytest.mark.parametrize("name", NEED_IT)
