@@ -14,9 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
-from hfcustom.connectors import Grid, count_tokens_out, grid_out
+from hfcustom.connectors import Grid, count_tokens_out, grid_out, of_each
 from hfcustom.processors import ConnectedProcessor
 from hfcustom.ragged import RaggedImages
 
@@ -25,14 +24,14 @@ class AnyresImages(RaggedImages):
     """Mixin between CustomVLM and a stock class that has `pack_image_features`."""
 
     no_pictures = no_resizing = ""  # crops reach the tower as pictures of one size
+    no_pictures_of_tokens = (
+        "the tiles of an image are put together and cut before a connector behind the projector sees them"
+    )
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features before the projector, which gets crops of one size."""
         projector = self.stock_parts().paths["connector"][0]
-        return [*super().seam_hooks(), (projector, "register_forward_pre_hook", "_at_projector_input", {})]
-
-    def _at_projector_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args if self.image_inputs is None else self._at_connector_input(module, args)  # None: a video
+        return [*super().seam_hooks(), (projector, "register_forward_pre_hook", "_at_connector_input", {})]
 
     def seam_methods(self) -> list[tuple[str, str, str]]:
         """Stand in for pack_image_features, where the tiles of an image come together."""
@@ -69,10 +68,13 @@ class AnyresImages(RaggedImages):
         rows = (stock(**inputs | thin)[1] - lengths).tolist()  # with newlines there is a token more a row
         bases = [image[0] for image in crops]
         rests = [image[len(base) :] for image, base in zip(images, bases, strict=True)]  # (rows * columns, D)
-        bases = self._reduce(bases, [_square(len(base)) for base in bases])
         grids = [(height, len(rest) // height) for height, rest in zip(rows, rests, strict=True)]
+        told = self.question_of(self._packed_lengths([len(base) for base in bases], grids, newline is not None))
+        bases = self._reduce(bases, [square(len(base)) for base in bases], told)
         tiled = [image for image, rest in enumerate(rests) if len(rest)]
-        found = self._reduce([rests[image] for image in tiled], [grids[image] for image in tiled])
+        found = self._reduce(
+            [rests[image] for image in tiled], [grids[image] for image in tiled], of_each(told, tiled)
+        )
         reduced = dict(zip(tiled, found, strict=True))
         packed = [
             torch.cat([base, self._lines(reduced.get(image, rests[image]), grids[image], newline)])
@@ -80,10 +82,21 @@ class AnyresImages(RaggedImages):
         ]
         return packed, lengths.new_tensor([len(image) for image in packed])
 
+    def _packed_lengths(self, bases: list[int], grids: list[Grid], newlines: bool) -> list[int]:
+        """Return the tokens of each image after the connector, from those of its base view and how its tiles lie."""
+        module = self.custom_connector
+        lefts = [self._rows_and_columns(grid) for grid in grids]
+        tiles = [rows * (columns + newlines) for rows, columns in lefts]
+        return [count_tokens_out(module, base, square(base)) + rest for base, rest in zip(bases, tiles, strict=True)]
+
+    def _rows_and_columns(self, grid: Grid) -> Grid:
+        """Return how the tokens of tiles lie after the connector; of a base view alone there are none, in one row."""
+        tokens = math.prod(grid)
+        return grid_out(self.custom_connector, tokens, grid) if tokens else (1, 0)
+
     def _lines(self, rest: torch.Tensor, grid: Grid, newline: torch.Tensor | None) -> torch.Tensor:
         """End each row of what is left of the tiles, (M, D), with a newline; `grid` is how they lay before the connector."""
-        tokens = math.prod(grid)  # of a base view alone 0, which is one row
-        rows, columns = grid_out(self.custom_connector, tokens, grid) if tokens else (1, 0)
+        rows, columns = self._rows_and_columns(grid)
         lines = rest.view(rows, columns, rest.shape[-1])  # (rows, columns, D)
         if newline is not None:
             lines = torch.cat([lines, newline.to(lines).expand(rows, 1, -1)], 1)  # (rows, columns + 1, D)
@@ -105,7 +118,7 @@ class AnyresProcessor(ConnectedProcessor):
             return text
         token: str = self.image_token  # type: ignore[attr-defined]
         base = self.base_tokens(image_inputs)
-        return token * (len(text) // len(token) - base + count_tokens_out(module, base, _square(base)))
+        return token * (len(text) // len(token) - base + count_tokens_out(module, base, square(base)))
 
     def _get_unpadded_features(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Return the tokens of the tiles of an image after the connector, and the newlines; stock counts with this."""
@@ -118,6 +131,7 @@ class AnyresProcessor(ConnectedProcessor):
         return rows * columns, rows
 
 
-def _square(num_tokens: int) -> Grid:
+def square(num_tokens: int) -> Grid:
+    """Return the rows and columns of a square view."""
     side = math.isqrt(num_tokens)
     return side, side

@@ -17,13 +17,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hfcustom.losses import LOSSES, WeightedLoss, count_all_tokens, loss_columns, token_columns
+from hfcustom.dual_encoder import CustomDualEncoder
+from hfcustom.losses import IGNORE, LOSSES, WeightedLoss, count_all_tokens
 from hfcustom.losses.chunked import product_dtype
 from hfcustom.losses.kernels import DESCRIPTIONS, choose_kernel
 from hfcustom.parts import expert_matrices, part_table, unwrap
 from hfcustom.train_config import TrainConfig
 
 if TYPE_CHECKING:
+    from hfcustom.data.collate import Batch
     from hfcustom.train import StepReport
 
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # brackets in a path are no style
@@ -76,11 +78,11 @@ class TrainLog:
         if self.config.trackers:
             self.accelerator.end_training()
 
-    def step(self, step: int, report: StepReport, optimizer: torch.optim.Optimizer) -> None:
-        """Take one step's report."""
-        self.window.append(report)
+    def step(self, step: int, report: StepReport | None, optimizer: torch.optim.Optimizer) -> None:
+        """Take one step's report; None is a step of which no row could be used, so that nothing was computed."""
+        self.window += [] if report is None else [report]
         self.bar.update(self.task, completed=step)
-        if step % self.config.log_steps == 0 or step == self.max_steps:
+        if self.window and (step % self.config.log_steps == 0 or step == self.max_steps):
             self.metrics(step, self._close_window(step, optimizer), progress=True)
 
     def metrics(self, step: int, values: Mapping[str, float], progress: bool = False) -> None:
@@ -251,24 +253,15 @@ def show_parts(model: Any, title: str = "") -> None:
 
 def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> None:
     """Print what a person wants to know before a run: parts, seams in effect, image tokens, where values came from."""
-    from hfcustom.data.collate import Collator
     from hfcustom.data.sources import Examples
-    from hfcustom.train import choose_precision
+    from hfcustom.train import choose_precision, make_collator
 
     show_parts(model)
     core = unwrap(model)
     example = Examples([row])[0]
-    batch = Collator(
-        processor, None, *(find(core.losses(), example.columns) for find in (loss_columns, token_columns))
-    )([example])
-    token = core.placeholder_token_id
-    image_tokens = "an unknown number" if token is None else int((batch["input_ids"] == token).sum())
-    supervised = int((batch["labels"] != -100).sum())
+    batch = make_collator(core, processor, config, example.columns)([example])
     out.print(f"seams in effect: {', '.join(core.overridden_seams()) or 'none (stock)'}")
-    out.print(
-        f"first row{' (both answers)' if len(batch['labels']) == 2 else ''}: {count_all_tokens(batch)} tokens, {batch.images} images as {image_tokens} of them, "
-        f"{supervised} supervised"
-    )
+    out.print(f"first row{_row_facts(core, batch)}")
     with torch.autocast(core.device.type, torch.bfloat16, enabled=choose_precision(model, config) == "bf16"):
         facts = execution_facts(core)
     for fact in facts:
@@ -277,8 +270,28 @@ def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> Non
         out.print(f"  {name} = {getattr(config, name)!r}  ({source})")
 
 
+def _row_facts(core: Any, batch: Batch) -> str:
+    """Say what a row becomes; a contrastive encoder has no placeholders and no labels."""
+    if "labels" not in batch:
+        return f": {count_all_tokens(batch)} tokens, {batch.images} image"
+    token = core.placeholder_token_id
+    image_tokens = "an unknown number" if token is None else int((batch["input_ids"] == token).sum())
+    supervised = int((batch["labels"] != IGNORE).sum())
+    return (
+        f"{' (both answers)' if len(batch['labels']) == 2 else ''}: {count_all_tokens(batch)} tokens, {batch.images} images "
+        f"as {image_tokens} of them, {supervised} supervised"
+    )
+
+
 def execution_facts(core: Any) -> list[str]:
     """Say what code runs the losses, the attention and the experts, in words: what is chosen silently can be slow."""
+    if isinstance(core, CustomDualEncoder):
+        bias = "" if core.logit_bias is None else f" with a bias of {float(core.logit_bias.detach()):.3g}"
+        scale = float(core.logit_scale.detach().exp())
+        return [
+            f"losses: {core.losses()[0].loss.name} among all pairs of a step; cosines times {scale:.3g}{bias}, learned",
+            f"attention: {core.config.vision_config._attn_implementation}",
+        ]
     head = core.loss_head()
     names = ", ".join(item.loss.name for item in core.losses())
     facts = [f"losses: {names}; the head is {'a plain Linear' if head.linear is not None else 'called as a module'}"]

@@ -18,16 +18,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 from transformers.vision_utils import get_vision_window_index
 
-from hfcustom import losses, seams
-from hfcustom.connectors import Grid, grids_out
+from hfcustom import losses
+from hfcustom.connectors import Grid, grids_out, of_each
 from hfcustom.ragged import RaggedImages
+from hfcustom.videos import VideoFrames
 
 logger = logging.get_logger("hfcustom")
 
 GRIDS = ("image_grid_thw", "video_grid_thw")  # (P, 3) each
 
 
-class MRopeImages(RaggedImages):
+class MRopeImages(VideoFrames, RaggedImages):
     """Mixin between CustomVLM and a stock class that places tokens by `get_rope_index`, one grid an image or video."""
 
     position_input: ClassVar[str] = (
@@ -49,9 +50,8 @@ class MRopeImages(RaggedImages):
         return [*super().seam_hooks(), (merger, "register_forward_pre_hook", "_at_merger_input", {})]
 
     def seam_methods(self) -> list[tuple[str, str, str]]:
-        """Stand in for get_video_features and get_rope_index too, which forward() and generate() call."""
-        own = {"get_video_features": "_at_video_features", "get_rope_index": "_at_rope_index"}
-        return [*super().seam_methods(), *((self.inner_path(), name, method) for name, method in own.items())]
+        """Stand in for get_rope_index too, which forward() and generate() call."""
+        return [*super().seam_methods(), (self.inner_path(), "get_rope_index", "_at_rope_index")]
 
     def stock_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Give rows packed into one the positions by which stock keeps them apart; all else as CustomVLM does."""
@@ -62,6 +62,15 @@ class MRopeImages(RaggedImages):
             if int(starts.sum()) > len(starts):
                 call["position_ids"] = torch.cat([call["position_ids"][None], self._packed_positions(call, starts)])
         return call
+
+    def place_tokens(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Return the positions of a batch's tokens in time, height and width, (3, B, T), as forward() finds them."""
+        place: Any = self.base_model.compute_3d_position_ids
+        asked = {name: batch.get(name) for name in inspect.signature(place).parameters}
+        places: torch.Tensor | None = place(**asked)
+        if places is None:  # no image
+            return (batch["attention_mask"].cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
+        return places
 
     def _packed_positions(self, call: Mapping[str, Any], starts: torch.Tensor) -> torch.Tensor:
         """Return positions in time, height and width, (3, B, T), each packed row's own; starts (B, T)."""
@@ -83,10 +92,6 @@ class MRopeImages(RaggedImages):
     def _begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super()._begin_pass(module, args, kwargs)
         given = {"input_ids": args[0], **kwargs} if args else kwargs
-        if given.get("pixel_values_videos") is not None:
-            assert self._pass is not None
-            ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-            self._pass.video_mask = seams.find_placeholders(self, ids, embeds, self.config.video_token_id)
         if given.get("position_ids") is None and any(given.get(name) is not None for name in GRIDS):
             lacking = [name for name in ("input_ids", self.position_input) if given.get(name) is None]
             if lacking and not torch.compiler.is_compiling():
@@ -108,26 +113,19 @@ class MRopeImages(RaggedImages):
         ordered = self.transform_ragged(merged[order.argsort()].flatten(0, 1), lengths)  # (patches, D_vision)
         return (ordered.view_as(merged)[order].flatten(0, 1), *args[1:])
 
-    def _at_video_features(self, stock: Callable[..., Any], *args: Any, return_dict: Any = None, **kwargs: Any) -> Any:
-        """Treat a video as images of one size; losses look at images only, so nothing is recorded."""
-        passed, self._pass = self._pass, None
-        try:
-            outputs = self._features(stock, args, kwargs)
-        finally:
-            self._pass = passed
-        if passed is not None and self.custom_connector is not None:
-            assert passed.video_mask is not None
-            tokens = [len(video) for video in outputs.pooler_output]
-            self._check_placeholders(sum(tokens), len(tokens), mask=passed.video_mask, kind="video")
-        return outputs.to_tuple() if return_dict is False else outputs
+    def _video_outputs(self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Treat a video as images of one size."""
+        return self._features(stock, args, kwargs)
 
     def _connect(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """Run the connector on one video after the other: what takes frames together never takes those of two."""
-        assert self.image_inputs is not None, "get_image_features is running"
-        if self.image_inputs.get("video_grid_thw") is None:
+        if self.video_inputs is None:
             return super()._connect(features)
+        assert self.image_inputs is not None, "its arguments stand here too"
         grids = self.image_grids(self.image_inputs)
-        return [self._reduce([video], [grid])[0] for video, grid in zip(features, grids, strict=True)]
+        told = self.question_of(self.tokens_left(features, grids))
+        parts = enumerate(zip(features, grids, strict=True))
+        return [self._reduce([video], [grid], of_each(told, [at]))[0] for at, (video, grid) in parts]
 
     def _at_rope_index(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inputs = inspect.signature(stock).bind(*args, **kwargs).arguments

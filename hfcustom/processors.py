@@ -8,14 +8,14 @@ comes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from transformers import ProcessorMixin
 from transformers.utils import is_torchvision_available
 
-from hfcustom.connectors import Grid, build_connector, count_tokens_out, grid_out, grids_out
+from hfcustom.connectors import Grid, build_connector, count_tokens_out, frames_together, grid_out, grids_out
 
 
 class OptionalVideo(ProcessorMixin):
@@ -154,6 +154,36 @@ class ConnectedProcessor(ProcessorMixin):
             with torch.device("meta"):
                 self._built = dict(self.connector), build_connector(options, self.connector["hidden_size"])
         return self._built[1]
+
+
+class VideosAsImages(ConnectedProcessor):
+    """Mixin before a stock processor that writes the frames of a video as images, which the model cannot tell from others."""
+
+    crop_field: ClassVar[str]  # the attribute that holds the placeholders of one crop
+
+    def get_text_with_replacements(
+        self, text: list[str], images_replacements: Any = (), videos_replacements: Any = (), *audio: Any, **kwargs: Any
+    ) -> Any:
+        """Replace as stock does; ValueError where a connector of frames would mix those of a video with other crops."""
+        if len(videos_replacements) and self.connector is not None:
+            self._check_clips(text, iter(images_replacements), iter(videos_replacements))
+        return super().get_text_with_replacements(text, images_replacements, videos_replacements, *audio, **kwargs)
+
+    def _check_clips(self, text: list[str], images: Iterator[str], videos: Iterator[str]) -> None:
+        own: Any = self
+        image, video, frames = own.image_token, own.video_token, frames_together(self.connector_module())
+        marks = re.compile(f"{re.escape(image)}|{re.escape(video)}")
+        for row, sample in enumerate(text):
+            crops = 0
+            for found in marks.findall(sample):
+                written = next(videos if found == video else images, "")  # too few: stock says so
+                first, crops = crops, crops + written.count(image) // getattr(self, self.crop_field)
+                if found == video and (first % frames or crops % frames):
+                    raise ValueError(
+                        f"connector={self.connector!r} takes {frames} neighbouring crops together, but a video of row {row} is "
+                        f"crops {first} to {crops - 1}, so some would be taken together with crops beside it. Give each video a "
+                        f"multiple of {frames} frames (sample others, or repeat the last), and as many images before it."
+                    )
 
 
 class MatchedProcessor(ConnectedProcessor):

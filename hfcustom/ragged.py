@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfcustom.connectors import Grid, frames_together, reduce_tokens
+from hfcustom.connectors import Grid, Told, count_tokens_out, frames_together, of_each, reduce_tokens
 from hfcustom.processors import match_connector
 from hfcustom.seam_hooks import SeamHooks
 
@@ -40,11 +40,7 @@ class RaggedImages(SeamHooks):
 
     def seam_methods(self) -> list[tuple[str, str, str]]:
         """Stand in for get_image_features, which forward() and generate() call."""
-        found = [*super().seam_methods(), (self.inner_path(), "get_image_features", "_at_image_features")]
-        inner = self.get_submodule(self.inner_path())
-        if frames_together(self.custom_connector) > 1 and hasattr(inner, "get_video_features"):
-            found.append((self.inner_path(), "get_video_features", "_at_video_features"))
-        return found
+        return [*super().seam_methods(), (self.inner_path(), "get_image_features", "_at_image_features")]
 
     def _at_image_features(self, stock: Callable[..., Any], *args: Any, return_dict: Any = None, **kwargs: Any) -> Any:
         outputs = self._features(stock, args, kwargs)
@@ -67,10 +63,6 @@ class RaggedImages(SeamHooks):
             self.image_inputs = None
         return outputs
 
-    def _at_video_features(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.refuse_frames_of_videos()
-        return stock(*args, **kwargs)
-
     def match_processor(self, processor: Any) -> Any:
         """Give the processor the connector, so that it writes as many placeholders; save it with the model."""
         return match_connector(self, processor)
@@ -78,16 +70,33 @@ class RaggedImages(SeamHooks):
     def _connect(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """Run the connector on what get_image_features returned, one tensor an image."""
         assert self.image_inputs is not None, "get_image_features is running"
-        return self._reduce(features, self.image_grids(self.image_inputs))
+        grids = self.image_grids(self.image_inputs)
+        return self._reduce(features, grids, self.question_of(self.tokens_left(features, grids)))
 
-    def _reduce(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[torch.Tensor]:
-        """Run the connector on all images that have the same grid; on a video's frames, which share theirs, together."""
+    def tokens_left(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[int]:
+        """Return how many tokens the connector leaves of each image, (N_i, D), or of a video's frames together."""
+        sizes = [math.prod(grid) for grid in grids]
+        counts = [count_tokens_out(self.custom_connector, *part) for part in zip(sizes, grids, strict=True)]
+        return [len(image) // size * count for image, size, count in zip(features, sizes, counts, strict=True)]
+
+    def _reduce(
+        self, features: Sequence[torch.Tensor], grids: Sequence[Grid], told: Told | None = None
+    ) -> list[torch.Tensor]:
+        """Run the connector on all images that have the same grid; on a video's frames, which share theirs, together.
+
+        `told` is what the connector asks for, an entry an image or video.
+        """
+        told = told or {}
         crops = [
             image.unflatten(0, (-1, math.prod(grid))) for image, grid in zip(features, grids, strict=True)
         ]  # (F, N, D)
         if any(len(image) > 1 for image in crops):
-            parts = zip(crops, grids, strict=True)
-            return [reduce_tokens(self.custom_connector, *part, self.config.connector).flatten(0, 1) for part in parts]
+            return [
+                reduce_tokens(
+                    self.custom_connector, image, grid, self.config.connector, of_each(told, [at] * len(image))
+                ).flatten(0, 1)
+                for at, (image, grid) in enumerate(zip(crops, grids, strict=True))
+            ]
         frames = frames_together(self.custom_connector)
         clips = [range(first, min(first + frames, len(grids))) for first in range(0, len(grids), frames)]
         for clip in clips:
@@ -100,9 +109,8 @@ class RaggedImages(SeamHooks):
         for grid in dict.fromkeys(grids):
             at = [image for clip in clips if grids[clip[0]] == grid for image in clip]
             stacked = torch.cat([crops[image] for image in at])  # (P, N, D)
-            reduced.update(
-                zip(at, reduce_tokens(self.custom_connector, stacked, grid, self.config.connector), strict=True)
-            )
+            left = reduce_tokens(self.custom_connector, stacked, grid, self.config.connector, of_each(told, at))
+            reduced.update(zip(at, left, strict=True))
         return [reduced[image] for image in range(len(features))]
 
     def transform_ragged(self, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
@@ -111,27 +119,6 @@ class RaggedImages(SeamHooks):
         if self._pass is not None and self._pass.records:
             self._pass.vision_features = features[None]  # (1, patches of all images, D_vision)
         return features
-
-
-class VideosAsImages(RaggedImages):
-    """Ragged images of a stock class whose `get_video_features` runs `get_image_features`: videos keep their tokens."""
-
-    is_video: bool = False  # while get_video_features runs
-
-    def seam_methods(self) -> list[tuple[str, str, str]]:
-        """Stand in for get_video_features too."""
-        return [*super().seam_methods(), (self.inner_path(), "get_video_features", "_at_video_features")]
-
-    def _at_video_features(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.refuse_frames_of_videos()
-        self.is_video = True
-        try:
-            return stock(*args, **kwargs)
-        finally:
-            self.is_video = False
-
-    def _at_image_features(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return stock(*args, **kwargs) if self.is_video else super()._at_image_features(stock, *args, **kwargs)
 
 
 class SizedImages(RaggedImages):

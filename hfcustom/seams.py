@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from hfcustom.base import CustomVLM
+    from hfcustom.custom_model import CustomModel
+    from hfcustom.questions import Asked
 
 
 @dataclass
@@ -29,6 +30,7 @@ class ForwardPass:
     records: bool = False  # keep the tensors below for the loss
     skips_head: bool = False  # nobody wants the logits
     ends_with_inner: bool = False  # the inner model was called directly and closes the pass itself
+    asked_before: Asked | None = None  # what it closes with: what connectors may ask for around it
     image_mask: torch.Tensor | None = None  # (B, T) True at image placeholders
     video_mask: torch.Tensor | None = None  # (B, T) True at video placeholders, where a family tells them apart
     crops: torch.Tensor | None = None  # (P,) which crops hold an image, in families that pad with empty ones
@@ -49,7 +51,7 @@ class Seam:
     does not copy the whole model along: only a copy that includes the owner moves the hook to the new owner.
     """
 
-    def __init__(self, owner: CustomVLM, method: str) -> None:
+    def __init__(self, owner: CustomModel, method: str) -> None:
         self.owner = owner
         self.method = method
 
@@ -63,7 +65,7 @@ class Seam:
 class MethodSeam(Seam):
     """Stands in for a method of a part: calls `owner.<method>(stock method, ...)`, and shows the stock signature."""
 
-    def __init__(self, owner: CustomVLM, method: str, path: str, name: str) -> None:
+    def __init__(self, owner: CustomModel, method: str, path: str, name: str) -> None:
         super().__init__(owner, method)
         self.path, self.name = path, name
         self.__signature__ = inspect.signature(self.stock())
@@ -82,7 +84,7 @@ class MethodSeam(Seam):
         return copied
 
 
-def install(owner: CustomVLM) -> None:
+def install(owner: CustomModel) -> None:
     """Put the owner's seams on its parts; a part that already carries its seam, or contains it, is left alone.
 
     Safe to call again: a user who replaces a part (`self.model.connector = MyConnector(...)`) gets the seam on the

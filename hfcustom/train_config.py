@@ -36,6 +36,17 @@ class TrainConfig:
     ] = None
     gradient_checkpointing: Annotated[bool, "recompute layers in the backward pass to save memory"] = False
     max_length: Annotated[int | None, "longest row in tokens; a longer one is an error that names it"] = None
+    train_on: Annotated[
+        Literal["assistant", "last", "all"],
+        "the text that carries labels: the assistant's turns, the last of them, or prompts too",
+    ] = "assistant"
+    allowed_tokens: Annotated[
+        list[str], "control tokens that the rows' texts hold as such (<|box_start|> ...); others typed in are text"
+    ] = field(default_factory=list)
+    on_bad_row: Annotated[
+        Literal["error", "skip"], "a row that cannot be used stops the run, or is left out, named and counted"
+    ] = "error"
+    max_bad_share: Annotated[float, "share of the rows that may be left out before the run stops (exit code 4)"] = 0.01
     seed: Annotated[int, "seed of initialisation, row order and dropout"] = 0
     num_workers: Annotated[int, "data-loading processes"] = 0
     log_steps: Annotated[int, "steps between log lines"] = 10
@@ -71,6 +82,11 @@ class TrainConfig:
             (self.num_workers >= 0, f"num_workers={self.num_workers} must not be negative"),
             (self.log_steps > 0, f"log_steps={self.log_steps} must be positive"),
             (not (self.resume and self.overwrite), "resume and overwrite exclude each other"),
+            (0 <= self.max_bad_share <= 1, f"max_bad_share={self.max_bad_share} must be in [0, 1]"),
+            (
+                self.on_bad_row == "skip" or "max_bad_share" not in self.sources,
+                "max_bad_share has no effect without on_bad_row=skip",
+            ),
             (self.keep_checkpoints > 0, f"keep_checkpoints={self.keep_checkpoints} must be positive"),
         ]
         for name in ("micro_batch_size", "eval_steps", "save_steps", "max_length", "connector_lr", "vision_lr"):

@@ -90,6 +90,7 @@ from pathlib import Path
 
 import hfcustom
 from hfcustom import console
+from hfcustom.data.steps import EXIT_BAD_ROWS, TooManyBadRows
 from hfcustom.families import class_of
 from hfcustom.losses import import_losses
 from hfcustom.naming import load_object
@@ -160,10 +161,15 @@ def main(config: FinetuneConfig) -> None:
     console.show_start(model, processor, rows[0], config)
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
-        answers = hfcustom.generate_answers(model, processor, held_out, max_new_tokens=config.max_new_tokens)
+        options = {"max_new_tokens": config.max_new_tokens, "allowed_tokens": config.allowed_tokens}
+        answers = hfcustom.generate_answers(model, processor, held_out, **options)
         return {"exact_match": hfcustom.exact_match(answers)}
 
-    result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
+    try:
+        result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
+    except TooManyBadRows as error:
+        console.out.print(f"finetune.py: {error}")
+        raise SystemExit(EXIT_BAD_ROWS) from error
     result.exit_if_interrupted()
     if held_out:
         console.show_table(

@@ -31,6 +31,7 @@ from hfcustom.parts import unwrap
 from hfcustom.train_config import TrainConfig
 
 STEPS, ROWS = 3, 8
+SKIPPING: dict[str, Any] = {"on_bad_row": "skip", "max_bad_share": 1.0}
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Case:
     sgd: bool = True  # weights after SGD differ as gradients do; Adam hides a wrong scale and magnifies rounding
     stop_at: int | None = None
     dropout: float = 0.0
+    bad: Sequence[int] = ()  # places in each step whose row cannot be read
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -66,6 +68,11 @@ CASES = {
     "contrastive with all images on one rank": Case(images=[1, 1, 2, 1, 0, 0, 0, 0], loss="contrastive"),
     "gradient checkpointing": Case(options={"micro_batch_size": 2, "gradient_checkpointing": True}),
     "LoRA": Case(lora=True, options={"micro_batch_size": 2}),
+    "bad rows on one rank": Case(bad=[4, 6], options={**SKIPPING, "micro_batch_size": 2}),
+    "a rank with bad rows only": Case(bad=[4, 5, 6, 7], options={**SKIPPING, "micro_batch_size": 2}),
+    "bad rows on both ranks, contrastive": Case(
+        bad=[0, 1, 4], loss="contrastive", options={**SKIPPING, "micro_batch_size": 2}
+    ),
     "preferences": Case(loss="dpo", lora=True, pairs=True, options={"micro_batch_size": 2}),
 }
 STOPPED = Case(dropout=0.3, stop_at=2, options={"micro_batch_size": 2})
@@ -77,6 +84,8 @@ def case_rows(case: Case) -> list[dict[str, Any]]:
     wanted = uneven_rows(list(case.images) * STEPS, list(case.words) * STEPS)
     if case.pairs:
         wanted = [as_pair(row) for row in wanted]
+    for at in (ROWS * step + place for step in range(STEPS) for place in case.bad):
+        wanted[at] = {"messages": [], "images": []}
     order = [at for step in range(STEPS) for at in step_rows(len(wanted), step, ROWS, seed=0)]
     assert sorted(order) == list(range(len(wanted)))
     return [wanted[order.index(at)] for at in range(len(wanted))]

@@ -1,15 +1,13 @@
-"""MiniCPM-V 4.6 beside what every family must do: views of an image, fewer merges on request, videos left alone."""
+"""MiniCPM-V 4.6 beside what every family must do: views of an image, fewer merges on request."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import Family, picture
-from transformers.utils import is_torchvision_available
 
 
 @pytest.fixture
@@ -48,22 +46,3 @@ def test_fewer_merges_may_be_asked_for_in_a_call(minicpm: Family, connector: str
         if connector is None:
             stock = minicpm.model(minicpm.stock_class)
             assert torch.equal(logits, stock(**fine, downsample_mode="4x").logits)
-
-
-@pytest.mark.skipif(not is_torchvision_available(), reason="videos need torchvision")
-def test_a_video_is_left_as_stock_has_it(minicpm: Family) -> None:
-    video = np.stack([np.asarray(picture(seed, (32, 32))) for seed in range(2)])  # (F, H, W, C)
-    metadata = [{"fps": 1, "total_num_frames": 2, "frames_indices": [0, 1]}]
-    processor = matched(minicpm, "average_pool")[1]
-    inputs = processor(
-        text=["<|video_pad|>What?"],
-        videos=[[video]],
-        video_metadata=metadata,
-        do_sample_frames=False,
-        return_tensors="pt",
-    )
-    assert (inputs["input_ids"] == processor.video_token_id).sum() >= 2
-    with torch.no_grad():
-        expected = minicpm.model(minicpm.stock_class)(**inputs).logits
-        for connector in (None, "average_pool"):
-            assert torch.equal(minicpm.model(connector=connector)(**inputs).logits, expected)

@@ -1,11 +1,10 @@
-"""Molmo 2 beside what every family must do: offsets in the text it was given, two grids an image, videos left alone."""
+"""Molmo 2 beside what every family must do: offsets in the text it was given, two grids an image."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import Family, picture
@@ -59,21 +58,6 @@ def test_placeholders_follow_the_connector_in_both_grids(molmo2: Family, marked:
     text = processor.tokenizer.decode(molmo2.batch([1], processor)["input_ids"][0])
     whole, crops = "<im_patch>" + "<im_col>" * marked, "<im_patch><im_patch><im_col>"  # of 2 x 2 and 2 x 4 tokens
     assert f"<low_res_im_start>{whole}<im_end><im_start>{crops}<im_end>" in text
-
-
-def test_a_video_is_left_as_stock_has_it(molmo2: Family) -> None:
-    video = np.stack([np.asarray(picture(seed, (28, 28))) for seed in range(2)])  # (F, H, W, C)
-    inputs = molmo2.processor(
-        text=["<|video|>What?"],
-        videos=[[video]],
-        video_metadata=[{"fps": 1, "total_num_frames": 2}],
-        return_tensors="pt",
-    )
-    inputs = {name: value for name, value in inputs.items() if name in molmo2.model()._input_names}
-    with torch.no_grad():
-        expected = molmo2.model(molmo2.stock_class)(**inputs).logits
-        for connector in (None, "average_pool"):
-            assert torch.equal(molmo2.model(connector=connector)(**inputs).logits, expected)
 
 
 def test_crops_of_an_image_are_reduced_together(molmo2: Family) -> None:

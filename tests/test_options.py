@@ -274,7 +274,7 @@ RULES = [
     ),
     *((name, -1, "must not be negative") for name in ("weight_decay", "warmup_steps", "max_grad_norm", "num_workers")),
     *(("beta2", value, "must be in [0, 1)") for value in (-0.1, 1.0)),
-    *(("min_lr_ratio", value, "must be in [0, 1]") for value in (-0.1, 1.1)),
+    *((name, value, "must be in [0, 1]") for name in ("min_lr_ratio", "max_bad_share") for value in (-0.1, 1.1)),
     *(
         (name, float("nan"), "must ")
         for name in ("lr", "epochs", "weight_decay", "beta2", "min_lr_ratio", "max_grad_norm", "vision_lr")

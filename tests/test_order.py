@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hfcustom.data.order import epoch_order, step_loader, step_rows
+from hfcustom.data.steps import StepCollator
 
 NUM_ROWS, BATCH, STEPS = 20, 8, 6
 CUTS = {  # micro-batch size, micro-batches a step, ranks: 8 rows a step each
@@ -22,7 +23,7 @@ CUTS = {  # micro-batch size, micro-batches a step, ranks: 8 rows a step each
 }
 
 
-def collate(rows: Sequence[int]) -> dict[str, torch.Tensor]:
+def as_tensor(rows: Sequence[int]) -> dict[str, torch.Tensor]:
     return {"rows": torch.tensor(rows)}
 
 
@@ -35,7 +36,7 @@ def seen(
         list(
             step_loader(
                 rows,
-                collate,
+                StepCollator(as_tensor, size),  # type: ignore[arg-type]
                 steps=steps,
                 micro_batch_size=size,
                 accumulation=accumulation,
@@ -47,10 +48,11 @@ def seen(
         )
         for rank in range(world_size)
     ]
-    assert {len(batches) for batches in ranks} == {accumulation * len(steps)}
+    assert {len(found) for found in ranks} == {len(steps)}
+    assert {len(step.batches) for found in ranks for step in found} == {accumulation}
     return [
         [
-            ranks[rank][step * accumulation + micro]["rows"].tolist()
+            ranks[rank][step].batches[micro]["rows"].tolist()
             for micro in range(accumulation)
             for rank in range(world_size)
         ]

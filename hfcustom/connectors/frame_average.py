@@ -3,11 +3,11 @@
 A connector sees crops, (P, N, D). They are frames of one clip where every frame is one crop and the frames of a clip stand
 next to each other, which the families deliver in this way:
 - a row's images, with the family's multi-crop switched off, are its neighbouring crops in reading order;
-- the frames of a video too, in families that read a video as images (InternVL, SmolVLM) or frame by frame (Qwen2-VL and
-  its kin, whose tower makes one of two pictures);
+- the frames of a video, in every family that reads videos: as images (InternVL, SmolVLM), or by a path of their own, where
+  a frame is what the tower makes one of: two pictures in Qwen2-VL and its kin and in Nemotron Omni, one elsewhere;
 - in families whose images have sizes of their own, a row's images, where neighbours of one clip have one size.
-`frames` crops make a clip, from the first crop of a row on, so each row has to hold a multiple of `frames`: a clip of two
-rows is an error. Other families with a separate path for videos do not show them to a connector, and say so.
+`frames` crops make a clip, from the first crop of a row or of a video on, so each has to hold a multiple of `frames`: a clip
+of two rows or of two videos is an error. Where a video is read as images, its row's images count with its frames.
 
 The contract wants as many tokens for each crop: a clip's tokens are dealt in order to the places of its frames, which the
 text keeps. With frames=2 the first frame's places hold the first half of the averaged picture, the second's the other.
@@ -53,6 +53,7 @@ def as_clips(name: str, features: torch.Tensor, frames: int) -> torch.Tensor:
     if len(features) % frames:
         raise ValueError(
             f"{name} frames={frames} takes {frames} neighbouring crops together, but {len(features)} came. Give each row a "
-            "multiple of that many images (repeat a still one), one crop each: switch the processor's multi-crop off."
+            "multiple of that many images (repeat a still one), one crop each: switch the processor's multi-crop off. Give "
+            "each video a multiple of that many frames: choose how many the processor samples."
         )
     return features.unflatten(0, (-1, frames))

@@ -32,7 +32,7 @@ def step_rows(num_rows: int, step: int, batch_size: int, seed: int) -> list[int]
 
 def step_loader(
     rows: Sequence[Any],
-    collate: Callable[[Sequence[Any]], dict[str, Any]],
+    collate: Callable[[Sequence[Any]], Any],
     *,
     steps: range,
     micro_batch_size: int,
@@ -41,15 +41,14 @@ def step_loader(
     world_size: int,
     seed: int,
     num_workers: int,
-) -> DataLoader[dict[str, Any]]:
-    """Return a loader of this rank's micro-batches, `accumulation` of them for each step of `steps`."""
+) -> DataLoader[Any]:
+    """Return a loader with an item for each step: what `collate` makes of this rank's rows, one micro-batch after another."""
 
     def indices() -> Iterator[list[int]]:
         for step in steps:
             order = step_rows(len(rows), step, micro_batch_size * accumulation * world_size, seed)
-            for micro in range(accumulation):
-                first = (micro * world_size + rank) * micro_batch_size
-                yield order[first : first + micro_batch_size]
+            firsts = ((micro * world_size + rank) * micro_batch_size for micro in range(accumulation))
+            yield [at for first in firsts for at in order[first : first + micro_batch_size]]
 
     return DataLoader(
         rows,  # type: ignore[arg-type]  # anything with __len__ and __getitem__

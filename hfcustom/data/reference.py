@@ -8,7 +8,6 @@ pass instead of two, and no second model has to be in memory.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -19,36 +18,13 @@ from hfcustom.base import CustomVLM
 from hfcustom.console import out
 from hfcustom.data.collate import Collator
 from hfcustom.data.messages import SIDES, Example
-from hfcustom.data.sources import Examples
+from hfcustom.data.sources import RowsWithColumns, as_examples
 from hfcustom.losses import frozen_pass
 from hfcustom.parts import unwrap
 from hfcustom.train import choose_precision, process_state
 from hfcustom.train_config import TrainConfig
 
 COLUMN = "reference_log_probs"
-
-
-class RowsWithColumns(Sequence[Example]):
-    """Rows read when asked for, with columns added; `columns` holds these, by name, to be stored beside the rows."""
-
-    def __init__(self, rows: Sequence[Any], columns: Mapping[str, Sequence[Any]]) -> None:
-        self.rows = rows if isinstance(rows, Examples | RowsWithColumns) else Examples(rows)
-        self.columns = dict(columns)
-        for name, values in self.columns.items():
-            if len(values) != len(self.rows):
-                raise ValueError(
-                    f"The column {name!r} has {len(values)} values for {len(self.rows)} rows; give one a row."
-                )
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        example = self.rows[index]
-        own = {name: values[index] for name, values in self.columns.items()}
-        return replace(example, columns={**example.columns, **own})
 
 
 def cache_reference(
@@ -58,12 +34,14 @@ def cache_reference(
     *,
     batch_size: int = 8,
     precision: Literal["fp32", "bf16"] | None = None,
+    train_on: Literal["assistant", "last"] = "assistant",
+    allowed_tokens: Sequence[str] = (),
 ) -> RowsWithColumns:
     """Return the rows with the reference's log-probabilities of their answers, which `fit` gives to the losses that ask.
 
     The reference is the model given to `set_reference`, else this one without its adapter, else this one as it is now. It
-    runs where it is (`model.to("cuda")` first), in the precision that `fit` would choose: give both the same. Several
-    processes share the work. Raises TypeError for a model that is not custom, ValueError for no rows, RowError for a row
+    runs where it is (`model.to("cuda")` first), in the precision that `fit` would choose: give both the same, and the same `train_on`
+    and `allowed_tokens`. Several processes share the work. Raises TypeError for a model that is not custom, ValueError for no rows, RowError for a row
     that cannot be used.
     """
     core = unwrap(model)
@@ -71,11 +49,12 @@ def cache_reference(
         raise TypeError(
             f"cache_reference() wants a custom model; load the {type(core).__name__} with its custom class."
         )
-    examples = rows if isinstance(rows, Examples | RowsWithColumns) else Examples(rows)
+    examples = as_examples(rows)
     if not len(examples) or batch_size < 1:
         raise ValueError(f"{len(examples)} rows in batches of {batch_size}: give at least one row and batch_size=1.")
     low = choose_precision(model, TrainConfig(precision=precision)) == "bf16"
-    state, collate = process_state(), Collator(processor)
+    state = process_state()
+    collate = Collator(processor, train_on=train_on, allowed_tokens=allowed_tokens, head_size=core.head_size())
     starts = range(0, len(examples), batch_size)
     own = starts[state.process_index :: state.num_processes]
     quiet = not (out.is_terminal and state.is_main_process)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,40 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         row = self.rows[index]
-        return row if isinstance(row, Example) else read_row(row, f"{self.name} {index}", self.root)
+        return row if isinstance(row, Example) else read_row(row, self.name_of(index), self.root)
+
+    def name_of(self, index: int) -> str:
+        """Return what messages call a row: its file and line, or its source and place."""
+        return self.rows.name_of(index) if isinstance(self.rows, JsonlRows) else f"{self.name} {index}"
+
+
+class RowsWithColumns(Examples):
+    """Rows read when asked for, with columns added; `columns` holds these, by name, to be stored beside the rows."""
+
+    def __init__(self, rows: Sequence[Any], columns: Mapping[str, Sequence[Any]]) -> None:
+        self.rows: Examples = as_examples(rows)
+        self.columns = dict(columns)
+        for name, values in self.columns.items():
+            if len(values) != len(self.rows):
+                raise ValueError(
+                    f"The column {name!r} has {len(values)} values for {len(self.rows)} rows; give one a row."
+                )
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        example = self.rows[index]
+        own = {name: values[index] for name, values in self.columns.items()}
+        return replace(example, columns={**example.columns, **own})
+
+    def name_of(self, index: int) -> str:
+        """Return what messages call a row."""
+        return self.rows.name_of(index)
+
+
+def as_examples(rows: Sequence[Any]) -> Examples:
+    """Return rows of any sequence as checked Examples."""
+    return rows if isinstance(rows, Examples) else Examples(rows)
 
 
 class JsonlRows(Sequence[Mapping[str, Any]]):
@@ -48,6 +82,10 @@ class JsonlRows(Sequence[Mapping[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def name_of(self, index: int) -> str:
+        """Return the file and line of a row."""
+        return f"{self.path.name}, line {self.starts[index][0]}"
 
     def __getitem__(self, index: Any) -> Any:
         number, offset = self.starts[index]

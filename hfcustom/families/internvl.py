@@ -15,7 +15,7 @@ from transformers import AutoConfig, InternVLConfig, InternVLForConditionalGener
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
 from hfcustom.families import published, tiny
-from hfcustom.processors import OptionalVideo
+from hfcustom.processors import OptionalVideo, VideosAsImages
 from hfcustom.registry import register
 
 
@@ -25,10 +25,11 @@ class CustomInternVLConfig(CustomConfig, InternVLConfig):
     model_type = "custom_internvl"
 
 
-class CustomInternVLProcessor(OptionalVideo, InternVLProcessor):
-    """InternVLProcessor that works without torchvision."""
+class CustomInternVLProcessor(VideosAsImages, OptionalVideo, InternVLProcessor):
+    """InternVLProcessor that works without torchvision and keeps the frames of a video together."""
 
     video_processor_type = "InternVLVideoProcessor"
+    crop_field = "image_seq_length"
 
 
 class CustomInternVLForConditionalGeneration(CustomVLM, InternVLForConditionalGeneration):

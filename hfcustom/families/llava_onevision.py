@@ -2,14 +2,16 @@
 
 SigLIP at 384 px, features of its last layer -> two-layer MLP -> Qwen2. A row's only image: 729 tokens a base view, then up
 to 36 tiles without their padding, made smaller when they exceed 9 tiles, a learned newline after each row. Rows with more
-images: 729 tokens and a newline each. Paper: https://arxiv.org/abs/2408.03326; stock code:
-transformers/models/llava_onevision.
+images: 729 tokens and a newline each. A video: 196 tokens a frame, pooled bilinearly, and one newline.
+Paper: https://arxiv.org/abs/2408.03326; stock code: transformers/models/llava_onevision.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     LlavaOnevisionConfig,
@@ -17,13 +19,15 @@ from transformers import (
     LlavaOnevisionProcessor,
 )
 
-from hfcustom.anyres import AnyresImages, AnyresProcessor
+from hfcustom.anyres import AnyresImages, AnyresProcessor, square
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
+from hfcustom.connectors import count_tokens_out
 from hfcustom.families import published, tiny
 from hfcustom.processors import OptionalVideo
 from hfcustom.registry import register
 from hfcustom.towers import unread
+from hfcustom.videos import VideoFrames
 
 
 class CustomLlavaOnevisionConfig(CustomConfig, LlavaOnevisionConfig):
@@ -55,11 +59,24 @@ class CustomLlavaOnevisionProcessor(AnyresProcessor, OptionalVideo, LlavaOnevisi
         """Return the patches of a base view."""
         return int(self.num_image_tokens) - (self.vision_feature_select_strategy == "default")
 
+    def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
+        """Return the placeholders of a video: as many a frame as the connector makes of the pooled ones, and a newline."""
+        text: str = super().replace_video_token(video_inputs, video_idx, **kwargs)
+        module = self.connector_module()
+        if module is None:
+            return text
+        token: str = self.video_token
+        frames = len(video_inputs["pixel_values_videos"][video_idx])
+        pooled = (len(text) // len(token) - 1) // frames
+        return token * (frames * count_tokens_out(module, pooled, square(pooled)) + 1)
 
-class CustomLlavaOnevisionForConditionalGeneration(AnyresImages, CustomVLM, LlavaOnevisionForConditionalGeneration):
-    """LLaVA-OneVision with five seams; vision features are the patches of base views and tiles that the projector gets.
 
-    Videos keep stock's tokens: the seams are for images.
+class CustomLlavaOnevisionForConditionalGeneration(
+    VideoFrames, AnyresImages, CustomVLM, LlavaOnevisionForConditionalGeneration
+):
+    """LLaVA-OneVision with five seams; vision features are the patches that the projector gets of base views, tiles and frames.
+
+    A frame reaches the connector as stock pools it, a square; the newline stays behind a video's last frame.
     """
 
     config_class = CustomLlavaOnevisionConfig
@@ -74,6 +91,16 @@ class CustomLlavaOnevisionForConditionalGeneration(AnyresImages, CustomVLM, Llav
         vision: Any = self.config.vision_config
         processor.num_image_tokens = (vision.image_size // vision.patch_size) ** 2
         return super().match_processor(processor)
+
+    def seam_methods(self) -> list[tuple[str, str, str]]:
+        """Stand in for apply_pooling too, which frames of videos pass after the projector."""
+        return [*super().seam_methods(), (self.inner_path(), "apply_pooling", "_at_pooling")]
+
+    def _at_pooling(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        pooled: torch.Tensor = stock(*args, **kwargs)  # (V * F, N, D)
+        if self.custom_connector is None or self.video_inputs is None:
+            return pooled
+        return self.reduce_videos(pooled, square(pooled.shape[1]), besides_video=1)  # (V * F, M, D)
 
     def unreached(self) -> dict[str, str]:
         """Return what lies behind the layer that features are read from."""

@@ -18,11 +18,12 @@ from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration,
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.connectors import Grid, grid_out
+from hfcustom.connectors import Grid, frames_together, grid_out
 from hfcustom.families import published, tiny
 from hfcustom.processors import MatchedProcessor, OptionalVideo, WithoutVideo
-from hfcustom.ragged import VideosAsImages
+from hfcustom.ragged import RaggedImages
 from hfcustom.registry import register
+from hfcustom.videos import VideoFrames
 
 
 class CustomMiniCPMV4_6Config(CustomConfig, MiniCPMV4_6Config):
@@ -41,25 +42,72 @@ class CustomMiniCPMV4_6Processor(MatchedProcessor, OptionalVideo, MiniCPMV4_6Pro
         self, image_inputs: Mapping[str, Any], image_idx: int, module: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """Return patch grids of as many tokens as the connector makes of each view."""
-        side = math.isqrt(kwargs["image_token_divisor"])  # patches a side that become one token
         counts = image_inputs["num_patches_per_image"]  # views of each image
         first = sum(counts[:image_idx])
         sizes = image_inputs["target_sizes"][first : first + counts[image_idx]]
-        grids = [(int(rows) // side, int(columns) // side) for rows, columns in sizes]
-        reduced = [grid_out(module, rows * columns, (rows, columns)) for rows, columns in grids]
         return {
             "grids": [image_inputs["grids"][image_idx]],
             "num_patches_per_image": [counts[image_idx]],
-            "target_sizes": torch.tensor(reduced) * side,
+            "target_sizes": reduced_sizes(module, sizes, kwargs["image_token_divisor"]),
         }
 
+    def _process_videos(self, videos: Any, **kwargs: Any) -> Any:
+        stacked = kwargs.get("stack_frames") or self.video_processor.stack_frames
+        if self.connector is not None and stacked > 1 and frames_together(self.connector_module()) > 1:
+            raise ValueError(
+                f"connector={self.connector!r} takes neighbouring frames together, but stack_frames={stacked} puts a picture of "
+                "several frames behind each one. Pass stack_frames=1."
+            )
+        return super()._process_videos(videos, **kwargs)
 
-class CustomMiniCPMV4_6ForConditionalGeneration(VideosAsImages, CustomVLM, MiniCPMV4_6ForConditionalGeneration):
+    def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
+        """Return what stock writes for frames of as many tokens a view as the connector makes."""
+        module = self.connector_module()
+        if module is not None:
+            self._check_clips(frames_together(module), video_inputs, video_idx)
+            sizes = reduced_sizes(module, video_inputs["target_sizes_videos"], kwargs["video_token_divisor"])
+            video_inputs = {**video_inputs, "target_sizes_videos": sizes}
+        text: str = super().replace_video_token(video_inputs, video_idx, **kwargs)
+        return text
+
+    def _check_clips(self, frames: int, video_inputs: Mapping[str, Any], video_idx: int) -> None:
+        """Raise ValueError where frames are not to be taken together: the model sees neither slices nor where a video ends."""
+        if frames == 1:
+            return
+        counts = video_inputs["num_frames_per_video"]
+        given, first = int(counts[video_idx]), int(sum(counts[:video_idx]))
+        slices = max(int(rows) * int(columns) for rows, columns in video_inputs["grids_videos"][first : first + given])
+        if slices:
+            raise ValueError(
+                f"connector={self.connector!r} takes {frames} neighbouring frames together, but video {video_idx} has frames of "
+                f"{slices} slices, which would be taken for frames. Pass slice_mode=False in videos_kwargs."
+            )
+        if given % frames:
+            raise ValueError(
+                f"connector={self.connector!r} takes {frames} neighbouring frames together, but video {video_idx} has {given}. "
+                "Give it a multiple of that: sample other frames, or repeat the last."
+            )
+
+
+def reduced_sizes(module: Any, sizes: Any, divisor: int) -> torch.Tensor:
+    """Return patch grids, (P, 2), of as many tokens as a connector makes of those in `sizes`; `divisor` patches are a token."""
+    side = math.isqrt(divisor)
+    grids = [(int(rows) // side, int(columns) // side) for rows, columns in sizes]
+    return torch.tensor([grid_out(module, rows * columns, (rows, columns)) for rows, columns in grids]) * side
+
+
+class CustomMiniCPMV4_6ForConditionalGeneration(
+    VideoFrames, RaggedImages, CustomVLM, MiniCPMV4_6ForConditionalGeneration
+):
     """MiniCPM-V 4.6 with five seams; vision features are one view's, already merged once inside the tower."""
 
     config_class = CustomMiniCPMV4_6Config
     processor_class = CustomMiniCPMV4_6Processor
     ignores_logits_to_keep = True
+
+    def clip_lengths(self, tokens: list[int]) -> list[int]:
+        """Return the tokens of each frame: the model is not told which are of one video."""
+        return tokens
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features before the merger behind the tower."""

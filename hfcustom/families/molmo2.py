@@ -16,11 +16,12 @@ from transformers import Molmo2Config, Molmo2ForConditionalGeneration, Molmo2Pro
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.connectors import Grid, grid_out
+from hfcustom.connectors import Grid, Told, count_tokens_out, grid_out, of_each
 from hfcustom.families import tiny
 from hfcustom.processors import MatchedProcessor, NeedsTorchvision
-from hfcustom.ragged import VideosAsImages
+from hfcustom.ragged import RaggedImages
 from hfcustom.registry import register
+from hfcustom.videos import VideoFrames
 
 REQUIRES = ("torchvision",)
 
@@ -42,6 +43,16 @@ class CustomMolmo2Processor(NeedsTorchvision, MatchedProcessor, Molmo2Processor)
         grids = (grid_out(module, rows * columns, (rows, columns)) for rows, columns in (sides[:2], sides[2:]))
         return {"image_grids": [[side for grid in grids for side in grid]]}
 
+    def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
+        """Return what stock writes for a video whose frames have the rows and columns that the connector makes."""
+        module = self.connector_module()
+        if module is not None:
+            frames, rows, columns = (int(size) for size in video_inputs["video_grids"][video_idx])
+            left = torch.tensor([frames, *grid_out(module, rows * columns, (rows, columns))])
+            video_inputs = {**video_inputs, "video_grids": {video_idx: left}}  # stock looks at this one only
+        text: str = super().replace_video_token(video_inputs, video_idx, **kwargs)
+        return text
+
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> Any:
         """Process as stock does; stock writes a beginning before the text, which labels must not be shifted by."""
         outputs = super().__call__(images=images, text=text, videos=videos, **kwargs)
@@ -58,12 +69,17 @@ class CustomMolmo2Processor(NeedsTorchvision, MatchedProcessor, Molmo2Processor)
         return outputs
 
 
-class CustomMolmo2ForConditionalGeneration(VideosAsImages, CustomVLM, Molmo2ForConditionalGeneration):
+class CustomMolmo2ForConditionalGeneration(VideoFrames, RaggedImages, CustomVLM, Molmo2ForConditionalGeneration):
     """Molmo 2 with five seams; vision features are a crop's patches in both layers, before the pooling attention."""
 
     config_class = CustomMolmo2Config
     processor_class = CustomMolmo2Processor
     no_resizing = "has positions for crops of one size and gets them as patches, which resize_images does not change"
+
+    @property
+    def video_token_id(self) -> int:
+        """The id of <im_patch>: frames are written as images are, which no call has beside them."""
+        return int(self.config.image_token_id)
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features before the projector, which gets all crops in one tensor."""
@@ -74,12 +90,30 @@ class CustomMolmo2ForConditionalGeneration(VideosAsImages, CustomVLM, Molmo2ForC
         """Return two grids an image: of the whole, and of its crops together."""
         return [(rows, columns) for rows, columns in inputs["image_grids"].view(-1, 2).tolist()]
 
-    def _reduce(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[torch.Tensor]:
+    def tokens_left(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[int]:
+        """Return how many tokens the connector leaves of each image, the whole and its crops, or of each video."""
+        if self.video_inputs is not None:
+            return super().tokens_left(features, grids)
+        counts = [count_tokens_out(self.custom_connector, rows * columns, (rows, columns)) for rows, columns in grids]
+        return [whole + crops for whole, crops in zip(counts[::2], counts[1::2], strict=True)]
+
+    def _connect(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Run the connector on one video after the other, frame by frame; stock makes a single tall image of each."""
+        if self.video_inputs is None:
+            return super()._connect(features)
+        grids = [(rows, columns) for _, rows, columns in self.video_inputs["video_grids"].tolist()]
+        told, reduce_frames = self.question_of(self.tokens_left(features, grids)), super()._reduce
+        parts = enumerate(zip(features, grids, strict=True))
+        return [reduce_frames([video], [grid], of_each(told, [at]))[0] for at, (video, grid) in parts]
+
+    def _reduce(
+        self, features: Sequence[torch.Tensor], grids: Sequence[Grid], told: Told | None = None
+    ) -> list[torch.Tensor]:
         """Run the connector on the wholes, then on the crops: neighbours that it takes together are of one kind."""
         sizes = [rows * columns for rows, columns in grids[::2]]  # tokens of the whole
         wholes = [image[:size] for image, size in zip(features, sizes, strict=True)]
         crops = [image[size:] for image, size in zip(features, sizes, strict=True)]
-        views = super()._reduce(wholes, grids[::2]), super()._reduce(crops, grids[1::2])
+        views = super()._reduce(wholes, grids[::2], told), super()._reduce(crops, grids[1::2], told)
         return [torch.cat(image) for image in zip(*views, strict=True)]
 
 

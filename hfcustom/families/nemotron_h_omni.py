@@ -2,14 +2,14 @@
 for a token.
 
 RADIO ViT of any image size -> pixel shuffle x0.5 -> RMSNorm + two-layer MLP -> Nemotron-H: Mamba-2, attention and MoE layers.
-One token for 32 x 32 px. Speech is left to stock, and videos, which stock cannot run (transformers 5.23.0). Papers: https://arxiv.org/abs/2412.07679 (the tower),
+One token for 32 x 32 px, in a video for two frames. Speech is left to stock. Papers: https://arxiv.org/abs/2412.07679 (the tower),
 https://arxiv.org/abs/2504.03624 (the language model); stock code: transformers/models/nemotron_h_omni, which keeps all in one
 flat class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.connectors import Grid
+from hfcustom.connectors import Grid, count_tokens_out, reduce_tokens
 from hfcustom.families import tiny
 from hfcustom.losses import LossContext
 from hfcustom.processors import MatchedProcessor, NeedsTorchvision
 from hfcustom.ragged import RaggedImages
 from hfcustom.registry import register
+from hfcustom.videos import VideoFrames
 
 REQUIRES = ("torchvision",)
 
@@ -62,6 +63,17 @@ class CustomNemotronH_Omni_Reasoning_V3Processor(NeedsTorchvision, MatchedProces
         rows, columns = (int(side) // merge for side in image_inputs["image_grid_hw"][image_idx])
         return rows, columns
 
+    def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
+        """Return what stock writes for a video, with as many placeholders a frame as the connector makes tokens."""
+        module = self.connector_module()
+        if module is not None:
+            cell = self.video_processor.patch_size * round(1 / self.video_processor.downsample_ratio)
+            rows, columns = (side // cell for side in video_inputs["pixel_values_videos"].shape[-2:])
+            left = count_tokens_out(module, rows * columns, (rows, columns))
+            video_inputs = {**video_inputs, "num_tokens": {video_idx: left}}  # stock looks at this one only
+        text: str = super().replace_video_token(video_inputs, video_idx, **kwargs)
+        return text
+
     def get_text_with_replacements(self, *args: Any, **kwargs: Any) -> Any:
         """Replace as stock does, and keep where; the stock __call__ drops it."""
         text, self._replaced = super().get_text_with_replacements(*args, **kwargs)
@@ -79,8 +91,12 @@ class CustomNemotronH_Omni_Reasoning_V3Processor(NeedsTorchvision, MatchedProces
         return outputs
 
 
-class CustomNemotronH_Omni_Reasoning_V3(RaggedImages, CustomVLM, NemotronH_Omni_Reasoning_V3):
-    """Nemotron 3 Nano Omni with five seams; vision features are one image's patches, before the pixel shuffle."""
+class CustomNemotronH_Omni_Reasoning_V3(VideoFrames, RaggedImages, CustomVLM, NemotronH_Omni_Reasoning_V3):
+    """Nemotron 3 Nano Omni with five seams; vision features are one image's patches, or a frame's, before the pixel shuffle.
+
+    A frame is what the tower makes one of, `video_temporal_patch_size` pictures. Videos work here, one a call; stock
+    (transformers 5.23.0) stops at concatenating what is one tensor.
+    """
 
     config_class = CustomNemotronH_Omni_Reasoning_V3_Config
     processor_class = CustomNemotronH_Omni_Reasoning_V3Processor
@@ -126,13 +142,41 @@ class CustomNemotronH_Omni_Reasoning_V3(RaggedImages, CustomVLM, NemotronH_Omni_
         merge = round(1 / self.config.downsample_ratio)
         return [(rows // merge, columns // merge) for rows, columns in inputs["image_grid_hw"].tolist()]
 
+    @property
+    def video_token_id(self) -> int:
+        """The id of <image>, which frames are written with too."""
+        token: Any = self.config.image_token_id
+        return int(token)
+
+    def _video_outputs(self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.video_pruning_rate > 0:
+            raise ValueError(
+                f"video_pruning_rate={self.video_pruning_rate}, but stock's pruning does not run (transformers 5.23.0). Load the "
+                "model with video_pruning_rate=0.0, and name a connector: temporal_dedup drops what repeats, too."
+            )
+        outputs = super()._video_outputs(stock, args, kwargs)
+        frames = outputs.pooler_output  # (F, N, D)
+        if self.custom_connector is not None:
+            assert self.video_inputs is not None, "get_video_features is running"
+            cell = self.vision_model.patch_size * round(1 / self.config.downsample_ratio)
+            rows, columns = (side // cell for side in self.video_inputs["pixel_values_videos"].shape[-2:])
+            left = count_tokens_out(self.custom_connector, frames.shape[1], (rows, columns))
+            told = self.question_of([left] * len(frames))
+            frames = reduce_tokens(
+                self.custom_connector, frames, (rows, columns), self.config.connector, told
+            )  # (F, M, D)
+        outputs.pooler_output = tuple(frames)  # forward() concatenates it
+        return outputs
+
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features from the tower: what reaches the projector is already shuffled."""
         vision = self.stock_parts().paths["vision"][0]
         return [*super().seam_hooks(), (vision, "register_forward_hook", "_at_vision_output", {})]
 
     def _at_vision_output(self, module: nn.Module, args: tuple[Any, ...], outputs: Any) -> Any:
-        if self.image_inputs is not None:  # not a video
+        if self.video_inputs is not None:
+            outputs.features = self._vision_features(outputs.features)  # (F, patches, D_vision)
+        elif self.image_inputs is not None:
             lengths = self.image_inputs["image_grid_hw"].prod(-1).tolist()
             outputs.features = self.transform_ragged(outputs.features, lengths)  # (patches of all images, D_vision)
         return outputs

@@ -14,7 +14,7 @@ from transformers.utils import is_torchvision_available
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
 from hfcustom.families import published, tiny
-from hfcustom.processors import OptionalVideo
+from hfcustom.processors import OptionalVideo, VideosAsImages
 from hfcustom.registry import register
 
 
@@ -24,10 +24,11 @@ class CustomSmolVLMConfig(CustomConfig, SmolVLMConfig):
     model_type = "custom_smolvlm"
 
 
-class CustomSmolVLMProcessor(OptionalVideo, SmolVLMProcessor):
-    """SmolVLMProcessor that works without torchvision."""
+class CustomSmolVLMProcessor(VideosAsImages, OptionalVideo, SmolVLMProcessor):
+    """SmolVLMProcessor that works without torchvision and keeps the frames of a video together."""
 
     video_processor_type = "SmolVLMVideoProcessor"
+    crop_field = "image_seq_len"
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         """Render as stock does; stock asks its video processor for frame counts even when there is no video."""

@@ -7,7 +7,6 @@ transformers/models/video_llava.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +21,12 @@ from transformers import (
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
+from hfcustom.connectors import count_tokens_out, takes_pictures
 from hfcustom.families import published, tiny
 from hfcustom.processors import MatchedProcessor, OptionalVideo, WithoutVideo, match_connector
 from hfcustom.registry import register
 from hfcustom.towers import unread
+from hfcustom.videos import VideoFrames
 
 
 class CustomVideoLlavaConfig(CustomConfig, VideoLlavaConfig):
@@ -43,16 +44,26 @@ class CustomVideoLlavaProcessor(MatchedProcessor, OptionalVideo, VideoLlavaProce
     video_processor_type = "VideoLlavaVideoProcessor"
     images_kwargs: Any = {"return_tensors": "pt", "return_legacy_image_output": False}
 
+    def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
+        """Return the placeholders of a video: as many a frame as the connector makes of its patches, and CLS."""
+        text: str = super().replace_video_token(video_inputs, video_idx, **kwargs)
+        module = self.connector_module()
+        if module is None:
+            return text
+        token, cls = self.video_token, self.num_additional_image_tokens
+        frames = len(video_inputs["pixel_values_videos"][video_idx])
+        patches = len(text) // len(token) // frames - cls
+        return str(token * (frames * (cls + count_tokens_out(module, patches))))
 
-class CustomVideoLlavaForConditionalGeneration(CustomVLM, VideoLlavaForConditionalGeneration):
-    """Video-LLaVA with five seams; vision features are the patches of images that the projector gets.
 
-    Frames pass the same projector and keep stock's tokens: the seams are for images.
+class CustomVideoLlavaForConditionalGeneration(VideoFrames, CustomVLM, VideoLlavaForConditionalGeneration):
+    """Video-LLaVA with five seams; vision features are the patches of images and frames that the projector gets.
+
+    Stock shows the CLS of a frame to the language model too: it goes before the frame's tokens as it is, unseen by the seams.
     """
 
     config_class = CustomVideoLlavaConfig
     processor_class = CustomVideoLlavaProcessor
-    sees_video: bool = False  # while get_video_features runs
 
     def unreached(self) -> dict[str, str]:
         """Return the tower for videos, and what lies behind the layer that features are read from."""
@@ -63,23 +74,35 @@ class CustomVideoLlavaForConditionalGeneration(CustomVLM, VideoLlavaForCondition
         """Give the processor the connector, so that it writes as many placeholders; save it with the model."""
         return match_connector(self, processor)
 
-    def seam_methods(self) -> list[tuple[str, str, str]]:
-        """Stand in for get_video_features, to know whose features reach the projector."""
-        return [*super().seam_methods(), (self.inner_path(), "get_video_features", "_at_video_features")]
+    def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
+        """Let a connector that looks at pictures see those of the tower for videos too."""
+        tower = f"{self.inner_path()}.video_tower"
+        pictures: list[tuple[str, str, str, dict[str, bool]]] = [
+            (tower, "register_forward_pre_hook", "_at_vision_input", {"with_kwargs": True})
+        ]
+        return [*super().seam_hooks(), *(pictures if takes_pictures(self.custom_connector) else [])]
 
-    def _at_video_features(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.refuse_frames_of_videos()
-        self.sees_video = True
-        try:
-            return stock(*args, **kwargs)
-        finally:
-            self.sees_video = False
+    def _split_frames(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take CLS off the frames of videos, (V * F, CLS + N, D): (V * F, CLS, D) and (V * F, N, D)."""
+        vision: Any = self.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return features[:, :-patches], features[:, -patches:]
 
     def _at_connector_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args if self.sees_video else super()._at_connector_input(module, args)
+        if self.video_inputs is None:
+            return super()._at_connector_input(module, args)
+        cls, patches = self._split_frames(args[0])
+        return (torch.cat([cls, self._vision_features(patches)], 1), *args[1:])
 
     def _at_connector_output(self, module: nn.Module, args: tuple[Any, ...], features: torch.Tensor) -> torch.Tensor:
-        return features if self.sees_video else super()._at_connector_output(module, args, features)
+        if self.video_inputs is None:
+            return super()._at_connector_output(module, args, features)
+        if self.custom_connector is None:
+            return features
+        cls, patches = self._split_frames(features)
+        return torch.cat(
+            [cls, self.reduce_videos(patches, None, besides_frame=cls.shape[1])], 1
+        )  # (V * F, CLS + M, D)
 
 
 NAMED_TOKENS = {"image_token": "<image>", "video_token": "<video>"}

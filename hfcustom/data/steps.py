@@ -1,0 +1,156 @@
+"""The rows of one optimiser step -> this rank's micro-batches of it, and the rows that were left out.
+
+[Example, ...] -> StepBatches. A row that cannot be used is an error that names it, or, where the run is told to skip such
+rows, is left out: every other row stays in its step, and the step is a row smaller. Nothing else is to be known about it,
+since each loss is divided by what the whole step counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from hfcustom.data.collate import Batch
+from hfcustom.data.messages import RowError
+from hfcustom.data.sources import Examples
+
+EXIT_BAD_ROWS = 4  # too many rows cannot be used: look at bad_rows.jsonl
+SHOWN = 3  # bad rows in an error message
+
+
+class TooManyBadRows(RowError):
+    """More rows than `max_bad_share` allows cannot be used."""
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used, and why; the reason begins with the row's name."""
+
+    row: str
+    reason: str
+
+
+@dataclass
+class StepBatches:
+    """What one rank trains on in one optimiser step."""
+
+    batches: list[Batch]
+    skipped: list[BadRow] = field(default_factory=list)
+
+
+class Attempts(Sequence[Any]):
+    """Rows of which a bad one is returned as a BadRow instead of raised, so that a loading process goes on."""
+
+    def __init__(self, rows: Examples) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.rows[index]
+        except RowError as error:
+            return BadRow(self.rows.name_of(index), str(error))
+
+
+class StepCollator:
+    """Cut a rank's rows of a step into micro-batches and collate each; `skip_bad_rows` leaves out those it cannot."""
+
+    def __init__(
+        self, collate: Callable[[Sequence[Any]], Batch], micro_batch_size: int, *, skip_bad_rows: bool = False
+    ) -> None:
+        self.collate = collate
+        self.micro_batch_size = micro_batch_size
+        self.skip_bad_rows = skip_bad_rows
+
+    def __call__(self, rows: Sequence[Any]) -> StepBatches:
+        skipped = [row for row in rows if isinstance(row, BadRow)]
+        batches = []
+        for first in range(0, len(rows), self.micro_batch_size):
+            chunk = [row for row in rows[first : first + self.micro_batch_size] if not isinstance(row, BadRow)]
+            if chunk and (batch := self._batch(chunk, skipped)) is not None:
+                batches.append(batch)
+        return StepBatches(batches, skipped)
+
+    def _batch(self, rows: list[Any], skipped: list[BadRow]) -> Batch | None:
+        """Collate rows; those that cannot be are found one by one and join `skipped`. None when no row is left."""
+        try:
+            return self.collate(rows)
+        except RowError:
+            if not self.skip_bad_rows:
+                raise
+        usable = [row for row in rows if self._collates(row, skipped)]
+        return self.collate(usable) if usable else None
+
+    def _collates(self, row: Any, skipped: list[BadRow]) -> bool:
+        try:
+            self.collate([row])
+        except RowError as error:
+            skipped.append(BadRow(row.name, str(error)))
+            return False
+        return True
+
+
+class BadRows:
+    """The rows of a run that were left out, known to every rank; each is named once, and too many of them stop the run.
+
+    `path` gets a line of JSON a row: {"row": ..., "reason": ...}. A resumed run knows the rows that stand there.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, num_rows: int, max_share: float, path: Path, *, resumed: bool = False
+    ) -> None:
+        self.accelerator = accelerator
+        self.num_rows = num_rows
+        self.max_share = max_share
+        self.path = path
+        self.reasons: dict[str, str] = {}  # by row
+        if resumed and path.is_file():
+            for line in path.read_text().splitlines():
+                row = json.loads(line)
+                self.reasons[row["row"]] = row["reason"]
+        accelerator.wait_for_everyone()  # before anyone deletes or adds
+        if not resumed and accelerator.is_main_process:
+            path.unlink(missing_ok=True)
+
+    def take(self, skipped: Sequence[BadRow]) -> None:
+        """Add the rows that the ranks have left out of a step; every rank has to call it. TooManyBadRows ends the run."""
+        everyone = gather_object(list(skipped)) if self.accelerator.num_processes > 1 else skipped
+        new = {row.row: row.reason for row in everyone if row.row not in self.reasons}
+        if not new:
+            return
+        self.reasons |= new
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.writelines(json.dumps({"row": row, "reason": reason}) + "\n" for row, reason in new.items())
+            for reason in new.values():
+                self.accelerator.print(f"left out: {reason}")
+        if len(self.reasons) > self.max_share * self.num_rows or len(self.reasons) >= self.num_rows:
+            first = "\n  ".join(list(self.reasons.values())[:SHOWN])
+            raise TooManyBadRows(
+                f"{len(self.reasons)} of {self.num_rows} rows cannot be used, more than max_bad_share={self.max_share} "
+                f"allows. They are listed in {self.path}; the first are\n  {first}"
+            )
+
+
+def agree_on_batches(batches: Sequence[Batch], accelerator: Accelerator) -> list[Batch]:
+    """Return as many micro-batches on every rank as on the one that has most, or on none where none has any.
+
+    A rank that has fewer, because rows were left out or its rows pack better, runs one of its own (else another rank's)
+    once more, as a blank that counts for nothing: ranks wait for each other in every forward and backward.
+    """
+    batches = list(batches)
+    if accelerator.num_processes == 1:
+        return batches
+    counts = gather_object([len(batches)])
+    if not all(counts) and any(counts):
+        spare = gather_object(batches[:1] if accelerator.process_index == counts.index(max(counts)) else [])
+        batches = batches or [spare[0].blank_copy()]
+    return batches + [batches[0].blank_copy() for _ in range(max(counts) - len(batches))] if batches else []
