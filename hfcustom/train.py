@@ -105,11 +105,7 @@ def fit(
     core = unwrap(model)
     weighted = core.losses()  # an unknown loss is an error now, not after the first batch
     set_seed(config.seed, device_specific=True)
-    set_precision(model, config)
-    if config.gradient_checkpointing:
-        checkpoint_activations(core)
-    for companion in core.companions.values():
-        companion.to(accelerator.device)
+    set_up(model, config, accelerator)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, feed)
     start = state.resume() if config.resume else state.begin()
@@ -145,6 +141,16 @@ def fit(
                 state.save(step, log.history, log.pending())
     finished = step >= max_steps
     return TrainResult(step, not finished, log.history, state.publish() if finished else state.model_dir())
+
+
+def set_up(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> None:
+    """Give a model the run's precision, recomputation, and its companions the run's device."""
+    core = unwrap(model)
+    set_precision(model, config)
+    if config.gradient_checkpointing:
+        checkpoint_activations(core)
+    for companion in core.companions.values():
+        companion.to(accelerator.device)
 
 
 @contextmanager

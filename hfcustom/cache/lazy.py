@@ -36,6 +36,7 @@ class LazyImage(Image.Image):
 
     @im.setter
     def im(self, im: Any) -> None:
+        """Take the pixels that are there."""
         self._im = im
 
 
