@@ -263,6 +263,11 @@ class CustomVLM(SeamHooks):
         """Apply the head: (..., D) -> (..., V); families that scale or cap their logits override this."""
         return self.get_output_embeddings()(hidden_states)
 
+    def head_size(self) -> int:
+        """Return how many tokens the head can say; some that are read have a larger id, as mllama's <|image|>."""
+        size: int = self.get_output_embeddings().out_features
+        return size
+
     def loss_head(self) -> losses.Head:
         """Return the head as losses use it: a plain Linear is multiplied by directly, anything else is called."""
         overridden = type(self).compute_logits is not CustomVLM.compute_logits

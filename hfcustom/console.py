@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hfcustom.losses import LOSSES, WeightedLoss, count_all_tokens, loss_columns, token_columns
+from hfcustom.losses import LOSSES, WeightedLoss, count_all_tokens
 from hfcustom.losses.chunked import product_dtype
 from hfcustom.losses.kernels import DESCRIPTIONS, choose_kernel
 from hfcustom.parts import expert_matrices, part_table, unwrap
@@ -251,16 +251,13 @@ def show_parts(model: Any, title: str = "") -> None:
 
 def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> None:
     """Print what a person wants to know before a run: parts, seams in effect, image tokens, where values came from."""
-    from hfcustom.data.collate import Collator
     from hfcustom.data.sources import Examples
-    from hfcustom.train import choose_precision
+    from hfcustom.train import choose_precision, make_collator
 
     show_parts(model)
     core = unwrap(model)
     example = Examples([row])[0]
-    batch = Collator(
-        processor, None, *(find(core.losses(), example.columns) for find in (loss_columns, token_columns))
-    )([example])
+    batch = make_collator(core, processor, config, example.columns)([example])
     token = core.placeholder_token_id
     image_tokens = "an unknown number" if token is None else int((batch["input_ids"] == token).sum())
     supervised = int((batch["labels"] != -100).sum())

@@ -11,6 +11,7 @@ from rich.progress import track
 
 from hfcustom.console import out
 from hfcustom.data.collate import process
+from hfcustom.data.control import ControlTokens
 from hfcustom.data.messages import Example, split_answer
 from hfcustom.data.sources import Examples
 
@@ -26,27 +27,40 @@ class Answer:
 
 
 def generate_answers(
-    model: Any, processor: Any, rows: Sequence[Any], *, batch_size: int = 32, max_new_tokens: int = 32, title: str = ""
+    model: Any,
+    processor: Any,
+    rows: Sequence[Any],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    title: str = "",
+    allowed_tokens: Sequence[str] = (),
 ) -> list[Answer]:
-    """Let the model answer the last turn of each row, greedily; RowError for a row that ends with no assistant turn."""
-    examples = Examples(rows)
+    """Let the model answer the last turn of each row, greedily; RowError for a row that ends with no assistant turn.
+
+    `allowed_tokens` are control tokens that texts may hold as such, as in training.
+    """
+    examples, control = Examples(rows), ControlTokens(processor, allowed_tokens)
     was_training = model.training
     model.eval()
     answers: list[Answer] = []
     starts = range(0, len(examples), batch_size)
     for start in track(starts, title or "answering", console=out, transient=True, disable=not out.is_terminal):
         chunk = [examples[at] for at in range(start, min(start + batch_size, len(examples)))]
-        answers += _answer_batch(model, processor, chunk, max_new_tokens)
+        answers += _answer_batch(model, processor, control, chunk, max_new_tokens)
     model.train(was_training)
     return answers
 
 
 @torch.inference_mode()
-def _answer_batch(model: Any, processor: Any, examples: list[Example], max_new_tokens: int) -> list[Answer]:
+def _answer_batch(
+    model: Any, processor: Any, control: ControlTokens, examples: list[Example], max_new_tokens: int
+) -> list[Answer]:
     prompts, truths = zip(*(split_answer(example) for example in examples), strict=True)
-    texts = [processor.apply_chat_template(prompt, add_generation_prompt=True) for prompt in prompts]
     asked = [_without_answer(example, prompt) for example, prompt in zip(examples, prompts, strict=True)]
-    batch = process(processor, texts, asked, padding_side="left")
+    reader, asked = control.shield(processor, asked)
+    texts = [reader.apply_chat_template(row.messages, add_generation_prompt=True) for row in asked]
+    batch = process(reader, texts, asked, padding_side="left")
     batch = {name: value.to(model.device) for name, value in batch.items()}
     generated = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)  # (B, T + new)
     said = processor.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -29,7 +29,7 @@ from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.order import step_loader
 from hfcustom.data.sources import Examples, as_examples
 from hfcustom.data.steps import Attempts, BadRow, BadRows, StepBatches, StepCollator, TooManyBadRows, agree_on_batches
-from hfcustom.losses import NonFiniteError, StepSummary, WeightedLoss, count_all_tokens, loss_columns, token_columns
+from hfcustom.losses import NonFiniteError, StepSummary, count_all_tokens, loss_columns, token_columns
 from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.signals import EXIT_PREEMPTED, StopRequest
@@ -96,9 +96,7 @@ def fit(
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, len(rows))
     start = state.resume() if config.resume else state.begin()
     cut = (micro_batch_size, accumulation)
-    steps = iter(
-        make_loader(as_examples(rows), processor, weighted, config, accelerator, range(start, max_steps), cut)
-    )
+    steps = iter(make_loader(as_examples(rows), processor, core, config, accelerator, range(start, max_steps), cut))
     listed = Path(config.output_dir) / "bad_rows.jsonl"
     bad_rows = BadRows(accelerator, len(rows), config.max_bad_share, listed, resumed=start > 0)
     state.restore_rng()  # after the iterator exists: making one draws random numbers
@@ -155,7 +153,7 @@ def counting_steps(core: Any) -> Iterator[None]:
 def make_loader(
     examples: Examples,
     processor: Any,
-    losses: Sequence[WeightedLoss],
+    core: Any,
     config: TrainConfig,
     accelerator: Accelerator,
     steps: range,
@@ -163,11 +161,10 @@ def make_loader(
 ) -> Any:
     """Return a loader of this rank's micro-batches by step, with the columns that the losses want out of the rows."""
     skip = config.on_bad_row == "skip"
-    given = first_columns(examples, skip)
-    columns = (loss_columns(losses, given), token_columns(losses, given))
+    collate = make_collator(core, processor, config, first_columns(examples, skip))
     return step_loader(
         Attempts(examples) if skip else examples,
-        StepCollator(Collator(processor, config.max_length, *columns), cut[0], skip_bad_rows=skip),
+        StepCollator(collate, cut[0], skip_bad_rows=skip),
         steps=steps,
         micro_batch_size=cut[0],
         accumulation=cut[1],
@@ -175,6 +172,20 @@ def make_loader(
         world_size=accelerator.num_processes,
         seed=config.seed,
         num_workers=config.num_workers,
+    )
+
+
+def make_collator(core: Any, processor: Any, config: TrainConfig, given: Mapping[str, Any]) -> Collator:
+    """Return the collator that a run's options and losses ask for; `given` are the columns of a row."""
+    losses = core.losses()
+    return Collator(
+        processor,
+        config.max_length,
+        loss_columns(losses, given),
+        token_columns(losses, given),
+        train_on=config.train_on,
+        allowed_tokens=config.allowed_tokens,
+        head_size=core.head_size(),
     )
 
 

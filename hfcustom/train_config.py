@@ -36,6 +36,13 @@ class TrainConfig:
     ] = None
     gradient_checkpointing: Annotated[bool, "recompute layers in the backward pass to save memory"] = False
     max_length: Annotated[int | None, "longest row in tokens; a longer one is an error that names it"] = None
+    train_on: Annotated[
+        Literal["assistant", "last", "all"],
+        "the text that carries labels: the assistant's turns, the last of them, or prompts too",
+    ] = "assistant"
+    allowed_tokens: Annotated[
+        list[str], "control tokens that the rows' texts hold as such (<|box_start|> ...); others typed in are text"
+    ] = field(default_factory=list)
     on_bad_row: Annotated[
         Literal["error", "skip"], "a row that cannot be used stops the run, or is left out, named and counted"
     ] = "error"

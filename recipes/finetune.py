@@ -161,7 +161,8 @@ def main(config: FinetuneConfig) -> None:
     console.show_start(model, processor, rows[0], config)
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
-        answers = hfcustom.generate_answers(model, processor, held_out, max_new_tokens=config.max_new_tokens)
+        options = {"max_new_tokens": config.max_new_tokens, "allowed_tokens": config.allowed_tokens}
+        answers = hfcustom.generate_answers(model, processor, held_out, **options)
         return {"exact_match": hfcustom.exact_match(answers)}
 
     try:

@@ -9,6 +9,7 @@ import torch
 from conftest import picture
 
 from hfcustom.data.collate import Collator
+from hfcustom.data.control import image_marks
 from hfcustom.losses import IGNORE
 
 IMAGE = {"type": "image"}
@@ -45,10 +46,12 @@ def end_of_turn(processor: Any) -> str:
 
 
 def placeholder_text(processor: Any) -> str:
-    """Return what the template writes for an image, less the placeholder that the processor expands."""
+    """Return what the template writes for an image, less the tokens, which are never trained on."""
     messages = [{"role": "user", "content": [text("BEFORE"), IMAGE, text("AFTER")]}]
     rendered = processor.apply_chat_template(messages).split("BEFORE")[1].split("AFTER")[0]
-    return rendered.replace(processor.image_token, "")
+    for mark in image_marks(processor):
+        rendered = rendered.replace(mark, "")
+    return rendered
 
 
 def glued_blank(processor: Any) -> str:

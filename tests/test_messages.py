@@ -142,10 +142,13 @@ WRONG_MESSAGES = {
     "no content": ({"role": "user"}, ("content is NoneType", "must be a string or a list of blocks")),
     "content of another kind": ({"role": "user", "content": {"type": "text"}}, ("content is dict", "list of blocks")),
     "unknown block": (user({"type": "imgae"}), ("'imgae'", "Did you mean 'image'", "Allowed: image, text")),
-    "a block of no type": (user({"text": "a"}), ("Unknown block type None", "Allowed: image, text")),
-    "a bare string": (user("hello"), ("Unknown block type 'hello'", "Allowed: image, text")),
+    "a block of no type": (user({"words": "a"}), ("Unknown block type None", "Allowed: image, text")),
+    "a number as a block": (user(4), ("Unknown block type 4", "Allowed: image, text")),
     "text without text": (user({"type": "text"}), ("'text' is NoneType", "must be a string")),
-    "text of another kind": (user({"type": "text", "text": 3}), ("'text' is int", "must be a string")),
+    "text of another kind": (user({"type": "text", "text": ["a"]}), ("'text' is list", "must be a string")),
+    "a fraction, which has many spellings": ({"role": "user", "content": 42.0}, ("content is 42.0 (float)", "string")),
+    "a truth value": (user({"type": "text", "text": True}), ("'text' is True (bool)", "must be a string")),
+    "half a letter": (user("caf\ud83d"), ("'\\ud83d' at character 3", "lone surrogate", "repair the text, or drop")),
     "more blocks than images": (
         user(SLOT, SLOT),
         ("more {'type': 'image'} blocks than the row's 1 images", "list every image"),
@@ -158,8 +161,34 @@ def test_a_wrong_message_is_named_with_row_number_value_and_cure(name: str) -> N
     message, pieces = WRONG_MESSAGES[name]
     with pytest.raises(RowError) as error:
         read_row({"messages": [user(TEXT), ANSWER, message], "images": [picture()]}, "row 11")
-    for piece in ("row 11, message 2: ", *pieces):
+    for piece in ("row 11, message 2", *pieces):
         assert piece in str(error.value)
+
+
+def test_what_can_only_mean_one_text_is_read_as_it() -> None:
+    blocks = [
+        "What is ",
+        {"text": "six times "},
+        {"type": "text", "text": 7},
+        {"type": "text", "text": "?", "image": None},
+    ]
+    row = {"messages": [{"role": "user", "content": blocks}, {"role": "assistant", "content": np.int64(42)}]}
+    question, answer = read_row(row, "row").messages
+    assert [block["text"] for block in question["content"]] == ["What is ", "six times ", "7", "?"]
+    assert answer["content"] == [{"type": "text", "text": "42"}]
+
+
+def test_an_answer_without_words_is_named_unless_it_is_not_trained_on() -> None:
+    empty = {"role": "assistant", "content": "", "weight": 0}
+    assert read_row({"messages": [user(TEXT), empty, user(TEXT), ANSWER]}, "row").messages[1]["weight"] == 0
+    wordless = {"empty": "", "blank": [" ", "\n"], "an image without words": [SLOT]}
+    for kind, content in wordless.items():
+        row = {"messages": [user(TEXT), ANSWER, user(TEXT), {"role": "assistant", "content": content}], "images": []}
+        row["images"] = [picture()] * (content == [SLOT])
+        with pytest.raises(RowError, match=f"^row 3, message 3: the assistant's answer is {kind}, .* drop the row"):
+            read_row(row, "row 3")
+    with pytest.raises(RowError, match="row 3, rejected: message 1: the assistant's answer is blank"):
+        read_row({"prompt": "Hi", "chosen": "Yes.", "rejected": " "}, "row 3")
 
 
 def test_an_unreadable_file_is_told_with_the_row(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ FOLDER = Path(sys.prefix) / "torchvision"
 FILES = [
     "processors",
     "collate",
+    "control",
     "connectors",
     "connector_values",
     "families",
@@ -59,7 +60,7 @@ def test_families_that_work_without_torchvision_work_with_it() -> None:
 
 @pytest.mark.parametrize("name", NEED_IT)
 def test_a_family_that_needs_torchvision_passes_every_test_with_it(name: str, request: pytest.FixtureRequest) -> None:
-    own = [name] if (ROOT / f"tests/test_{name}.py").is_file() else []
+    own = ["labels", *([name] if (ROOT / f"tests/test_{name}.py").is_file() else [])]
     run_tests(name, own, ["--record-families"] if request.config.getoption("--record-families") else [])
 
 

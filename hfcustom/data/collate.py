@@ -11,30 +11,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.utils import logging
 
 from hfcustom.data.columns import TOKEN_WEIGHTS, check_columns, column_tensor
-from hfcustom.data.labels import render, token_weights
+from hfcustom.data.control import ControlTokens
+from hfcustom.data.labels import TRAIN_ON, TrainOn, check_labels, render, token_weights
 from hfcustom.data.messages import Example, RowError, read_row
 from hfcustom.losses import IGNORE
+from hfcustom.naming import unknown
 from hfcustom.processors import PrefixProcessor
 
 logger = logging.get_logger("hfcustom")
 
 
 class Batch(dict[str, torch.Tensor]):
-    """Tensors for forward(), and how many images they hold."""
+    """Tensors for forward(), how many images they hold, and where each row comes from."""
 
     images: int = 0
+    rows: Sequence[str] = ()  # B names, as in errors: "train.jsonl, line 7"
     blank: bool = False  # run only so that ranks stay together; counts for nothing
 
     def blank_copy(self) -> Batch:
         """Return the batch as one that counts for nothing."""
         copied = Batch(self)
-        copied.blank = True
+        copied.blank, copied.rows = True, self.rows
         return copied
 
 
@@ -42,9 +45,13 @@ class Collator:
     """Turn rows (mappings, or Examples) into a training batch with a processor.
 
     `columns` names what else of the rows becomes a tensor: "token_weights" for the loss weights of messages and blocks,
-    others are the rows' own, those of `token_columns` with an entry for each label token. Raises RowError for a row that cannot be used, is longer than `max_length`, or has no
-    assistant turn.
+    others are the rows' own, those of `token_columns` with an entry for each label token. `train_on` the "assistant"'s turns,
+    the "last" of them, or "all" text. `allowed_tokens` are control tokens that texts may hold as such
+    (hfcustom/data/control.py); `head_size` is the number of tokens that the model's head can say, others carry no label.
+    Raises RowError for a row that cannot be used, is longer than `max_length`, or has no assistant turn.
     """
+
+    verified_rows: ClassVar[float] = 16  # whose labels are decoded and compared with the answers
 
     def __init__(
         self,
@@ -52,41 +59,69 @@ class Collator:
         max_length: int | None = None,
         columns: Sequence[str] = (),
         token_columns: Sequence[str] = (),
+        *,
+        train_on: TrainOn = "assistant",
+        allowed_tokens: Sequence[str] = (),
+        head_size: int | None = None,
     ) -> None:
         if not isinstance(processor.chat_template, str) or not processor.chat_template:
             raise ValueError(
                 f"The processor's chat_template is {processor.chat_template!r:.60}; it must be one template, so that "
                 "messages can become text. Set it and save the processor."
             )
+        if train_on not in TRAIN_ON:
+            raise ValueError(unknown("train_on", train_on, TRAIN_ON))
         self.processor = processor
         self.max_length = max_length
         self.columns = (*check_columns(columns, processor), *check_columns(token_columns, processor))
         self.token_columns = frozenset(token_columns)
-        ids = {getattr(processor, name, None) for name in ("image_token_id", "video_token_id")}
-        self.placeholder_ids = torch.tensor(sorted({*ids, *processor.image_token_ids} - {None}))
+        self.train_on = train_on
+        self.head_size = head_size
+        self.control = ControlTokens(processor, allowed_tokens)
+        vocabulary = processor.tokenizer.get_vocab()
+        self.mark_ids = torch.tensor(sorted(vocabulary[mark] for mark in self.control.marks if mark in vocabulary))
+        self.num_verified = 0
 
     def __call__(self, rows: Sequence[Mapping[str, Any] | Example]) -> Batch:
         examples = [row if isinstance(row, Example) else read_row(row, f"row {at}") for at, row in enumerate(rows)]
-        _check_same_kind(examples)
+        _check_same_kind(examples, self.train_on)
         answers = [answer for example in examples for answer in _answers(example)]  # B of them
-        texts, spans = zip(*(render(self.processor, answer) for answer in answers), strict=True)
-        features = process(self.processor, texts, answers, padding_side="right", with_offsets=True)
+        processor, shielded = self.control.shield(self.processor, answers)
+        texts, spans = zip(*(render(processor, answer, self.train_on) for answer in shielded), strict=True)
+        features = process(processor, texts, shielded, padding_side="right", with_offsets=True)
         offsets = features.pop("offset_mapping")  # (B, T, 2)
         replaced = features.pop("text_replacement_offsets", None) or [[]] * len(answers)
         self._check_processor(features, texts, offsets, replaced)
         for answer, mask in zip(answers, features["attention_mask"], strict=True):
             self._check_length(mask, answer)
         ids = features["input_ids"]
-        weights = torch.stack([token_weights(*row) for row in zip(offsets, spans, replaced, strict=True)])  # (B, T)
-        weights[torch.isin(ids, self.placeholder_ids)] = 0.0
+        weights = torch.stack(
+            [token_weights(*row) for row in zip(offsets, texts, spans, replaced, strict=True)]
+        )  # (B, T)
+        for at, row in enumerate(shielded):
+            if processor is not self.processor or self.num_verified < self.verified_rows:
+                check_labels(processor, row, texts[at], spans[at], replaced[at], ids[at][weights[at] != 0])
+                self.num_verified += 1
+        weights[self._unsayable(ids)] = 0.0
+        for answer, empty in zip(answers, (weights == 0).all(1).tolist(), strict=True):
+            if empty:
+                raise RowError(
+                    f"{answer.name}: no token carries a label, so there is nothing to learn from it; drop the row."
+                )
         batch = Batch(features, labels=ids.masked_fill(weights == 0, IGNORE))
         if isinstance(self.processor, PrefixProcessor):
             batch["token_type_ids"] = self.processor.mark_answers(batch, weights != 0)
         batch.images = sum(len(answer.images) for answer in answers)
+        batch.rows = [answer.name for answer in answers]
         if answers[0].preferred is not None:
             batch["preference"] = torch.tensor([1.0 if answer.preferred else -1.0 for answer in answers])  # (B,)
         self._add_columns(batch, examples, weights)
         return batch
+
+    def _unsayable(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return which tokens never carry a label: marks of images, and what the head has no row for. (B, T) -> (B, T)."""
+        marks = torch.isin(ids, self.mark_ids)
+        return marks if self.head_size is None else marks | (ids >= self.head_size)
 
     def _add_columns(self, batch: Batch, examples: Sequence[Example], weights: torch.Tensor) -> None:
         if TOKEN_WEIGHTS not in self.columns and ((weights != 0) & (weights != 1)).any():
@@ -133,7 +168,7 @@ def _answers(example: Example) -> list[Example]:
     return [chosen, replace(chosen, messages=example.rejected, name=f"{example.name}, rejected", preferred=False)]
 
 
-def _check_same_kind(examples: Sequence[Example]) -> None:
+def _check_same_kind(examples: Sequence[Example], train_on: TrainOn) -> None:
     """A loss of pairs takes rows two by two, and one of ordinary rows has no use for a rejected answer."""
     for example in examples:
         if _kind(example) != _kind(examples[0]):
@@ -141,6 +176,11 @@ def _check_same_kind(examples: Sequence[Example]) -> None:
                 f"{example.name} is {_kind(example)}, but {examples[0].name} of the same batch is {_kind(examples[0])}; "
                 "train on rows of one kind."
             )
+    if train_on == "all" and (examples[0].rejected is not None or examples[0].preferred is not None):
+        raise RowError(
+            f"{examples[0].name} is {_kind(examples[0])}, but train_on='all' is for ordinary rows: preferences are about "
+            "answers. Leave train_on out."
+        )
 
 
 def _kind(example: Example) -> str:
@@ -152,10 +192,11 @@ def _kind(example: Example) -> str:
 def process(
     processor: Any, texts: Sequence[str], examples: Sequence[Example], padding_side: str, with_offsets: bool = False
 ) -> dict[str, Any]:
-    """Run the processor over rendered texts and their images (nested by row, as every family accepts them)."""
-    for example in examples:
-        _refuse_placeholders(processor, example)
-    options: dict[str, Any] = {"padding": True, "padding_side": padding_side}
+    """Run the processor over rendered texts and their images (nested by row, as every family accepts them).
+
+    Raises RowError that names the row where the processor refuses one.
+    """
+    options: dict[str, Any] = {"padding": True, "padding_side": padding_side, "truncation": False}
     bos = processor.tokenizer.bos_token
     if bos is not None and texts[0].startswith(bos):
         options["add_special_tokens"] = False  # the template wrote it already
@@ -163,18 +204,40 @@ def process(
         options["images"] = [example.images for example in examples]
     if with_offsets:
         options |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-    features = processor(text=list(texts), **options)
+    try:
+        features = processor(text=list(texts), **options)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if len(texts) == 1:
+            raise RowError(f"{examples[0].name}: {type(processor).__name__} cannot read the row: {error}") from error
+        for text, example in zip(texts, examples, strict=True):
+            process(processor, [text], [example], padding_side, with_offsets)
+        raise  # each row alone is fine
     replaced = features.pop("text_replacement_offsets", None)
     batch = dict(features.convert_to_tensors("pt"))
+    _check_complete(processor, batch)
+    _check_single_bos(processor, texts, examples, batch["input_ids"])
     return batch | ({"text_replacement_offsets": replaced} if with_offsets else {})
 
 
-def _refuse_placeholders(processor: Any, example: Example) -> None:
-    """A placeholder written out in a text would be taken for an image."""
-    texts = [block["text"] for message in example.messages for block in message["content"] if block["type"] == "text"]
-    for mark in {processor.image_token, *processor.tokenizer.convert_ids_to_tokens(processor.image_token_ids)}:
-        if any(mark in text for text in texts):
+def _check_complete(processor: Any, batch: Mapping[str, Any]) -> None:
+    """Without its token types a model attends and counts positions in another way than it was trained to, silently."""
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in processor.model_input_names and name not in batch:
+            raise ValueError(
+                f"{type(processor).__name__} made no {name}, which its model needs; load the processor of the family's custom "
+                f"class, and let no setting turn {name} off."
+            )
+
+
+def _check_single_bos(processor: Any, texts: Sequence[str], examples: Sequence[Example], ids: torch.Tensor) -> None:
+    """Refuse a second BOS: more of them than the template wrote, or one where it wrote none."""
+    tokenizer = processor.tokenizer
+    if tokenizer.bos_token is None or tokenizer.bos_token_id in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+        return
+    counts = (ids == tokenizer.bos_token_id).sum(1).tolist()
+    for text, example, count in zip(texts, examples, counts, strict=True):
+        if count > max(1, text.count(tokenizer.bos_token)):
             raise RowError(
-                f"{example.name}: a text holds {mark!r}, this processor's mark of an image; write images as "
-                "{'type': 'image'} blocks, and the mark itself in other words."
+                f"{example.name}: {type(processor).__name__} wrote {count} {tokenizer.bos_token} into a text that needs one; the "
+                "chat template writes it behind other text, and the tokenizer again in front. Let one of the two write it."
             )

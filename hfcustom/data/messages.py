@@ -18,7 +18,16 @@ from typing import Any
 from PIL import Image
 
 from hfcustom.data.images import load_image
-from hfcustom.data.turns import Message, RowError, Turn, as_prompt, check_turns, place_images, without_weights
+from hfcustom.data.turns import (
+    Message,
+    RowError,
+    Turn,
+    as_prompt,
+    check_answers,
+    check_turns,
+    place_images,
+    without_weights,
+)
 
 FORM = (
     "{'messages': [...], 'images': [...]}, or for preferences {'prompt': ..., 'chosen': ..., 'rejected': ...} or "
@@ -49,6 +58,8 @@ def read_row(row: Mapping[str, Any], name: str, root: Path | None = None) -> Exa
         raise RowError(f"{name}: images is {type(images).__name__}; it must be a list, also of one image.")
     if "messages" not in given and ("chosen" in given or "rejected" in given):
         chosen, rejected, loaded = _place_pair(_take_pair(given, name, len(images)), images, name, root)
+        for side, messages in zip(SIDES, (chosen, rejected), strict=True):
+            check_answers(messages, f"{name}, {side}: message")
         return Example(chosen, loaded, name, rejected=rejected, columns=given)
     if "messages" not in given and "completion" in given:
         turns = _take_completion(given, name, len(images))
@@ -56,6 +67,7 @@ def read_row(row: Mapping[str, Any], name: str, root: Path | None = None) -> Exa
         turns = _take_messages(given, row, name)
     preferred = given.pop("label") if isinstance(given.get("label"), bool) else None
     messages, sources = place_images(turns, images, name)
+    check_answers(messages, f"{name}, message")
     return Example(messages, _load_images(sources, name, root), name, preferred=preferred, columns=given)
 
 

@@ -34,12 +34,14 @@ def cache_reference(
     *,
     batch_size: int = 8,
     precision: Literal["fp32", "bf16"] | None = None,
+    train_on: Literal["assistant", "last"] = "assistant",
+    allowed_tokens: Sequence[str] = (),
 ) -> RowsWithColumns:
     """Return the rows with the reference's log-probabilities of their answers, which `fit` gives to the losses that ask.
 
     The reference is the model given to `set_reference`, else this one without its adapter, else this one as it is now. It
-    runs where it is (`model.to("cuda")` first), in the precision that `fit` would choose: give both the same. Several
-    processes share the work. Raises TypeError for a model that is not custom, ValueError for no rows, RowError for a row
+    runs where it is (`model.to("cuda")` first), in the precision that `fit` would choose: give both the same, and the same `train_on`
+    and `allowed_tokens`. Several processes share the work. Raises TypeError for a model that is not custom, ValueError for no rows, RowError for a row
     that cannot be used.
     """
     core = unwrap(model)
@@ -51,7 +53,8 @@ def cache_reference(
     if not len(examples) or batch_size < 1:
         raise ValueError(f"{len(examples)} rows in batches of {batch_size}: give at least one row and batch_size=1.")
     low = choose_precision(model, TrainConfig(precision=precision)) == "bf16"
-    state, collate = process_state(), Collator(processor)
+    state = process_state()
+    collate = Collator(processor, train_on=train_on, allowed_tokens=allowed_tokens, head_size=core.head_size())
     starts = range(0, len(examples), batch_size)
     own = starts[state.process_index :: state.num_processes]
     quiet = not (out.is_terminal and state.is_main_process)

@@ -49,20 +49,68 @@ def _check_turn(message: Any, where: str) -> Message:
 
 def _blocks(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     content = message.get("content")
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, list):
-        raise RowError(f"{where}: content is {type(content).__name__}; it must be a string or a list of blocks.")
-    return [_block(block, where) for block in content]
+    if isinstance(content, str) or _is_integer(content):
+        return [{"type": "text", "text": _text(content, f"{where}: content")}]
+    if not isinstance(content, list | tuple):
+        raise RowError(f"{where}: content is {_shown(content)}; it must be a string or a list of blocks.")
+    return [_block(block, f"{where}, block {at}") for at, block in enumerate(content)]
 
 
 def _block(block: Any, where: str) -> dict[str, Any]:
+    if isinstance(block, str):
+        return {"type": "text", "text": _text(block, where)}
+    if isinstance(block, Mapping):
+        block = {key: value for key, value in block.items() if value is not None}  # Arrow fills missing keys with None
+        if "type" not in block and "text" in block:
+            block["type"] = "text"
     kind = block.get("type") if isinstance(block, Mapping) else block
     if kind not in ("image", "text"):
         raise RowError(f"{where}: {unknown('block type', kind, ('image', 'text'))}")
-    if kind == "text" and not isinstance(block.get("text"), str):
-        raise RowError(f"{where}: a text block's 'text' is {type(block.get('text')).__name__}; it must be a string.")
-    return {key: value for key, value in block.items() if value is not None}  # Arrow fills missing keys with None
+    if kind == "text":
+        block["text"] = _text(block.get("text"), f"{where}: a text block's 'text'")
+    return dict(block)
+
+
+def _text(value: Any, where: str) -> str:
+    """Return words as a string; of numbers only whole ones have one spelling."""
+    if not isinstance(value, str) and not _is_integer(value):
+        raise RowError(f"{where} is {_shown(value)}; it must be a string.")
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"{where} holds {text[error.start]!a} at character {error.start}, half of a letter (a lone surrogate), which no "
+            "tokenizer can read; repair the text, or drop the row."
+        ) from None
+    return text
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    number = isinstance(value, float | bool | np.generic)
+    return f"{value!r:.40} ({type(value).__name__})" if number else type(value).__name__
+
+
+def check_answers(messages: Sequence[Message], where: str) -> None:
+    """Refuse an answer without words: training on it teaches to say nothing. Answers of weight 0 are not trained on."""
+    for at, message in enumerate(messages):
+        if message["role"] != "assistant" or message.get("weight") == 0:
+            continue
+        if not any(block["type"] == "text" and block["text"].strip() for block in message["content"]):
+            raise RowError(
+                f"{where} {at}: the assistant's answer is {_wordless(message)}, so there is nothing to learn from it; fill it "
+                "in, give the message weight 0 so that it is not trained on, or drop the row."
+            )
+
+
+def _wordless(message: Message) -> str:
+    if any(block["type"] == "image" for block in message["content"]):
+        return "an image without words"
+    return "blank" if any(block["text"] for block in message["content"]) else "empty"
 
 
 def _check_weight(weight: Any, role: str, where: str) -> float:
