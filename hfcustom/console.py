@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hfcustom.data.turns import RowError
 from hfcustom.losses import LOSSES, WeightedLoss, count_all_tokens
 from hfcustom.losses.chunked import product_dtype
 from hfcustom.losses.kernels import DESCRIPTIONS, choose_kernel
@@ -257,21 +258,32 @@ def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> Non
     show_parts(model)
     core = unwrap(model)
     example = Examples([row])[0]
-    batch = make_collator(core, processor, config, example.columns)([example])
-    token = core.placeholder_token_id
-    image_tokens = "an unknown number" if token is None else int((batch["input_ids"] == token).sum())
-    supervised = int((batch["labels"] != -100).sum())
     out.print(f"seams in effect: {', '.join(core.overridden_seams()) or 'none (stock)'}")
-    out.print(
-        f"first row{' (both answers)' if len(batch['labels']) == 2 else ''}: {count_all_tokens(batch)} tokens, {batch.images} images as {image_tokens} of them, "
-        f"{supervised} supervised"
-    )
+    try:
+        batch = make_collator(core, processor, config, example.columns)([example])
+    except RowError as error:
+        if config.on_bad_row == "error":
+            raise
+        out.print(f"the first row cannot be used: {error}")
+    else:
+        out.print(_row_facts(core, batch))
     with torch.autocast(core.device.type, torch.bfloat16, enabled=choose_precision(model, config) == "bf16"):
         facts = execution_facts(core)
     for fact in facts:
         out.print(fact)
     for name, source in config.sources.items():
         out.print(f"  {name} = {getattr(config, name)!r}  ({source})")
+
+
+def _row_facts(core: Any, batch: Any) -> str:
+    """Say what a row becomes."""
+    token = core.placeholder_token_id
+    image_tokens = "an unknown number" if token is None else int((batch["input_ids"] == token).sum())
+    supervised = int((batch["labels"] != -100).sum())
+    return (
+        f"first row{' (both answers)' if len(batch['labels']) == 2 else ''}: {count_all_tokens(batch)} tokens, {batch.images} "
+        f"images as {image_tokens} of them, {supervised} supervised"
+    )
 
 
 def execution_facts(core: Any) -> list[str]:

@@ -25,10 +25,11 @@ from torch import nn
 from hfcustom import checkpoint
 from hfcustom.base import CustomVLM, check_registered
 from hfcustom.console import TrainLog, out
+from hfcustom.data.checks import kind_of
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.order import step_loader
 from hfcustom.data.sources import Examples, as_examples
-from hfcustom.data.steps import Attempts, BadRow, BadRows, StepBatches, StepCollator, TooManyBadRows, agree_on_batches
+from hfcustom.data.steps import Attempts, BadRows, StepBatches, StepCollator, agree_on_batches
 from hfcustom.losses import NonFiniteError, StepSummary, count_all_tokens, loss_columns, token_columns
 from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
@@ -124,18 +125,10 @@ def fit(
     return TrainResult(step, not finished, log.history, state.publish() if finished else state.model_dir())
 
 
-def first_columns(examples: Examples, skip_bad_rows: bool) -> Mapping[str, Any]:
-    """Return the columns of the first row, of the first that can be read if others are skipped; RowError if none can."""
-    rows = Attempts(examples) if skip_bad_rows else examples
-    found = next((row for row in rows if not isinstance(row, BadRow)), None)
-    if found is None:
-        raise TooManyBadRows(f"None of the {len(rows)} rows can be read; the first says: {rows[0].reason}")
-    return found.columns
-
-
 def next_batches(steps: Iterator[StepBatches], bad_rows: BadRows, config: TrainConfig) -> list[Batch]:
     """Return this rank's micro-batches of the next step, as many as every other rank has; none if no row can be used."""
     found = next(steps)
+    bad_rows.tell(found.notes)
     if config.on_bad_row == "skip":
         bad_rows.take(found.skipped)
     return agree_on_batches(found.batches, bad_rows.accelerator)
@@ -160,11 +153,12 @@ def make_loader(
     cut: tuple[int, int],
 ) -> Any:
     """Return a loader of this rank's micro-batches by step, with the columns that the losses want out of the rows."""
-    skip = config.on_bad_row == "skip"
-    collate = make_collator(core, processor, config, first_columns(examples, skip))
+    rows = usable_rows(examples, config)
+    first = rows.first()
+    collate = make_collator(core, processor, config, first.columns)
     return step_loader(
-        Attempts(examples) if skip else examples,
-        StepCollator(collate, cut[0], skip_bad_rows=skip),
+        rows,
+        StepCollator(collate, cut[0], skip_bad_rows=rows.skip_bad_rows, kind=kind_of(first)),
         steps=steps,
         micro_batch_size=cut[0],
         accumulation=cut[1],
@@ -173,6 +167,11 @@ def make_loader(
         seed=config.seed,
         num_workers=config.num_workers,
     )
+
+
+def usable_rows(rows: Sequence[Any], config: TrainConfig) -> Attempts:
+    """Return rows as a run reads them: bad ones skipped where it is told to, excluded ones not read."""
+    return Attempts(as_examples(rows), skip_bad_rows=config.on_bad_row == "skip", exclude=config.exclude)
 
 
 def make_collator(core: Any, processor: Any, config: TrainConfig, given: Mapping[str, Any]) -> Collator:
@@ -186,6 +185,7 @@ def make_collator(core: Any, processor: Any, config: TrainConfig, given: Mapping
         train_on=config.train_on,
         allowed_tokens=config.allowed_tokens,
         head_size=core.head_size(),
+        min_pixels=config.min_pixels,
     )
 
 

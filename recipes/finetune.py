@@ -94,7 +94,7 @@ from hfcustom.data.steps import EXIT_BAD_ROWS, TooManyBadRows
 from hfcustom.families import class_of
 from hfcustom.losses import import_losses
 from hfcustom.naming import load_object
-from hfcustom.train import process_state
+from hfcustom.train import process_state, usable_rows
 
 
 def load_model(config: FinetuneConfig) -> tuple[Any, Any]:
@@ -158,7 +158,6 @@ def main(config: FinetuneConfig) -> None:
         held_out = [held_out[at] for at in range(min(config.eval_rows, len(held_out)))]
     model, processor = load_model(config)
     model = choose_what_trains(model, config)
-    console.show_start(model, processor, rows[0], config)
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
         options = {"max_new_tokens": config.max_new_tokens, "allowed_tokens": config.allowed_tokens}
@@ -166,6 +165,7 @@ def main(config: FinetuneConfig) -> None:
         return {"exact_match": hfcustom.exact_match(answers)}
 
     try:
+        console.show_start(model, processor, usable_rows(rows, config).first(), config)
         result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
     except TooManyBadRows as error:
         console.out.print(f"finetune.py: {error}")

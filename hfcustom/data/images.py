@@ -85,7 +85,9 @@ def resolve_path(source: str, root: Path | None) -> Path:
         path = (root / source).resolve()
         is_file = path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, a circle of links, a NUL in it
-        raise ImageError(f"Image {source!r:.200} is no path that can be followed: {error!s:.200}", "missing") from error
+        raise ImageError(
+            f"Image {source!r:.200} is no path that can be followed: {error!s:.200}", "missing"
+        ) from error
     if not path.is_relative_to(root):
         raise ImageError(
             f"Image {source!r:.200} lies outside {root}, the folder of its data set; move it below.", "outside"
@@ -197,7 +199,9 @@ def _upright(image: Image.Image) -> tuple[Image.Image, list[Note]]:
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
     except Exception as error:  # damaged data makes Pillow raise almost anything
-        return image.copy(), [Note("damaged_exif", f"has EXIF that cannot be read ({error!s:.80}), so it is not turned")]
+        return image.copy(), [
+            Note("damaged_exif", f"has EXIF that cannot be read ({error!s:.80}), so it is not turned")
+        ]
     method = TURNS.get(orientation) if isinstance(orientation, int) else None
     return (image.copy() if method is None else image.transpose(method)), []
 
@@ -208,10 +212,13 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def _apply_profile(image: Image.Image, profile: bytes) -> tuple[Image.Image, list[Note]]:
     """Return an image as sRGB; a profile that is damaged or of another kind of image is ignored, as in browsers."""
-    if profile is None or (transform := _to_srgb(profile, image.mode)) is None:
+    transform = _to_srgb(profile, image.mode)
+    if transform is None:
         return image, []
     if isinstance(transform, str):
-        return image, [Note("damaged_profile", f"has a colour profile that cannot be used ({transform}); it is ignored")]
+        return image, [
+            Note("damaged_profile", f"has a colour profile that cannot be used ({transform}); it is ignored")
+        ]
     converted = ImageCms.applyTransform(image, transform)
     assert converted is not None
     return converted, []
