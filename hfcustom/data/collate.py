@@ -99,7 +99,7 @@ class Collator:
         replaced = features.pop("text_replacement_offsets", None) or [[]] * len(answers)
         self._check_processor(features, texts, offsets, replaced)
         for answer, mask in zip(answers, features["attention_mask"], strict=True):
-            self._check_length(mask, answer)
+            check_length(mask, answer.name, self.max_length)
         ids = features["input_ids"]
         weights = torch.stack(
             [token_weights(*row) for row in zip(offsets, texts, spans, replaced, strict=True)]
@@ -158,14 +158,16 @@ class Collator:
                 "family's custom class: model.processor_class.from_pretrained(...)."
             )
 
-    def _check_length(self, attention_mask: torch.Tensor, example: Example) -> None:
-        length = int(attention_mask.sum())
-        if self.max_length is not None and length > self.max_length:
-            raise RowError(
-                f"{example.name}: {length} tokens, more than max_length={self.max_length}. Rows are never cut, since a cut "
-                "through image placeholders cannot be used: raise max_length, or use fewer crops an image.",
-                "too_long",
-            )
+
+def check_length(attention_mask: torch.Tensor, name: str, max_length: int | None) -> None:
+    """Refuse a row of more tokens: (T,), 1 at its tokens."""
+    length = int(attention_mask.sum())
+    if max_length is not None and length > max_length:
+        raise RowError(
+            f"{name}: {length} tokens, more than max_length={max_length}. Rows are never cut, since a cut through image "
+            "placeholders cannot be used: raise max_length, or use fewer crops an image.",
+            "too_long",
+        )
 
 
 def _answers(example: Example) -> list[Example]:
