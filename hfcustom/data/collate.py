@@ -88,7 +88,7 @@ class Collator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any] | Example]) -> Batch:
         examples = [row if isinstance(row, Example) else read_row(row, f"row {at}") for at, row in enumerate(rows)]
-        _check_samekind_of(examples, self.train_on)
+        _check_same_kind(examples, self.train_on)
         for example in examples:
             check_pixels(example, self.min_pixels)
         answers = [answer for example in examples for answer in _answers(example)]  # B of them
@@ -178,7 +178,7 @@ def _answers(example: Example) -> list[Example]:
     return [chosen, replace(chosen, messages=example.rejected, name=f"{example.name}, rejected", preferred=False)]
 
 
-def _check_samekind_of(examples: Sequence[Example], train_on: TrainOn) -> None:
+def _check_same_kind(examples: Sequence[Example], train_on: TrainOn) -> None:
     """A loss of pairs takes rows two by two, and one of ordinary rows has no use for a rejected answer."""
     for example in examples:
         if kind_of(example) != kind_of(examples[0]):

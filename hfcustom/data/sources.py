@@ -98,7 +98,7 @@ class JsonlRows(Sequence[Mapping[str, Any]]):
             raise RowError(
                 f"{self.path.name}, line {number}: {error.msg} (column {error.colno}); a line holds one row as JSON."
             ) from error
-        except ValueError as error:  # not UTF-8
+        except (RecursionError, ValueError) as error:  # nested too deep, not UTF-8
             raise RowError(f"{self.path.name}, line {number}: {error}") from error
         if not isinstance(row, dict):
             raise RowError(f"{self.path.name}, line {number}: {type(row).__name__}, not an object with 'messages'.")
