@@ -101,6 +101,8 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
         "dot": (encode(Image.new("RGB", (1, 1)), "PNG"), "tiny"),
         "dots": (encode(Image.new("RGB", (3, 5)), "PNG"), "tiny"),
         "spacer": (encode(Image.new("RGB", (1, 15)), "GIF"), "tiny"),
+        "thin": (encode(Image.new("RGB", (300, 3)), "PNG"), "tiny"),
+        "thinner": (encode(Image.new("RGB", (1, 150)), "PNG"), "tiny"),
         "tall": (encode(Image.new("RGB", (1, 500)), "PNG"), "aspect"),
         "wide": (encode(Image.new("RGB", (2000, 1)), "PNG"), "aspect"),
         "strip": (encode(Image.new("RGB", (3000, 5)), "PNG"), "aspect"),

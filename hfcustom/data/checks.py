@@ -15,6 +15,7 @@ from hfcustom.data.messages import Example
 from hfcustom.data.turns import Message, RowError, check_trained
 
 MIN_PIXELS = 16  # of an image; fewer show nothing: spacers, tracking pixels
+MIN_SIDE = 4  # pixels; transformers' infer_channel_dimension_format takes 1 and 3 for channels
 SMALL_SIDE = 8  # pixels
 LONG_TEXT = 100_000  # characters of one row
 PLACEHOLDER = re.compile(r"<(image|img|video|audio)>|<\|(image|image_pad|video_pad|vision_start)\|>", re.IGNORECASE)
@@ -28,12 +29,18 @@ def check_row(example: Example, train_on: str = "assistant", min_pixels: int = M
 
 
 def check_pixels(example: Example, min_pixels: int) -> None:
-    """Refuse an image of fewer pixels."""
+    """Refuse an image with a side that processors take for its colour channels, or of fewer pixels."""
     for at, image in enumerate(example.images):
+        size = f"{example.name}, image {at}: {image.width}x{image.height} pixels"
+        if min(image.size) < MIN_SIDE:
+            raise RowError(
+                f"{size}; sides of 1 or 3 pixels are taken for colour channels by some image processors, so {MIN_SIDE} are the "
+                "fewest that all families can read. Drop the row, or enlarge the image.",
+                "tiny",
+            )
         if image.width * image.height < min_pixels:
             raise RowError(
-                f"{example.name}, image {at}: {image.width}x{image.height} pixels, fewer than min_pixels={min_pixels}; drop the "
-                "row, or lower min_pixels if such images are meant.",
+                f"{size}, fewer than min_pixels={min_pixels}; drop the row, or lower min_pixels if such images are meant.",
                 "tiny",
             )
 

@@ -84,7 +84,7 @@ def read_excluded(path: str) -> dict[str, str]:
         except ValueError:
             found = None
         if not isinstance(found, Mapping) or not isinstance(found.get("row"), str):
-            raise ValueError(f'{path}, line {number}: {line:.80!r} is no {{"row": ..., "reason": ...}}.')
+            raise ValueError(f'{path}, line {number}: {line[:80]!r} is no {{"row": ..., "reason": ...}}.')
         if found.get("severity", "error") == "error" and found.get("set", "train") == "train":
             excluded[found["row"]] = str(found.get("reason", ""))
     return excluded

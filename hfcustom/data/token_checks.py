@@ -61,7 +61,11 @@ class TokenReader:
 def load_processor(model: str | None, family: str | None) -> tuple[Any, int | None]:
     """Return the processor of a model, or a family's with published image settings and a small tokenizer; the head's width."""
     if family is not None:
-        return load_family(family).published_processor(), None
+        module = load_family(family)
+        processor = module.published_processor()
+        if processor.chat_template is None:
+            processor.chat_template = module.tiny_processor().chat_template
+        return processor, None
     assert model is not None
     model_class: Any = class_of(model)
     config = model_class.config_class.from_pretrained(model)
