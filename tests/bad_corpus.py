@@ -32,7 +32,7 @@ class Corpus:
     bad: dict[str, tuple[str, str]]  # name of a row -> what is wrong, the code
 
 
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()

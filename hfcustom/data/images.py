@@ -168,7 +168,7 @@ def _frames_dropped(image: Image.Image) -> list[Note]:
     if image.format == "MPO" or not getattr(image, "is_animated", False):
         return []
     count = f"{image.n_frames} frames" if image.format in ("PNG", "WEBP") else "more than one frame"  # type: ignore[attr-defined]
-    return [Note("animated", f"has {count}, of which the first is used and the others are dropped")]
+    return [Note("animated", f"{count}, of which the first is used and the others are dropped")]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -199,9 +199,7 @@ def _upright(image: Image.Image) -> tuple[Image.Image, list[Note]]:
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
     except Exception as error:  # damaged data makes Pillow raise almost anything
-        return image.copy(), [
-            Note("damaged_exif", f"has EXIF that cannot be read ({error!s:.80}), so it is not turned")
-        ]
+        return image.copy(), [Note("damaged_exif", f"EXIF that cannot be read ({error!s:.80}), so it is not turned")]
     method = TURNS.get(orientation) if isinstance(orientation, int) else None
     return (image.copy() if method is None else image.transpose(method)), []
 
@@ -216,9 +214,7 @@ def _apply_profile(image: Image.Image, profile: bytes) -> tuple[Image.Image, lis
     if transform is None:
         return image, []
     if isinstance(transform, str):
-        return image, [
-            Note("damaged_profile", f"has a colour profile that cannot be used ({transform}); it is ignored")
-        ]
+        return image, [Note("damaged_profile", f"a colour profile that cannot be used ({transform}); it is ignored")]
     converted = ImageCms.applyTransform(image, transform)
     assert converted is not None
     return converted, []
@@ -231,9 +227,10 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | str | No
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "sRGB" in ImageCms.getProfileDescription(source):
             return None
-        return ImageCms.buildTransform(
-            source, ImageCms.createProfile("sRGB"), mode, "RGBA" if mode == "RGBA" else "RGB"
-        )
+        # lcms's shortcut for gray is off by 10 of 255 where it is dark
+        flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+        target = "RGBA" if mode == "RGBA" else "RGB"
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, target, flags=flags)
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError) as error:
         return f"{error!s:.80}"
 

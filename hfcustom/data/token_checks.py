@@ -15,7 +15,7 @@ from hfcustom.data.scan import RowFacts, ScanOptions
 from hfcustom.families import class_of, load_family
 from hfcustom.losses import IGNORE
 
-GRIDS = ("image_grid_thw", "image_grid_hws", "target_sizes")  # one line an image, where images are flat patches
+GRIDS = ("image_grid_thw", "target_sizes")  # a line an image or tile, where their patches are in one row
 
 
 class TokenReader:
@@ -78,7 +78,7 @@ def count_tiles(batch: dict[str, torch.Tensor]) -> int:
     if pixels is None:
         return 0
     for name in GRIDS:
-        if name in batch and pixels.ndim < 4:
+        if name in batch:
             return len(batch[name])
     if pixels.ndim < 4:
         return len(pixels)
