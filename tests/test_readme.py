@@ -21,6 +21,7 @@ SMALL = {
     "make test": "tests/test_naming.py -q",
     "accelerate launch recipes/finetune.py": "--max-steps 2 --batch-size 2",
     "hfcustom families": "",
+    "hfcustom preflight": "",
 }
 
 
