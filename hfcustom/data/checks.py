@@ -18,6 +18,8 @@ MIN_PIXELS = 16  # of an image; fewer show nothing: spacers, tracking pixels
 MIN_SIDE = 4  # pixels; transformers' infer_channel_dimension_format takes 1 and 3 for channels
 SMALL_SIDE = 8  # pixels
 LONG_TEXT = 100_000  # characters of one row
+# control characters, those that turn the direction of text, a byte-order mark, the sign for a lost letter
+ODD = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ufffd]")
 PLACEHOLDER = re.compile(r"<(image|img|video|audio)>|<\|(image|image_pad|video_pad|vision_start)\|>", re.IGNORECASE)
 
 
@@ -87,17 +89,10 @@ def _about_texts(example: Example) -> Iterator[Finding]:
         if found := PLACEHOLDER.search(joined):
             words = f"the text holds {found[0]!r}, which stays text; an image is a {{'type': 'image'}} block"
             yield _warning(example, f"message {at}", "typed_placeholder", words)
-        if odd := next((char for char in joined if _is_odd(char)), None):
-            name = unicodedata.name(odd, "a control character")
-            words = f"the text holds {odd!a} ({name}), which no reader sees"
+        if odd := ODD.search(joined):
+            name = unicodedata.name(odd[0], "a control character")
+            words = f"the text holds {odd[0]!a} ({name}), which no reader sees"
             yield _warning(example, f"message {at}", "odd_character", words)
-
-
-def _is_odd(char: str) -> bool:
-    """Whether a character is a control character, turns the direction of text, or stands for one that was lost."""
-    if char < "\x20" or char > "\x7e":
-        return (char not in "\t\n\r" and unicodedata.category(char) == "Cc") or char in ODD
-    return False
 
 
 def count_characters(example: Example) -> int:
@@ -117,6 +112,3 @@ def _all_messages(example: Example) -> Sequence[Message]:
 def _warning(example: Example, field: str, code: str, words: str) -> Finding:
     where = f"{example.name}, {field}" if field else example.name
     return Finding(example.name, f"{where}: {words}.", code, "warning", field)
-
-
-ODD = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff\ufffd")  # bidi, byte-order mark, lost
