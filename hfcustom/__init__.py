@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "CaptionCollator": "hfcustom.data.captions",
     "Collator": "hfcustom.data.collate",
     "CustomConfig": "hfcustom.configuration",
     "CustomDualEncoder": "hfcustom.dual_encoder",
@@ -47,6 +48,8 @@ _HOME = {
     "quantization_config": "hfcustom.adapt",
     "register": "hfcustom.registry",
     "resize_images": "hfcustom.resize",
+    "retrieval_recall": "hfcustom.retrieval",
+    "select_frames": "hfcustom.data.frames",
     "show_losses": "hfcustom.console",
     "show_parts": "hfcustom.console",
     "term": "hfcustom.losses",
@@ -69,7 +72,9 @@ if TYPE_CHECKING:
     from hfcustom.configuration import CustomConfig
     from hfcustom.connectors import connector
     from hfcustom.console import show_losses, show_parts
+    from hfcustom.data.captions import CaptionCollator
     from hfcustom.data.collate import Collator
+    from hfcustom.data.frames import select_frames
     from hfcustom.data.messages import RowError
     from hfcustom.data.reference import cache_reference
     from hfcustom.data.sources import Examples, load_rows
@@ -82,6 +87,7 @@ if TYPE_CHECKING:
     from hfcustom.parts import find_parts, part_table
     from hfcustom.registry import register
     from hfcustom.resize import resize_images
+    from hfcustom.retrieval import retrieval_recall
     from hfcustom.train import fit
     from hfcustom.train_config import TrainConfig
     from hfcustom.trainer_callback import LossCallback

@@ -18,7 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
+)
 from transformers.utils import cached_file
 
 from hfcustom.parts import (
@@ -191,7 +194,7 @@ def _modules_to_save(model: nn.Module, part_map: PartMap, parts: Iterable[str]) 
     for path in (path for path in paths if path not in modules):
         what = f"{path!r} is a bare Parameter, which peft cannot save with an adapter"
         if part_map.find(path) == "new":
-            raise ValueError(f"{what}; wrap it in a small nn.Module.")
+            raise ValueError(f"{what}; wrap it in a small nn.Module, or train without LoRA.")
         logging.getLogger("hfcustom").warning(
             f"{what}: it stays as it is in the base while the rest of its part is trained. To train it too, train without an "
             "adapter: freeze() the other parts."
@@ -241,7 +244,7 @@ def load_adapter(
     base = base or peft_config.base_model_name_or_path
     beside = cached_file(str(adapter), "config.json", _raise_exceptions_for_missing_entries=False)
     config = (model_class.config_class if model_class else AutoConfig).from_pretrained(adapter if beside else base)
-    model_class = model_class or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    model_class = model_class or _class_for(config)
     config.architectures = None  # new modules come from the adapter, whichever class wrote the base
     model = model_class.from_pretrained(base, config=config, **options)
     modules = dict(model.named_modules())
@@ -260,6 +263,12 @@ def load_adapter(
             return wrapped
         except UserWarning as error:
             raise ValueError(f"The adapter {adapter} does not fit {model_class.__name__}: {error}") from error
+
+
+def _class_for(config: PretrainedConfig) -> Any:
+    """Return the class that the Auto classes know for a config: of a vision-language model, else of a contrastive encoder."""
+    encoder = MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
+    return encoder or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
 
 
 def merge_adapter(
@@ -306,7 +315,7 @@ def quantization_config(
     if bits not in QUANTIZED:
         raise ValueError(f"bits={bits!r}; choose {' or '.join(QUANTIZED)}.")
     config = (model_class.config_class if model_class else AutoConfig).from_pretrained(source)
-    model_class = model_class or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    model_class = model_class or _class_for(config)
     with torch.device("meta"):
         skeleton = model_class(config)
     part_map = find_parts(skeleton)

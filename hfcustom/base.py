@@ -5,7 +5,7 @@
 Override a transform_* method, name a connector, name a loss. With nothing overridden, logits are bit-equal to the stock
 class. The stock parent computes; the seams intervene at the borders of its parts (hfcustom/seams.py); the loss is
 evaluated from hidden states, so that training never builds the (B, T, V) logits (hfcustom/losses/). Loading is
-strict and saving is faithful (hfcustom/loading.py).
+strict and saving is faithful (hfcustom/custom_model.py).
 Letters: B rows, T text tokens, N image tokens, P crops, D hidden, V vocabulary.
 """
 
@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils.doc import copy_func
 from transformers.utils.generic import can_return_tuple
 
 from hfcustom import loading, losses, parts, seams
 from hfcustom.configuration import share_key_conversion
+from hfcustom.custom_model import named_tensors
 from hfcustom.processors import ConnectedProcessor, match_connector
 from hfcustom.seam_hooks import SeamHooks
 
@@ -34,13 +33,10 @@ SEAM_METHODS = ("transform_vision_features", "transform_embeddings", "transform_
 class CustomVLM(SeamHooks):
     """Mixin before a stock `...ForConditionalGeneration` class; see the module docstring."""
 
-    processor_class: ClassVar[type[ProcessorMixin]]
     placeholder_field: ClassVar[str]  # the processor's attribute that holds the placeholders of one image crop
     corrections: ClassVar[Mapping[str, str]] = {}  # config field, off by default -> what of stock it corrects
-    default_connector: ClassVar[str | dict[str, Any] | None] = None
     default_loss: ClassVar[str | dict[str, Any]] = "cross_entropy"
     _input_names: ClassVar[tuple[str, ...]]
-    _frozen_by_init: tuple[str, ...] = ()
     accepts_loss_kwargs = True  # transformers.Trainer then passes num_items_in_batch and does not divide again
 
     # ---- the five seams: what a user overrides ----------------------------------------------------------------------
@@ -79,18 +75,6 @@ class CustomVLM(SeamHooks):
             setattr(cls, "forward", copy_func(cls.forward))  # noqa: B010  (mypy forbids assigning to a method)
         _show_inputs(cls.forward, stock.forward)
 
-    @classmethod
-    def stock_class(cls) -> type[PreTrainedModel]:
-        """Return the class of transformers that this one customises, else a plain PreTrainedModel of one's own.
-
-        Raises TypeError when there is none among the bases.
-        """
-        plain = [base for base in cls.__mro__ if issubclass(base, PreTrainedModel) and not issubclass(base, SeamHooks)]
-        for base in (*(base for base in plain if base.__module__.startswith("transformers.models.")), *plain):
-            if base is not PreTrainedModel:
-                return base
-        raise TypeError(f"{cls.__name__} must inherit a model class of transformers after CustomVLM.")
-
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         config = cast(Any, self.config_class).adopt(config)  # saved as a parent's, it would load as the parent
         with loading.stock_device():
@@ -114,31 +98,6 @@ class CustomVLM(SeamHooks):
         self._labels_checked = False  # against the head's width
         self._parsed_losses: tuple[Any, list[losses.WeightedLoss]] | None = None
         self._pass: seams.ForwardPass | None = None
-
-    def post_init(self) -> None:
-        """Initialise new weights and put the seams on the parts; call it at the end of your own __init__."""
-        super().post_init()
-        if self._stock_parts is not None:  # the stock __init__ calls this before there is anything to hook
-            seams.install(self)
-            self._frozen_by_init = tuple(name for name, p in self.named_parameters() if not p.requires_grad)
-
-    def initialize_weights(self) -> None:
-        """Initialise the stock modules as stock does; what a subclass adds starts as its __init__ made it.
-
-        A subclass that overrides `_init_weights` is asked for its own modules too, as transformers does.
-        """
-        if self._stock_parts is not None and type(self)._init_weights is self.stock_class()._init_weights:
-            for name in self.new_tensor_names():
-                cast(Any, self.get_submodule(name.rpartition(".")[0]))._is_hf_initialized = True
-        super().initialize_weights()
-
-    def stock_tensor_names(self) -> frozenset[str]:
-        """Return the names of the parameters and persistent buffers that the stock class builds."""
-        return self._stock_tensors
-
-    def new_tensor_names(self) -> list[str]:
-        """Return the names of the parameters and persistent buffers that this class adds to its stock parent."""
-        return [name for name, _ in named_tensors(self) if name not in self._stock_tensors]
 
     def overridden_seams(self) -> list[str]:
         """Return the seams that differ from the stock class, in words, for the start-up facts."""
@@ -331,53 +290,6 @@ class CustomVLM(SeamHooks):
     def image_token_rows(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
         """Return the row of data of each image token, (P * N,); None where each stands at its own placeholder."""
         return None
-
-    # ---- loading and saving -------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, new_modules: Iterable[str] = (), **kwargs: Any) -> Any:
-        """Load strictly: a tensor missing from the checkpoint is a ValueError that names it.
-
-        Modules that this class adds to its stock parent may be missing from a checkpoint of the stock class, and from
-        one of this class when `new_modules` names them; they start as their __init__ made them, and that is printed.
-        Otherwise as `PreTrainedModel.from_pretrained`.
-        """
-        return loading.load_strictly(cls, super().from_pretrained, *args, new_modules=new_modules, **kwargs)
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save weights under the names they have in memory, which this class and the stock class both load whole.
-
-        As `PreTrainedModel.save_pretrained` with save_original_format=False: by default transformers reverts names to the
-        hub's old layout, which the stock class cannot convert back under a custom model_type (conversion_mapping.py,
-        5.23.0). Raises ValueError for a class that is not registered: what it saves would load as its parent.
-        """
-        check_registered(self)
-        kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-
-def check_registered(model: CustomVLM) -> None:
-    """Raise ValueError when the Auto classes would load what this model saves as another class."""
-    from hfcustom.registry import REGISTERED
-
-    owner, own = REGISTERED.get(model.config.model_type), type(model)
-    if owner is None or (owner.__module__, owner.__qualname__) != (own.__module__, own.__qualname__):
-        becomes = f"{owner.__name__}" if owner else "nothing"
-        raise ValueError(
-            f"{own.__name__} is not registered: what it saves would load as {becomes}. Put @hfcustom.register above it."
-        )
-
-
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield parameters and persistent buffers under their own names, leaving out what an adapter added."""
-    adapters = tuple(name + "." for name, module in model.named_modules() if parts.is_adapter(module))
-    kept = set(model.state_dict(keep_vars=True))
-    for name, tensor in (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ):
-        if name in kept and not name.startswith(adapters):
-            yield parts.without_wrappers(name), tensor
 
 
 def _show_inputs(forward: Callable[..., Any], stock_forward: Callable[..., Any]) -> None:

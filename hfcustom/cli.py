@@ -42,6 +42,7 @@ def preflight(argv: Sequence[str]) -> int:
     parser.add_argument("--min-pixels", type=int, default=16, help="fewest pixels of an image (default: 16)")
     parser.add_argument("--train-on", choices=("assistant", "last", "all"), default="assistant", help="as in training")
     parser.add_argument("--allowed-tokens", nargs="+", default=[], metavar="TOKEN", help="as in training")
+    parser.add_argument("--captions", action="store_true", help="rows of an image and its text, for CLIP or SigLIP")
     parser.add_argument("--batch-size", type=int, default=8, help="rows of the costliest batch (default: 8)")
     parser.add_argument("--max-bad-share", type=float, default=0.01, help="as in training (default: 0.01)")
     parser.add_argument("--workers", type=int, help="processes; 0 for none; by default one a processor if it pays")
@@ -56,7 +57,70 @@ def preflight(argv: Sequence[str]) -> int:
     return run_preflight(options)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"families": families, "preflight": preflight}
+def frames(argv: Sequence[str]) -> int:
+    """Choose frames of a video by one of several methods, or compare the methods on it."""
+    parser = argparse.ArgumentParser(prog="hfcustom frames", description=frames.__doc__)
+    add = parser.add_argument
+    add("clip", nargs="?", help="a video, a folder of pictures, an animated GIF, WEBP or PNG, a TIFF, a .npy array")
+    add(
+        "--example",
+        action="store_true",
+        help="a clip drawn on the spot, whose cuts are known, instead of one of yours",
+    )
+    add("--method", help="uniform, unless named; a wrong name lists all; file.py:function for your own")
+    add("-k", type=int, default=8, help="how many frames (default 8)")
+    add("--query", metavar="TEXT", help="what to look for, with the method query")
+    add("--model", help="a CLIP or SigLIP, a name or a folder, for the methods embedding and query")
+    add("--fps", type=float, help="frames for each second of the clip, with the method fps (default 1)")
+    add("--clip-fps", type=float, help="frames a second of the clip, where it does not state that")
+    add("--max-candidates", type=int, help="frames looked at: of a longer clip every second, third, ... one")
+    add("--batch-size", type=int, help="frames embedded together (default 16)")
+    add("--compare", action="store_true", help="run every method that has what it needs")
+    add("--cuts", type=int, nargs="+", metavar="FRAME", help="first frames of scenes: how many does a method cover?")
+    add("--output", metavar="SHEET", help="write a contact sheet: .png, .jpg or .webp")
+    add("--frames-dir", metavar="DIR", help="write the chosen frames there, at their full size")
+    add("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    from hfcustom.frames_command import run_frames
+
+    return run_frames(options)
+
+
+def lens(argv: Sequence[str]) -> int:
+    """Show what the model sees of a row: tokens, roles, tiles, labels; exit code 1 for a label on an image token."""
+    parser = argparse.ArgumentParser(prog="hfcustom lens", description=lens.__doc__)
+    parser.add_argument(
+        "data", nargs="?", help="rows: a .jsonl file, a folder, a name; or spell one out with --question"
+    )
+    reader = parser.add_mutually_exclusive_group(required=True)
+    reader.add_argument("--model", help="folder or hub id whose processor reads the rows")
+    reader.add_argument("--family", help="a family, with its published image settings and a small tokenizer")
+    parser.add_argument("--split", help="split of the rows where there are several; by default train")
+    parser.add_argument("--row", type=int, nargs="+", default=[0], help="rows to show, counted from 0 (default: 0)")
+    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures of a row that is spelled out")
+    parser.add_argument("--question", default="", help="what the user says in a row that is spelled out")
+    parser.add_argument("--answer", default="", help="what the assistant says in it")
+    parser.add_argument("--collate", metavar="FILE.py:NAME", help="your own: NAME(processor) returns rows -> batch")
+    parser.add_argument(
+        "--compare", metavar="ROW|MODEL|FAMILY", help="show another row, or the row as another model gets it"
+    )
+    parser.add_argument("--page", metavar="FILE.html", help="write a page with the pictures and their tiles")
+    parser.add_argument("--all", action="store_true", help="a line for each token, image tokens too")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    if (options.data is None) == (not options.question):
+        parser.error("give a data file, or spell a row out with --question, --answer and --image")
+    from hfcustom.lens import show_lens
+
+    return show_lens(options)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "families": families,
+    "frames": frames,
+    "lens": lens,
+    "preflight": preflight,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

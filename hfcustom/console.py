@@ -18,13 +18,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hfcustom.data.turns import RowError
-from hfcustom.losses import LOSSES, WeightedLoss, count_all_tokens
+from hfcustom.dual_encoder import CustomDualEncoder
+from hfcustom.losses import IGNORE, LOSSES, WeightedLoss, count_all_tokens
 from hfcustom.losses.chunked import product_dtype
 from hfcustom.losses.kernels import DESCRIPTIONS, choose_kernel
 from hfcustom.parts import expert_matrices, part_table, unwrap
 from hfcustom.train_config import TrainConfig
 
 if TYPE_CHECKING:
+    from hfcustom.data.collate import Batch
     from hfcustom.train import StepReport
 
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # brackets in a path are no style
@@ -266,7 +268,7 @@ def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> Non
             raise
         out.print(f"the first row cannot be used: {error}")
     else:
-        out.print(_row_facts(core, batch))
+        out.print(f"first row{_row_facts(core, batch)}")
     with torch.autocast(core.device.type, torch.bfloat16, enabled=choose_precision(model, config) == "bf16"):
         facts = execution_facts(core)
     for fact in facts:
@@ -275,19 +277,28 @@ def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> Non
         out.print(f"  {name} = {getattr(config, name)!r}  ({source})")
 
 
-def _row_facts(core: Any, batch: Any) -> str:
-    """Say what a row becomes."""
+def _row_facts(core: Any, batch: Batch) -> str:
+    """Say what a row becomes; a contrastive encoder has no placeholders and no labels."""
+    if "labels" not in batch:
+        return f": {count_all_tokens(batch)} tokens, {batch.images} image"
     token = core.placeholder_token_id
     image_tokens = "an unknown number" if token is None else int((batch["input_ids"] == token).sum())
-    supervised = int((batch["labels"] != -100).sum())
+    supervised = int((batch["labels"] != IGNORE).sum())
     return (
-        f"first row{' (both answers)' if len(batch['labels']) == 2 else ''}: {count_all_tokens(batch)} tokens, {batch.images} "
-        f"images as {image_tokens} of them, {supervised} supervised"
+        f"{' (both answers)' if len(batch['labels']) == 2 else ''}: {count_all_tokens(batch)} tokens, {batch.images} images "
+        f"as {image_tokens} of them, {supervised} supervised"
     )
 
 
 def execution_facts(core: Any) -> list[str]:
     """Say what code runs the losses, the attention and the experts, in words: what is chosen silently can be slow."""
+    if isinstance(core, CustomDualEncoder):
+        bias = "" if core.logit_bias is None else f" with a bias of {float(core.logit_bias.detach()):.3g}"
+        scale = float(core.logit_scale.detach().exp())
+        return [
+            f"losses: {core.losses()[0].loss.name} among all pairs of a step; cosines times {scale:.3g}{bias}, learned",
+            f"attention: {core.config.vision_config._attn_implementation}",
+        ]
     head = core.loss_head()
     names = ", ".join(item.loss.name for item in core.losses())
     facts = [f"losses: {names}; the head is {'a plain Linear' if head.linear is not None else 'called as a module'}"]

@@ -7,9 +7,9 @@ texts  -> text tower   -> [text features]   -> pooling, projection -> [text embe
     class CustomCLIPModel(CustomDualEncoder, CLIPModel): ...
 
 With nothing overridden, logits are bit-equal to the stock class, and so are loss and gradients with loss="stock". Any other
-loss has all processes' pairs for negatives, and in training the (N, N) similarities are never built
-(hfcustom/losses/pairs.py). Loading is strict and saving is faithful, as for CustomVLM.
-Letters: n pairs of a batch, N pairs of all processes, T text tokens, D width.
+loss has the pairs of all processes for negatives, under fit() those of all micro-batches too, and in training the (N, N)
+similarities are never built (hfcustom/losses/pairs.py). Loading is strict and saving is faithful, as for CustomVLM.
+Letters: n pairs of a batch, N pairs that it is compared with, T text tokens, D width.
 """
 
 from __future__ import annotations
@@ -17,21 +17,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from hfcustom import loading, seams
-from hfcustom.base import CustomVLM, check_registered, named_tensors
 from hfcustom.configuration import CustomConfig
+from hfcustom.custom_model import CustomModel, named_tensors
+from hfcustom.data.captions import CaptionCollator
+from hfcustom.data.checks import MIN_PIXELS
+from hfcustom.losses import Divisors, Loss, LossValue, StepSummary, WeightedLoss
 from hfcustom.losses.chunked import accumulation_dtype
-from hfcustom.losses.pairs import PAIR_LOSSES, find_pair_loss, gather_rows, pair_values
+from hfcustom.losses.pairs import (
+    PAIR_LOSSES,
+    PairLoss,
+    count_matches,
+    find_pair_loss,
+    gather_rows,
+    pair_values,
+    share_of_step,
+)
 from hfcustom.naming import check_shape
 
+IMAGE_INPUTS = ("pixel_values", "interpolate_pos_encoding")  # of forward(); all others are the texts'
 ONE_VECTOR = "an image becomes one vector, so there are no tokens for a language model"
 
 
@@ -47,21 +58,19 @@ class CustomEncoderConfig(CustomConfig):
             raise ValueError(f"max_logit_scale={self.max_logit_scale} must be above 0, for instance 100.")
 
 
-class CustomDualEncoder(PreTrainedModel):
+class CustomDualEncoder(CustomModel):
     """Mixin before a stock model of two towers; see the module docstring."""
 
-    processor_class: ClassVar[type[ProcessorMixin]]
     output_class: ClassVar[type[ModelOutput]]  # what the stock forward returns
     image_head: ClassVar[str]  # path of the module whose output is the image embedding, (n, D)
     text_head: ClassVar[str]
+    text_padding: ClassVar[Literal["longest", "max_length"]] = "longest"  # what the checkpoints were trained with
     lacks: ClassVar[Mapping[str, str]] = {  # of the seams of CustomVLM
         "connector": ONE_VECTOR,
         "transform_embeddings": ONE_VECTOR,
         "transform_hidden_states": "there is no language model; a text's are its text features",
     }
-    default_connector: ClassVar[None] = None
     default_loss: ClassVar[str] = "contrastive"
-    _frozen_by_init: tuple[str, ...] = ()  # a vision language model remembers what its connector froze; here is none
     accepts_loss_kwargs = False  # transformers.Trainer then averages micro-batches, each with negatives of its own
     logit_scale: Any  # of the stock class, as the next three; a loss with a bias adds one where stock has none
     logit_bias: Any
@@ -90,22 +99,12 @@ class CustomDualEncoder(PreTrainedModel):
 
     # ---- construction -----------------------------------------------------------------------------------------------
 
-    _stock_tensors: frozenset[str] | None = None  # until the stock part is built
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.stock_class()
         for seam in cls.lacks:
             if seam in cls.__dict__:
                 raise TypeError(f"{cls.__name__} overrides {seam}, which this family does not have: {cls.lacks[seam]}")
-
-    @classmethod
-    def stock_class(cls) -> type[PreTrainedModel]:
-        """Return the class of transformers that this one customises; TypeError when there is none among the bases."""
-        for base in cls.__mro__:
-            if base.__module__.startswith("transformers.models."):
-                return base
-        raise TypeError(f"{cls.__name__} must inherit a model class of transformers after CustomDualEncoder.")
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         config = cast(Any, self.config_class).adopt(config)  # saved as a parent's, it would load as the parent
@@ -119,29 +118,17 @@ class CustomDualEncoder(PreTrainedModel):
             loss = PAIR_LOSSES.get(str(config.loss))  # a model computes without the file of the loss it was trained on
             bias = None if loss is None or loss.bias is None else nn.Parameter(torch.tensor(loss.bias))
             self.register_parameter("logit_bias", bias)
+        self.loss_values: dict[str, LossValue] = {}  # what the last forward of a step under fit() computed
+        self.loss_metrics: dict[str, torch.Tensor] = {}  # and recorded besides: sum and count, (2,) each
+        self.loss_step: int | None = None  # the optimiser step
+        self.companions: dict[str, CustomModel] = {}  # frozen models beside this one: none
         self.post_init()
 
-    def post_init(self) -> None:
-        """Initialise new weights and put the seams on the parts; call it at the end of your own __init__."""
-        super().post_init()
-        if self._stock_tensors is not None:  # the stock __init__ calls this before there is anything to hook
-            seams.install(cast(CustomVLM, self))
-
-    def initialize_weights(self) -> None:
-        """Initialise the stock modules as stock does; what a subclass adds starts as its __init__ made it."""
-        if self._stock_tensors is not None and type(self)._init_weights is self.stock_class()._init_weights:
-            for name in self.new_tensor_names():
-                cast(Any, self.get_submodule(name.rpartition(".")[0]))._is_hf_initialized = True
-        super().initialize_weights()
-
-    def stock_tensor_names(self) -> frozenset[str]:
-        """Return the names of the parameters and persistent buffers that the stock class builds."""
-        assert self._stock_tensors is not None, "asked for inside the stock __init__"
-        return self._stock_tensors
-
-    def new_tensor_names(self) -> list[str]:
-        """Return the names of the parameters and persistent buffers that this class adds to its stock parent."""
-        return [name for name, _ in named_tensors(self) if name not in self.stock_tensor_names()]
+    def overridden_seams(self) -> list[str]:
+        """Return the seams that differ from the stock class, in words, for the start-up facts."""
+        own = [name for name in vars(CustomDualEncoder) if name.startswith("transform_")]
+        found = [name for name in own if getattr(type(self), name) is not getattr(CustomDualEncoder, name)]
+        return found + ([f"loss {self.config.loss!r}"] if self.config.loss != self.default_loss else [])
 
     # ---- where the seams are ----------------------------------------------------------------------------------------
 
@@ -154,10 +141,6 @@ class CustomDualEncoder(PreTrainedModel):
             (self.text_head, "_at_text_embeddings"),
         ]
         return [(path, "register_forward_hook", method, {}) for path, method in places]
-
-    def seam_methods(self) -> list[tuple[str, str, str]]:
-        """Return no methods that are stood in for."""
-        return []
 
     def _at_vision_output(self, module: nn.Module, args: tuple[Any, ...], outputs: Any) -> Any:
         outputs.last_hidden_state = self._transformed("transform_vision_features", outputs.last_hidden_state)
@@ -190,20 +173,26 @@ class CustomDualEncoder(PreTrainedModel):
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
         return_logits: bool | None = None,
+        loss_divisors: Divisors | None = None,
+        loss_counts: Mapping[str, float] | None = None,
+        step_summaries: Mapping[str, StepSummary] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the stock forward with the seams in effect; with `return_loss`, evaluate the configured loss.
+        """Run the stock forward with the seams in effect; with `return_loss` or `loss_divisors`, evaluate the configured loss.
 
         Row i of the images and row i of the texts are a pair, every other combination is none. In training the negatives
         are those of all processes, which must all call this, but not those of other micro-batches; the loss is this
         process's share times the number of processes, so that DDP's average of gradients is the gradient of the mean over
-        all N pairs. Logits (n, n) are returned outside training, or with `return_logits=True`.
+        all N pairs. With `loss_divisors`, the pairs of a whole optimiser step, the loss is this batch's share of the step's
+        mean, and `step_summaries` (`loss_summaries` of every batch) bring the negatives: losses and gradients of the
+        batches add up to those of one. `loss_counts`, which fit() passes to every model, say nothing new here.
+        Logits (n, n) are returned outside training, or with `return_logits=True`.
         """
         if not torch.compiler.is_compiling():
-            seams.install(cast(CustomVLM, self))  # a part may have been replaced since
+            seams.install(self)  # a part may have been replaced since
         texts = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         images = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
-        if not return_loss:
+        if not return_loss and loss_divisors is None:
             return super().forward(**texts, **images, **kwargs)
         self._bound_scale()
         if self.config.loss == "stock":
@@ -211,7 +200,7 @@ class CustomDualEncoder(PreTrainedModel):
         if return_logits is None:
             return_logits = not self.training
         outputs = super().forward(**texts, **images, **kwargs) if return_logits else self._embed(texts, images, kwargs)
-        loss = self.pair_loss(outputs.image_embeds, outputs.text_embeds)
+        loss = self.pair_loss(outputs.image_embeds, outputs.text_embeds, loss_divisors, step_summaries)
         return self.output_class(**{**outputs, "loss": loss})
 
     def _embed(self, texts: dict[str, Any], images: dict[str, Any], both: dict[str, Any]) -> Any:
@@ -230,39 +219,85 @@ class CustomDualEncoder(PreTrainedModel):
             with torch.no_grad():
                 self.logit_scale.clamp_(max=math.log(self.config.max_logit_scale))
 
-    def pair_loss(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+    def pair_loss(
+        self,
+        image_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        divisors: Divisors | None = None,
+        summaries: Mapping[str, StepSummary] | None = None,
+    ) -> torch.Tensor:
         """Return the configured loss of vectors of length 1, (n, D) and (n, D) -> (); see `forward` for what it is the mean of.
 
         Raises ValueError for an unknown loss, and for a number of images that is not that of the texts.
         """
-        if len(image_embeds) != len(text_embeds):
-            raise ValueError(
-                f"The batch has {len(image_embeds)} images and {len(text_embeds)} texts; with return_loss=True text i is "
-                "image i's own, so there must be as many."
-            )
-        own = torch.stack([image_embeds, text_embeds.to(image_embeds.device)], 1)  # (n, 2, D)
-        everyone, start = gather_rows(own) if self.training else (own, 0)  # (N, 2, D)
-        processes = torch.distributed.get_world_size() if everyone is not own else 1
+        loss, own = find_pair_loss(self.config.loss), _pairs(image_embeds, text_embeds)  # (n, 2, D)
         scale = self.logit_scale.to(accumulation_dtype(self.logit_scale)).exp()
-        values = pair_values(find_pair_loss(self.config.loss), own, everyone, start, scale, self.logit_bias)  # (n,)
-        return values.sum() * (processes / len(everyone))
+        step, processes = (summaries or {}).get(loss.name), 1
+        if step is None:
+            everyone, start = gather_rows(own) if self.training else (own, 0)  # (N, 2, D)
+            processes = torch.distributed.get_world_size() if everyone is not own else 1
+            total = pair_values(loss, own, everyone, start, scale, self.logit_bias).sum()
+        else:
+            everyone, start = step.with_own(own), step.start  # (N, 2, D)
+            total = share_of_step(loss, own, everyone, start, scale, self.logit_bias)
+        if divisors is None:
+            return total * (processes / len(everyone))
+        mean = total / divisors[loss.name]
+        self.loss_values = {loss.name: LossValue(total.detach(), len(own), 1.0, mean.detach())}
+        matches = count_matches(own, everyone, start)
+        self.loss_metrics = {f"{loss.name}_accuracy": torch.stack([matches, matches.new_tensor(len(own))]).float()}
+        return mean
 
-    # ---- loading and saving -----------------------------------------------------------------------------------------
+    # ---- a whole step, as fit() asks about it -----------------------------------------------------------------------
+
+    def make_collator(
+        self, processor: Any, max_length: int | None = None, min_pixels: int = MIN_PIXELS
+    ) -> CaptionCollator:
+        """Return what turns rows of an image and its text into this model's batches."""
+        length = self.config.text_config.max_position_embeddings
+        return CaptionCollator(processor, length, max_length, padding=self.text_padding, min_pixels=min_pixels)
+
+    def losses(self) -> list[WeightedLoss]:
+        """Return the configured loss as a term over the rows of a step; ValueError for one that is unknown, and for "stock"."""
+        if self.config.loss == "stock":
+            raise ValueError(
+                "loss='stock' compares the pairs of one forward, so it would change with micro_batch_size and the number of "
+                f"processes; {self.default_loss!r} is the same formula over the whole step."
+            )
+        loss: PairLoss = find_pair_loss(self.config.loss)
+        return [WeightedLoss(Loss(loss.name, loss.function, "term", "rows", summary=CustomDualEncoder.embed), 1.0)]
+
+    def loss_counts(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        """Return the pairs of several batches, by the name of the loss: what forward() wants as `loss_divisors`."""
+        return {self.losses()[0].loss.name: sum(len(batch["pixel_values"]) for batch in batches)}
+
+    def loss_summaries(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the vectors of a batch's pairs, which are other batches' negatives: {name: (n, 2, D)}."""
+        with torch.no_grad():
+            return {self.losses()[0].loss.name: self.embed(batch)}
+
+    def embed(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Return the vectors of length 1 of a batch's pairs, image and text: (n, 2, D)."""
+        seams.install(self)
+        images = {name: batch[name] for name in IMAGE_INPUTS if name in batch}
+        texts = {name: value for name, value in batch.items() if name not in IMAGE_INPUTS}
+        outputs = self._embed(texts, images, {})
+        return _pairs(outputs.image_embeds, outputs.text_embeds)
 
     @staticmethod
     def check_loss(spec: Any) -> None:
         """Raise ValueError for a loss that is not known."""
         find_pair_loss(spec)
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, new_modules: Iterable[str] = (), **kwargs: Any) -> Any:
-        """Load strictly, as `CustomVLM.from_pretrained`: a tensor missing from the checkpoint is a ValueError that names it."""
-        return loading.load_strictly(cls, super().from_pretrained, *args, new_modules=new_modules, **kwargs)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as stock does; ValueError for a class that is not registered: what it saves would load as its parent."""
-        check_registered(cast(CustomVLM, self))
-        super().save_pretrained(save_directory, *args, **kwargs)
+def _pairs(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+    """Return image and text of each pair together, (n, 2, D)."""
+    if len(image_embeds) != len(text_embeds):
+        raise ValueError(
+            f"The batch has {len(image_embeds)} images and {len(text_embeds)} texts; with return_loss=True text i is "
+            "image i's own, so there must be as many."
+        )
+    return torch.stack([image_embeds, text_embeds.to(image_embeds.device)], 1)
 
 
 def _unit(vectors: torch.Tensor) -> torch.Tensor:

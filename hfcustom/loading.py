@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from logging import Filter, LogRecord
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,10 +25,7 @@ from transformers.utils import logging
 from hfcustom import parts
 
 if TYPE_CHECKING:
-    from hfcustom.base import CustomVLM
-    from hfcustom.dual_encoder import CustomDualEncoder
-
-    Custom: TypeAlias = CustomVLM | CustomDualEncoder
+    from hfcustom.custom_model import CustomModel
 
 logger = logging.get_logger("hfcustom")
 
@@ -37,9 +34,9 @@ STOCK_ON_META: ContextVar[bool] = ContextVar("STOCK_ON_META", default=False)
 
 
 def load_strictly(
-    cls: type[Custom], load: Callable[..., Any], *args: Any, new_modules: Iterable[str], **kwargs: Any
+    cls: type[CustomModel], load: Callable[..., Any], *args: Any, new_modules: Iterable[str], **kwargs: Any
 ) -> Any:
-    """Call the stock `from_pretrained` and check what it loaded; see CustomVLM.from_pretrained."""
+    """Call the stock `from_pretrained` and check what it loaded; see CustomModel.from_pretrained."""
     wants_info = kwargs.pop("output_loading_info", False)
     source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
     check_source(source)
@@ -75,7 +72,7 @@ def check_source(source: Any) -> None:
         raise FileNotFoundError(f"There is no folder {source}; give an existing one, or a name on the hub.")
 
 
-def _own_defaults(cls: type[Custom], source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _own_defaults(cls: type[CustomModel], source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the class's own connector and loss where the checkpoint recorded only the defaults of another class."""
     from hfcustom.registry import REGISTERED
 
@@ -93,7 +90,7 @@ def _own_defaults(cls: type[Custom], source: Any, kwargs: Mapping[str, Any]) -> 
     return own
 
 
-def _check_missing(model: Custom, missing: list[str], allowed: tuple[str, ...], source: Any) -> list[str]:
+def _check_missing(model: CustomModel, missing: list[str], allowed: tuple[str, ...], source: Any) -> list[str]:
     """Return the missing tensors that may be missing; ValueError names the first that may not."""
     added = parts.find_parts(model).paths["new"]
     for name in allowed:
@@ -117,7 +114,7 @@ def _check_missing(model: Custom, missing: list[str], allowed: tuple[str, ...], 
     return [key for key in missing if any(key == path or key.startswith(path + ".") for path in fresh)]
 
 
-def _check_whole(missing: list[str], fresh: list[str], model: Custom, source: Any) -> None:
+def _check_whole(missing: list[str], fresh: list[str], model: CustomModel, source: Any) -> None:
     """A module half in the checkpoint is a damaged checkpoint, not a new module."""
     for module in fresh:
         own = {name for name in model.new_tensor_names() if name == module or name.startswith(module + ".")}
@@ -126,7 +123,7 @@ def _check_whole(missing: list[str], fresh: list[str], model: Custom, source: An
                 raise ValueError(_missing_message(model, lost[0], module, source))
 
 
-def _missing_message(model: Custom, key: str, module: str | None, source: Any) -> str:
+def _missing_message(model: CustomModel, key: str, module: str | None, source: Any) -> str:
     if module is None:
         part = parts.find_parts(model).part_of(key)
         cure = "The checkpoint is incomplete or of another architecture; fetch it again, or check its config.json."
@@ -136,13 +133,13 @@ def _missing_message(model: Custom, key: str, module: str | None, source: Any) -
     return f"{source} has no tensor for {key!r} ({part} of {type(model).__name__}). Nothing was loaded. {cure}"
 
 
-def _say_unexpected(model: Custom, unexpected: list[str], source: Any) -> None:
+def _say_unexpected(model: CustomModel, unexpected: list[str], source: Any) -> None:
     if unexpected:
         shown = ", ".join(unexpected[:5]) + (f" and {len(unexpected) - 5} more" if len(unexpected) > 5 else "")
         logger.warning(f"{type(model).__name__} has no place for {len(unexpected)} tensors of {source}: {shown}")
 
 
-def _fill(model: Custom, fresh: list[str]) -> None:
+def _fill(model: CustomModel, fresh: list[str]) -> None:
     """Give tensors that no checkpoint holds the values they have in a model whose added modules were really built."""
     added = parts.find_parts(model).paths["new"]
     lost = {

@@ -63,6 +63,15 @@ class MRopeImages(VideoFrames, RaggedImages):
                 call["position_ids"] = torch.cat([call["position_ids"][None], self._packed_positions(call, starts)])
         return call
 
+    def place_tokens(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Return the positions of a batch's tokens in time, height and width, (3, B, T), as forward() finds them."""
+        place: Any = self.base_model.compute_3d_position_ids
+        asked = {name: batch.get(name) for name in inspect.signature(place).parameters}
+        places: torch.Tensor | None = place(**asked)
+        if places is None:  # no image
+            return (batch["attention_mask"].cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
+        return places
+
     def _packed_positions(self, call: Mapping[str, Any], starts: torch.Tensor) -> torch.Tensor:
         """Return positions in time, height and width, (3, B, T), each packed row's own; starts (B, T)."""
         if all(call.get(name) is None for name in GRIDS):

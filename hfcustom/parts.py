@@ -168,10 +168,9 @@ def _decoder(core: Any) -> nn.Module:
 
 def _top_level_new(core: Any) -> list[str]:
     """Shortest module (or bare parameter) paths that cover every tensor the subclass added to its stock parent."""
-    from hfcustom.base import CustomVLM
-    from hfcustom.dual_encoder import CustomDualEncoder
+    from hfcustom.custom_model import CustomModel
 
-    if not isinstance(core, CustomVLM | CustomDualEncoder):
+    if not isinstance(core, CustomModel):
         return []
     stock_prefixes = {
         name[:end]

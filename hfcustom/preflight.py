@@ -88,6 +88,12 @@ def _check(options: argparse.Namespace) -> None:
         (0 <= options.max_bad_share <= 1, f"--max-bad-share {options.max_bad_share} must be in [0, 1]"),
         (options.workers is None or options.workers >= 0, f"--workers {options.workers} must not be negative"),
         (options.eval_data is not None or options.eval_split is None, "--eval-split has no effect without --eval"),
+        (
+            not (options.captions and options.family),
+            "--captions has no published settings; name a checkpoint with --model",
+        ),
+        (not options.captions or options.train_on == "assistant", "--train-on has no effect with --captions"),
+        (not options.captions or not options.allowed_tokens, "--allowed-tokens has no effect with --captions"),
         (not (options.resume and options.overwrite), "--resume and --overwrite exclude each other"),
     ]
     if not (options.model or options.family):
@@ -105,7 +111,18 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _scan_options(options: argparse.Namespace) -> ScanOptions:
-    names = ("data", "split", "eval_data", "eval_split", "model", "family", "max_length", "min_pixels", "train_on")
+    names = (
+        "data",
+        "split",
+        "eval_data",
+        "eval_split",
+        "model",
+        "family",
+        "max_length",
+        "min_pixels",
+        "train_on",
+        "captions",
+    )
     given = {name: vars(options)[name] for name in names}
     return ScanOptions(**given, allowed_tokens=tuple(options.allowed_tokens))
 

@@ -44,6 +44,10 @@ class Report:
         """Add a heading."""
         self.sections.append(f"<h2>{html.escape(text)}</h2>")
 
+    def html(self, fragment: str) -> None:
+        """Add markup as it is; whoever wrote it has escaped what comes from data."""
+        self.sections.append(fragment)
+
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Add a table; numbers are aligned right."""
         body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
@@ -101,7 +105,7 @@ def _cell(value: Any) -> str:
 
 
 def _card(answer: Answer) -> str:
-    pictures = "".join(f'<img alt="input image" src="{_png(image)}">' for image in answer.example.images)
+    pictures = "".join(f'<img alt="input image" src="{picture_source(image)}">' for image in answer.example.images)
     verdict = "right" if answer.answer == answer.truth else "wrong"
     return (
         f'<div class="card">{pictures}<div class="quiet">{html.escape(answer.question)}</div>'
@@ -110,7 +114,8 @@ def _card(answer: Answer) -> str:
     )
 
 
-def _png(image: Image.Image) -> str:
+def picture_source(image: Image.Image) -> str:
+    """Return a picture as the src of an <img>."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

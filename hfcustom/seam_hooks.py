@@ -14,24 +14,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from hfcustom import parts, seams
 from hfcustom.connectors import build_connector, find_connector, frames_together, reduce_tokens, takes_pictures
+from hfcustom.custom_model import CustomModel
 from hfcustom.naming import check_shape
 
 if TYPE_CHECKING:
     from hfcustom.base import CustomVLM
 
 
-class SeamHooks(PreTrainedModel):
+class SeamHooks(CustomModel):
     """The methods that hfcustom/seams.py hangs on the parts of a model."""
 
     ignores_logits_to_keep: ClassVar[bool] = (
         False  # the stock forward runs the head on every position whatever it is told
     )
     keeps_mask: ClassVar[bool] = False  # the stock forward reads more from attention_mask than where padding is
-    lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, "connector"), or "placeholders" -> why not
     no_pictures: ClassVar[str] = ""  # why no picture of a crop can be handed to a connector that wants one
     no_frames: ClassVar[str] = ""  # why neighbouring crops can never be frames of one clip
     no_resizing: ClassVar[str] = ""  # why resize_images has nothing to do, or cannot do it
@@ -100,10 +99,6 @@ class SeamHooks(PreTrainedModel):
             (language, "register_forward_hook", "_at_language_output", {}),
             *(head if self.ignores_logits_to_keep else []),
         ]
-
-    def seam_methods(self) -> list[tuple[str, str, str]]:
-        """Return (module path, its method, the method called instead) for seams that lie inside no part's border."""
-        return []
 
     def inner_path(self) -> str:
         """Return the path of the model without its head, "" for a family that has none."""

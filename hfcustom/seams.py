@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from hfcustom.base import CustomVLM
+    from hfcustom.custom_model import CustomModel
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Seam:
     does not copy the whole model along: only a copy that includes the owner moves the hook to the new owner.
     """
 
-    def __init__(self, owner: CustomVLM, method: str) -> None:
+    def __init__(self, owner: CustomModel, method: str) -> None:
         self.owner = owner
         self.method = method
 
@@ -63,7 +63,7 @@ class Seam:
 class MethodSeam(Seam):
     """Stands in for a method of a part: calls `owner.<method>(stock method, ...)`, and shows the stock signature."""
 
-    def __init__(self, owner: CustomVLM, method: str, path: str, name: str) -> None:
+    def __init__(self, owner: CustomModel, method: str, path: str, name: str) -> None:
         super().__init__(owner, method)
         self.path, self.name = path, name
         self.__signature__ = inspect.signature(self.stock())
@@ -82,7 +82,7 @@ class MethodSeam(Seam):
         return copied
 
 
-def install(owner: CustomVLM) -> None:
+def install(owner: CustomModel) -> None:
     """Put the owner's seams on its parts; a part that already carries its seam, or contains it, is left alone.
 
     Safe to call again: a user who replaces a part (`self.model.connector = MyConnector(...)`) gets the seam on the

@@ -19,21 +19,24 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, gather_object, parse_flag_from_env, send_to_device, set_seed
+from accelerate.utils import LoggerType, parse_flag_from_env, send_to_device, set_seed
 from torch import nn
 
 from hfcustom import checkpoint
-from hfcustom.base import CustomVLM, check_registered
 from hfcustom.console import TrainLog, out
+from hfcustom.custom_model import CustomModel, check_registered
+from hfcustom.data.captions import CaptionCollator
 from hfcustom.data.checks import kind_of
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.order import step_loader
 from hfcustom.data.sources import Examples, as_examples
 from hfcustom.data.steps import Attempts, BadRows, StepBatches, StepCollator, agree_on_batches
-from hfcustom.losses import NonFiniteError, StepSummary, count_all_tokens, loss_columns, token_columns
+from hfcustom.dual_encoder import CustomDualEncoder
+from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, token_columns
 from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.signals import EXIT_PREEMPTED, StopRequest
+from hfcustom.step_plan import is_blank, plan_step
 from hfcustom.train_config import TrainConfig
 
 Evaluate = Callable[[Any, int], Mapping[str, float]]
@@ -76,6 +79,8 @@ def fit(
     evaluate: Evaluate | None = None,
 ) -> TrainResult:
     """Train a custom model, bare or wrapped by peft, on rows of messages and images (hfcustom/data/messages.py).
+
+    A contrastive encoder is trained on rows of an image and its text.
 
     `evaluate(model, step)` returns named numbers for the log every `eval_steps`. Raises TypeError for a model that is not
     custom, ValueError for a config out of range, a class that is not registered, no rows, a batch size that the processes
@@ -174,8 +179,17 @@ def usable_rows(rows: Sequence[Any], config: TrainConfig) -> Attempts:
     return Attempts(as_examples(rows), skip_bad_rows=config.on_bad_row == "skip", exclude=config.exclude)
 
 
-def make_collator(core: Any, processor: Any, config: TrainConfig, given: Mapping[str, Any]) -> Collator:
-    """Return the collator that a run's options and losses ask for; `given` are the columns of a row."""
+def make_collator(
+    core: Any, processor: Any, config: TrainConfig, given: Mapping[str, Any]
+) -> Collator | CaptionCollator:
+    """Return the collator that a run's model, options and losses ask for; `given` are the columns of a row."""
+    if isinstance(core, CustomDualEncoder):
+        for name in ("train_on", "allowed_tokens"):
+            if (value := getattr(config, name)) != getattr(TrainConfig(), name):
+                raise ValueError(
+                    f"{name}={value!r} has no effect on a contrastive encoder, which has no labels; leave it out."
+                )
+        return core.make_collator(processor, config.max_length, config.min_pixels)
     losses = core.losses()
     return Collator(
         processor,
@@ -194,7 +208,7 @@ def _checked(model: nn.Module, rows: Sequence[Any], config: TrainConfig, evaluat
     if problems := config.problems():
         raise ValueError("; ".join(problems))
     core = unwrap(model)
-    if not isinstance(core, CustomVLM):
+    if not isinstance(core, CustomModel):
         raise TypeError(f"fit() trains custom models; load the {type(core).__name__} with its family's custom class.")
     check_registered(core)
     if isinstance(rows, str | Path) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
@@ -218,12 +232,14 @@ def train_step(
     """Run one optimiser step over micro-batches: count, forward and backward each, clip, update."""
     report, core = StepReport(), unwrap(model)
     plan = plan_step(core, batches, accelerator)  # before the batches are moved: asking a GPU for a count takes a wait
+    losses_by_batch: list[torch.Tensor] = []
     for micro, batch in enumerate(batches):
         last = micro == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             core.loss_values, core.loss_metrics = {}, {}
-            if _is_blank(batch):
-                accelerator.backward(_run_blank(model, batch, accelerator))
+            if is_blank(batch):
+                losses_by_batch.append(_run_blank(model, batch, accelerator))
+                accelerator.backward(losses_by_batch[-1])
                 continue
             report.tokens += count_all_tokens(batch)
             report.images += batch.images if isinstance(batch, Batch) else 0
@@ -236,6 +252,7 @@ def train_step(
                 )
             # DDP averages gradients over ranks, the divisors count all of them.
             accelerator.backward(loss * accelerator.num_processes)
+            losses_by_batch.append(loss.detach())
         for name, value in core.loss_values.items():
             report.losses[name] = report.losses.get(name, 0.0) + value.mean
         for name, sum_and_count in core.loss_metrics.items():
@@ -244,71 +261,29 @@ def train_step(
     losses = {name: float(value) for name, value in report.losses.items()}
     if not all(map(math.isfinite, (report.grad_norm, *losses.values()))):
         norm = float(report.grad_norm)
-        raise NonFiniteError(f"The gradient's norm is {norm}, the losses are {losses}; the step was not applied.")
+        raise NonFiniteError(
+            f"The gradient's norm is {norm}, the losses are {losses}; the step was not applied."
+            f"{_suspects(batches, losses_by_batch)}"
+        )
     optimizer.step()
     optimizer.zero_grad()
     return report
 
 
-def _is_blank(batch: Mapping[str, Any]) -> bool:
-    return isinstance(batch, Batch) and batch.blank
+def _suspects(batches: Sequence[Mapping[str, Any]], losses: Sequence[torch.Tensor]) -> str:
+    """Return which rows a loss that is no number came from, where their names are known: this rank's all, if every loss is one."""
+    wrong = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
+    names = [row for batch in wrong or batches if isinstance(batch, Batch) for row in batch.rows]
+    return f" Look at {', '.join(names)}." if names else ""
 
 
 def _run_blank(model: nn.Module, batch: Mapping[str, Any], accelerator: Accelerator) -> torch.Tensor:
     """Run a micro-batch that counts for nothing, as other ranks run theirs: a loss of 0 with a gradient of 0."""
     inputs = send_to_device({name: value for name, value in batch.items() if name != "labels"}, accelerator.device)
-    zero: torch.Tensor = model(**inputs).logits.float().sum() * 0.0
+    outputs = model(**inputs)
+    logits = outputs.logits_per_image if isinstance(unwrap(model), CustomDualEncoder) else outputs.logits
+    zero: torch.Tensor = logits.float().sum() * 0.0
     return zero
-
-
-def plan_step(core: Any, batches: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> list[dict[str, Any]]:
-    """Look at a whole step first: return what forward() of each micro-batch is to be told about it."""
-    names = [item.loss.name for item in core.losses()]
-    counts = [dict.fromkeys(names, 0.0) if _is_blank(batch) else core.loss_counts([batch]) for batch in batches]
-    divisors = step_divisors(counts, accelerator)
-    summaries = step_summaries(core, batches, accelerator)
-    return [
-        {"loss_divisors": divisors, "loss_counts": own, "step_summaries": found}
-        for own, found in zip(counts, summaries, strict=True)
-    ]
-
-
-def step_divisors(counts: Sequence[Mapping[str, float]], accelerator: Accelerator) -> dict[str, torch.Tensor]:
-    """Add up each loss's counts over the micro-batches of all ranks; 1 where nothing counts."""
-    local = [sum(count[name] for count in counts) for name in counts[0]]
-    total = accelerator.reduce(torch.tensor(local, dtype=torch.float32, device=accelerator.device), "sum")
-    return dict(zip(counts[0], total.where(total != 0, 1), strict=True))  # exact up to 2**24
-
-
-def step_summaries(
-    core: Any, batches: Sequence[Mapping[str, Any]], accelerator: Accelerator
-) -> list[dict[str, StepSummary]]:
-    """Return forward's `step_summaries` for each micro-batch, from a first look at the step where a term asks for one.
-
-    A term across rows, such as a contrastive loss, has its negatives in all micro-batches and ranks (the idea of GradCache,
-    Gao et al. 2021, https://arxiv.org/abs/2101.06983). Random numbers are drawn again, so that dropout is the same.
-    """
-    alone = len(batches) == 1 and accelerator.num_processes == 1
-    if alone or not any(item.loss.summary for item in core.losses()):
-        return [{} for _ in batches]
-    state = checkpoint.rng_state()
-    with accelerator.autocast():  # as accelerate wraps forward()
-        own = [
-            {} if _is_blank(batch) else core.loss_summaries(send_to_device(dict(batch), accelerator.device))
-            for batch in batches
-        ]
-    checkpoint.set_rng_state(state)
-    everyone = gather_object([{name: value.cpu() for name, value in found.items()} for found in own])
-    first = accelerator.process_index * len(batches)
-    places: list[dict[str, StepSummary]] = []
-    for at in range(first, first + len(batches)):
-        summaries = {}
-        for name in everyone[at]:
-            parts = [found[name] for found in everyone if name in found]
-            start = sum(len(found[name]) for found in everyone[:at] if name in found)
-            summaries[name] = StepSummary(torch.cat(parts).to(accelerator.device), start)
-        places.append(summaries)
-    return places
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

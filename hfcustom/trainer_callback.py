@@ -16,9 +16,10 @@ from accelerate.utils import gather_object, reduce
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfcustom.base import CustomVLM
+from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.losses import LossValue
 from hfcustom.parts import unwrap
-from hfcustom.train import plan_step
+from hfcustom.step_plan import plan_step
 
 PLANNED: WeakSet[Trainer] = WeakSet()  # trainers that show their model each step whole
 
@@ -176,6 +177,11 @@ def _add(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
 
 def _core(model: Any) -> CustomVLM:
     core = unwrap(model)
+    if isinstance(core, CustomDualEncoder):
+        raise TypeError(
+            f"LossCallback has nothing to add to {type(core).__name__}: Trainer compares the pairs of each micro-batch, whose one "
+            "loss it logs itself. hfcustom.fit compares those of the whole step."
+        )
     if not isinstance(core, CustomVLM):
         raise TypeError(
             f"LossCallback reads the named losses of a custom model; load the {type(core).__name__} with its family's "

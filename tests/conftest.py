@@ -34,6 +34,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hfcustom.connectors import CONNECTORS
 from hfcustom.data.collate import Collator
+from hfcustom.encoders import encoder_names, load_encoder
 from hfcustom.families import family_names, load_family, missing_packages
 from hfcustom.losses import LOSSES
 from hfcustom.registry import REGISTERED
@@ -140,6 +141,9 @@ def chat_row(num_images: int, seed: int = 0, turns: int = 1) -> dict[str, Any]:
 def families() -> dict[str, Family]:
     return {name: Family(name, load_family(name)) for name in family_names()}
 
+
+for encoder in encoder_names():
+    load_encoder(encoder)  # families are imported below: what a test imports first, restore_registries would forget
 
 # Families whose processor needs torchvision are tried by tests/test_torchvision.py, in a process that has it.
 FAMILIES = [name for name in family_names() if not missing_packages(name)]

@@ -133,6 +133,7 @@ SMALL = {
         ["--tokens", "16", "--hidden-size", "32", "--intermediate-size", "32"],
         ("eager", "batched_mm", "grouped_mm"),
     ),
+    "frames": (["--frames", "6", "--k", "2", "--encoder", "tiny"], ("cross_correlation", "embedding")),
 }
 
 

@@ -11,7 +11,18 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hfcustom.data.digits import CELL, HELD_OUT, SIDE, TASKS, _scans, digit_rows, draw_grid
+from hfcustom.data.digits import (
+    CAPTION,
+    CELL,
+    HELD_OUT,
+    SIDE,
+    TASKS,
+    WORDS,
+    _scans,
+    digit_captions,
+    digit_rows,
+    draw_grid,
+)
 from hfcustom.data.messages import read_row
 
 ALL = load_digits()
@@ -72,6 +83,16 @@ def test_the_answer_is_what_the_pictures_show_and_only_scans_of_the_part_are_sho
         truths = answer_of(row).split()
         if row["images"]:
             assert [read_picture(image, drawn, labels) for image in row["images"]] == truths
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_a_caption_is_the_digit_that_its_picture_shows(split: str) -> None:
+    scans, labels = _scans(split)
+    drawn, rows = enlarged(scans), digit_captions(12, split, seed=3)
+    for row in rows:
+        assert row["image"].size == (CELL, CELL)
+        assert row["text"] == CAPTION.format(WORDS[read_cell(np.asarray(row["image"]), drawn, labels)])
+    assert len(set(rows["text"])) > 3 and read_row(rows[0], "row 0").images[0].size == (CELL, CELL)
 
 
 def test_the_answer_has_four_digits_an_image() -> None:

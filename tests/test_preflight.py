@@ -23,6 +23,8 @@ from hfcustom.data.collate import Collator
 from hfcustom.data.findings import code_of
 from hfcustom.data.messages import RowError, read_row
 from hfcustom.data.scan import TRAIN, RowReader, ScanOptions, run_chunks
+from hfcustom.encoders import load_encoder
+from hfcustom.registry import REGISTERED
 
 CORPUS_FAMILIES = [name for name in (*KINDS, "gemma3", "idefics3") if name in FAMILIES]
 SKIP: dict[str, Any] = {"on_bad_row": "skip", "max_bad_share": 1.0, "max_length": MAX_LENGTH, "max_steps": 2}
@@ -235,6 +237,23 @@ def test_with_a_processor_tokens_tiles_and_the_costliest_batch_are_known(
     assert labels < summary["numbers"]["labels"]["total"] < labels + 10  # the long row's few
     assert summary["numbers"]["tiles"]["total"] > len(batch["pixel_values"])
     assert [code for _, _, code in findings() if "duplicate" not in code] == ["control_token", "too_long"]
+
+
+def test_rows_of_an_image_and_its_text_are_read_as_an_encoder_does(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = load_encoder("clip")
+    REGISTERED["custom_clip"](module.tiny_config()).save_pretrained("clip")
+    module.tiny_processor().save_pretrained("clip")
+    rows: list[Any] = [{"image": f"{at}.png", "text": text} for at, text in enumerate(("a cat", " ", "cat " * 500))]
+    write(folder / "rows.jsonl", [*rows, good_rows()[0]])
+    preflight(capsys, "rows.jsonl", "--captions")
+    assert [code for _, _, code in findings()][:2] == ["duplicate_image", "empty_answer"]
+    code, summary = preflight(capsys, "rows.jsonl", "--captions", "--model", "clip")
+    assert code == 4 and summary["numbers"]["tokens"]["max"] > 500
+    assert [code for _, _, code in findings()] == ["duplicate_image", "empty_answer", "cut_text", "image_count"]
+    preflight(capsys, "rows.jsonl", "--captions", "--model", "clip", "--max-length", "20")
+    assert [code for _, _, code in findings()] == ["duplicate_image", "empty_answer", "too_long", "image_count"]
 
 
 def test_an_interrupted_scan_goes_on_where_it_stopped(

@@ -22,6 +22,8 @@ SMALL = {
     "accelerate launch recipes/finetune.py": "--max-steps 2 --batch-size 2",
     "hfcustom families": "",
     "hfcustom preflight": "",
+    "hfcustom frames": "",
+    "hfcustom lens": "",
 }
 
 

@@ -351,10 +351,23 @@ def test_a_loss_that_is_no_number_stops_before_the_step(
     once, model = internvl.model(loss="breaks"), internvl.model(loss={"cross_entropy": 1.0, "breaks": 1e-3})
     once.config.loss = model.config.loss
     train(once, internvl, tmp_path / "once", max_steps=1, schedule="constant")
-    with pytest.raises(NonFiniteError, match=rf"'cross_entropy': \d.*'breaks': {bad}.*the step was not applied"):
+    told = rf"'cross_entropy': \d.*'breaks': {bad}.*the step was not applied. Look at row \d"
+    with pytest.raises(NonFiniteError, match=told):
         train(model, internvl, tmp_path / "broken", schedule="constant", evaluate=evaluate, eval_steps=1)
     assert steps == [1]
     assert all(torch.equal(weights(once)[name], value) for name, value in weights(model).items())
+
+
+def test_the_rows_of_a_micro_batch_that_is_no_number_are_named(internvl: Family, tmp_path: Path) -> None:
+    rows = [{**row, "scale": 1.0} for row in uneven_rows()]
+    rows[5]["scale"] = math.nan
+
+    @hfcustom.term(count="rows", columns=("scale",))
+    def scaled(context: hfcustom.LossContext) -> tuple[torch.Tensor, int]:
+        return (context.row_log_probs * context.batch["scale"]).sum(), context.num_rows
+
+    with pytest.raises(NonFiniteError, match=r"Look at row 5\.$"):
+        train(internvl.model(loss="scaled"), internvl, tmp_path, rows, micro_batch_size=1)
 
 
 def test_a_forward_that_computes_its_own_loss_is_told(internvl: Family, tmp_path: Path) -> None:

@@ -91,13 +91,13 @@ class Collator:
         _check_same_kind(examples, self.train_on)
         for example in examples:
             check_pixels(example, self.min_pixels)
-        answers = [answer for example in examples for answer in _answers(example)]  # B of them
+        answers = [answer for example in examples for answer in split_pair(example)]  # B of them
         processor, shielded = self.control.shield(self.processor, answers)
         texts, spans = zip(*(render(processor, answer, self.train_on) for answer in shielded), strict=True)
         features = process(processor, texts, shielded, padding_side="right", with_offsets=True)
         offsets = features.pop("offset_mapping")  # (B, T, 2)
         replaced = features.pop("text_replacement_offsets", None) or [[]] * len(answers)
-        self._check_processor(features, texts, offsets, replaced)
+        self._check_processor(texts, offsets, replaced)
         for answer, mask in zip(answers, features["attention_mask"], strict=True):
             check_length(mask, answer.name, self.max_length)
         ids = features["input_ids"]
@@ -109,12 +109,7 @@ class Collator:
                 check_labels(processor, row, texts[at], spans[at], replaced[at], ids[at][weights[at] != 0])
                 self.num_verified += 1
         weights[self._unsayable(ids)] = 0.0
-        for answer, empty in zip(answers, (weights == 0).all(1).tolist(), strict=True):
-            if empty:
-                raise RowError(
-                    f"{answer.name}: no token carries a label, so there is nothing to learn from it; drop the row.",
-                    "no_labels",
-                )
+        _check_labelled(weights, answers)
         batch = Batch(features, labels=ids.masked_fill(weights == 0, IGNORE))
         if isinstance(self.processor, PrefixProcessor):
             batch["token_type_ids"] = self.processor.mark_answers(batch, weights != 0)
@@ -143,20 +138,11 @@ class Collator:
                 else column_tensor(name, examples, batch["labels"], name in self.token_columns)
             )
 
-    def _check_processor(
-        self, features: Mapping[str, Any], texts: Sequence[str], offsets: torch.Tensor, replaced: Sequence[Any]
-    ) -> None:
-        """A processor that makes labels, or expands a text without a record, would put labels on other words."""
-        grown = any(
-            not records and int(row.max()) > len(text)
-            for text, row, records in zip(texts, offsets, replaced, strict=True)
-        )
-        if grown or "labels" in features:
-            does = "expands images without saying where" if grown else "makes labels of its own"
-            raise ValueError(
-                f"{type(self.processor).__name__} {does}, so labels would be on other words; load the processor of the "
-                "family's custom class: model.processor_class.from_pretrained(...)."
-            )
+    def _check_processor(self, texts: Sequence[str], offsets: torch.Tensor, replaced: Sequence[Any]) -> None:
+        """A processor that expands a text without a record would put labels on other words."""
+        for text, row, records in zip(texts, offsets, replaced, strict=True):
+            if not records and int(row.max()) > len(text):
+                raise _wrong_processor(self.processor, "expands images without saying where")
 
 
 def check_length(attention_mask: torch.Tensor, name: str, max_length: int | None) -> None:
@@ -170,12 +156,21 @@ def check_length(attention_mask: torch.Tensor, name: str, max_length: int | None
         )
 
 
-def _answers(example: Example) -> list[Example]:
+def split_pair(example: Example) -> list[Example]:
     """Return the rows of the batch that an example becomes: two for a pair, the chosen answer first."""
     if example.rejected is None:
         return [example]
     chosen = replace(example, name=f"{example.name}, chosen", rejected=None, preferred=True)
     return [chosen, replace(chosen, messages=example.rejected, name=f"{example.name}, rejected", preferred=False)]
+
+
+def _check_labelled(weights: torch.Tensor, answers: Sequence[Example]) -> None:
+    for answer, empty in zip(answers, (weights == 0).all(1).tolist(), strict=True):
+        if empty:
+            raise RowError(
+                f"{answer.name}: no token carries a label, so there is nothing to learn from it; drop the row.",
+                "no_labels",
+            )
 
 
 def _check_same_kind(examples: Sequence[Example], train_on: TrainOn) -> None:
@@ -221,9 +216,18 @@ def process(
         raise  # each row alone is fine
     replaced = features.pop("text_replacement_offsets", None)
     batch = dict(features.convert_to_tensors("pt"))
+    if "labels" in batch:
+        raise _wrong_processor(processor, "makes labels of its own")
     _check_complete(processor, batch)
     _check_single_bos(processor, texts, examples, batch["input_ids"])
     return batch | ({"text_replacement_offsets": replaced} if with_offsets else {})
+
+
+def _wrong_processor(processor: Any, does: str) -> ValueError:
+    return ValueError(
+        f"{type(processor).__name__} {does}, so labels would be on other words; load the processor of the family's custom "
+        "class: model.processor_class.from_pretrained(...)."
+    )
 
 
 def _check_complete(processor: Any, batch: Mapping[str, Any]) -> None:

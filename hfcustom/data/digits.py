@@ -1,4 +1,4 @@
-"""Chat rows about real handwriting, made from the scans that ship with scikit-learn; no network.
+"""Rows about real handwriting, chats or captions, made from the scans that ship with scikit-learn; no network.
 
 The 1,797 scans (8 x 8 pixels, 13 writers, UCI "Optical Recognition of Handwritten Digits") are cut into a training and a
 held-out part before any row is made, so that no scan is in both. A row shows grids of digits and asks to read them; some
@@ -20,6 +20,8 @@ CELL = 16  # pixels of one digit's cell
 SIDE = 2  # cells of a grid's side
 ORDINALS = ("First ", "then ", "last ")
 
+CAPTION = "a scan of the digit {}"
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TASKS: dict[str, tuple[str, Callable[[str], str]]] = {
     "read": ("Read the digits.", lambda digits: digits),
     "backwards": ("Read the digits backwards.", lambda digits: digits[::-1]),
@@ -42,6 +44,23 @@ def digit_rows(num_rows: int, split: str = "train", task: str = "read", seed: in
     block = {"type": datasets.Value("string"), "text": datasets.Value("string")}
     message = {"role": datasets.Value("string"), "content": datasets.List(block)}
     features = datasets.Features({"messages": datasets.List(message), "images": datasets.List(datasets.Image())})
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+def digit_captions(num_rows: int, split: str = "train", seed: int = 0) -> Any:
+    """Return a `datasets.Dataset` of {"image", "text"} rows for a contrastive encoder: one scan, and its digit in words.
+
+    Raises ValueError for an unknown split.
+    """
+    import datasets
+
+    rng = np.random.default_rng([seed, split == "train"])
+    scans, labels = _scans(split)
+    rows = []
+    for _ in range(num_rows):
+        image, digit = draw_grid(rng, scans, labels, side=1)
+        rows.append({"image": image, "text": CAPTION.format(WORDS[int(digit)])})
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     return datasets.Dataset.from_list(rows, features=features)
 
 
@@ -81,13 +100,15 @@ def _row(rng: np.random.Generator, scans: np.ndarray, labels: np.ndarray, task: 
     return {"messages": messages, "images": images}
 
 
-def draw_grid(rng: np.random.Generator, scans: np.ndarray, labels: np.ndarray) -> tuple[Image.Image, str]:
+def draw_grid(
+    rng: np.random.Generator, scans: np.ndarray, labels: np.ndarray, side: int = SIDE
+) -> tuple[Image.Image, str]:
     """Draw scans into the cells of a square grid, each a little moved; return the picture and its digits, row by row."""
-    chosen = rng.integers(0, len(scans), SIDE**2)
-    canvas = np.zeros((SIDE * CELL, SIDE * CELL), dtype=np.uint8)  # (H, W)
+    chosen = rng.integers(0, len(scans), side**2)
+    canvas = np.zeros((side * CELL, side * CELL), dtype=np.uint8)  # (H, W)
     for cell, scan in enumerate(chosen):
         picture = Image.fromarray((scans[scan] * 255 / 16).astype(np.uint8)).resize((14, 14), Image.Resampling.BICUBIC)
         down, right = rng.integers(0, CELL - 14 + 1, 2)
-        top, left = CELL * (cell // SIDE) + down, CELL * (cell % SIDE) + right
+        top, left = CELL * (cell // side) + down, CELL * (cell % side) + right
         canvas[top : top + 14, left : left + 14] = np.asarray(picture)
     return Image.fromarray(canvas), "".join(str(labels[scan]) for scan in chosen)

@@ -3,8 +3,9 @@
 An ordinary row is {"messages": [{"role", "content"}, ...], "images": [...]}: content is a string or a list of blocks
 {"type": "text", "text": ...} and {"type": "image"}, whose images come in order from "images", or inline as
 {"type": "image", "image": ...}. A preference row has trl's columns: "chosen" and "rejected", each a whole conversation, or
-the answer to a "prompt"; or "prompt", "completion" and a true or false "label". Both answers see the same images. All
-other columns of a row are kept as they are (hfcustom/data/columns.py).
+the answer to a "prompt"; or "prompt", "completion" and a true or false "label". Both answers see the same images. A row of
+a contrastive encoder is an image and its text: {"image": ..., "text": ...}, the text perhaps called "caption". All other
+columns of a row are kept as they are (hfcustom/data/columns.py).
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from hfcustom.data.turns import (
 
 FORM = (
     "{'messages': [...], 'images': [...]}, or for preferences {'prompt': ..., 'chosen': ..., 'rejected': ...} or "
-    "{'prompt': ..., 'completion': ..., 'label': true}"
+    "{'prompt': ..., 'completion': ..., 'label': true}, or for contrastive encoders {'image': ..., 'text': ...}"
 )
+CAPTIONS = ("text", "caption")  # what the text of an image is called
 SIDES = ("chosen", "rejected")
 
 
@@ -53,6 +55,8 @@ def read_row(row: Mapping[str, Any], name: str, root: Path | None = None) -> Exa
     if not isinstance(row, Mapping):
         raise RowError(f"{name}: {type(row).__name__}, no mapping; a row is {FORM}.")
     given = {key: value for key, value in row.items() if value is not None}  # Arrow fills missing keys with None
+    if "messages" not in given and any(key in given for key in CAPTIONS) and ("image" in given or "images" in given):
+        return _take_caption(given, name, root)
     images = given.pop("images", None) or []
     if not isinstance(images, list | tuple):
         raise RowError(f"{name}: images is {type(images).__name__}; it must be a list, also of one image.")
@@ -72,6 +76,25 @@ def read_row(row: Mapping[str, Any], name: str, root: Path | None = None) -> Exa
 
 
 # ---- the forms of a row: each takes its own keys out of `row`, what is left are columns ------------------------------
+
+
+def _take_caption(row: dict[str, Any], name: str, root: Path | None) -> Example:
+    """Return an image and its text as one user turn."""
+    for keys in (CAPTIONS, ("image", "images")):
+        if all(key in row for key in keys):
+            raise RowError(f"{name}: both {keys[0]!r} and {keys[1]!r}; drop the column that is not meant.")
+    images = [row.pop("image")] if "image" in row else row.pop("images")
+    if not isinstance(images, list | tuple) or len(images) != 1:
+        found = f"{len(images)} of them" if isinstance(images, list | tuple) else type(images).__name__
+        raise RowError(
+            f"{name}: images is {found}; a row with a text holds one image, a list of one or under 'image'."
+        )
+    key = next(key for key in CAPTIONS if key in row)
+    text = row.pop(key)
+    if not isinstance(text, str):
+        raise RowError(f"{name}: {key} is {type(text).__name__}; it must be a string. Write a row for each text.")
+    blocks = [{"type": "image"}, {"type": "text", "text": text}]
+    return Example([{"role": "user", "content": blocks}], _load_images(images, name, root), name, columns=row)
 
 
 def _take_messages(row: dict[str, Any], full_row: Mapping[str, Any], name: str) -> list[Turn]:

@@ -46,6 +46,7 @@ class ScanOptions:
     min_pixels: int = 16
     train_on: str = "assistant"
     allowed_tokens: tuple[str, ...] = ()
+    captions: bool = False  # rows of an image and its text, for a contrastive encoder
 
 
 @dataclass
@@ -71,15 +72,22 @@ class RowReader:
     """Read rows of the sets as training does, each image once, and note what they are; `collate` is None without a model."""
 
     def __init__(self, options: ScanOptions) -> None:
-        self.options = options
         self.sets = {TRAIN: load_rows(options.data, options.split)}
         if options.eval_data is not None:
             self.sets[EVAL] = load_rows(options.eval_data, options.eval_split)
         self.collate = None
-        if options.model or options.family:
-            from hfcustom.data.token_checks import TokenReader
+        self.check: Callable[[Example], object] = partial(
+            check_row, train_on=options.train_on, min_pixels=options.min_pixels
+        )
+        if options.captions:
+            from hfcustom.data.captions import check_caption
 
-            self.collate = TokenReader(options)
+            self.check = partial(check_caption, min_pixels=options.min_pixels)
+        if options.model or options.family:
+            from hfcustom.data import token_checks
+
+            make = token_checks.CaptionReader if options.captions else token_checks.TokenReader
+            self.collate = make(options)
 
     def __call__(self, place: Place) -> RowFacts:
         rows, at = self.sets[place[0]], place[1]
@@ -99,7 +107,7 @@ class RowReader:
         facts.images = [(_digest(image.tobytes(), image.size), *image.size) for image in example.images]
         facts.digest = _digest(_content(example), facts.images)
         facts.findings += find_warnings(example)
-        check_row(example, self.options.train_on, self.options.min_pixels)
+        self.check(example)
         if self.collate is not None:
             self.collate(example, facts)
 

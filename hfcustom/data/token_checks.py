@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from hfcustom.data.captions import CaptionCollator, caption
 from hfcustom.data.collate import Collator, check_length
 from hfcustom.data.findings import Finding
 from hfcustom.data.messages import Example
 from hfcustom.data.scan import RowFacts, ScanOptions
+from hfcustom.encoders import class_of as encoder_class_of
 from hfcustom.families import class_of, load_family
 from hfcustom.losses import IGNORE
 
@@ -56,6 +58,34 @@ class TokenReader:
                 )
                 found.append(Finding(example.name, reason, "control_token", "warning", f"message {at}"))
         return found
+
+
+class CaptionReader:
+    """Likewise for rows of an image and its text, as a contrastive encoder reads them."""
+
+    def __init__(self, options: ScanOptions) -> None:
+        assert options.model is not None
+        model_class: Any = encoder_class_of(options.model)
+        self.length = model_class.config_class.from_pretrained(options.model).text_config.max_position_embeddings
+        processor = model_class.processor_class.from_pretrained(options.model)
+        self.tokenizer = processor.tokenizer
+        self.collate = CaptionCollator(
+            processor,
+            self.length,
+            options.max_length,
+            padding=model_class.text_padding,
+            min_pixels=options.min_pixels,
+        )
+
+    def __call__(self, example: Example, facts: RowFacts) -> None:
+        """Write a row's numbers and warnings into its facts; RowError where training would refuse it."""
+        facts.tokens, facts.tiles = len(self.tokenizer(caption(example), verbose=False)["input_ids"]), 1
+        if facts.tokens > self.length and self.collate.max_length is None:
+            reason = (
+                f"{example.name}: its text has {facts.tokens} tokens and is cut after the {self.length} that are read."
+            )
+            facts.findings.append(Finding(example.name, reason, "cut_text", "warning"))
+        self.collate([example])
 
 
 def load_processor(model: str | None, family: str | None) -> tuple[Any, int | None]:

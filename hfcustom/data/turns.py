@@ -134,7 +134,7 @@ def check_trained(messages: Sequence[Message], name: str, train_on: str = "assis
 def _wordless(message: Message) -> str:
     if any(block["type"] == "image" for block in message["content"]):
         return "an image without words"
-    return "blank" if any(block["text"] for block in message["content"]) else "empty"
+    return "blank" if any(block.get("text") for block in message["content"]) else "empty"
 
 
 def _check_weight(weight: Any, role: str, where: str) -> float:

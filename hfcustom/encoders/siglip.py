@@ -36,6 +36,7 @@ class CustomSiglipModel(CustomDualEncoder, SiglipModel):
     output_class = SiglipOutput
     image_head = "vision_model.head"
     text_head = "text_model.head"
+    text_padding = "max_length"
     default_loss = "sigmoid_contrastive"
 
 

@@ -58,6 +58,7 @@ def class_of(checkpoint: str, **hub: Any) -> type[CustomVLM]:
     """
     from transformers import PretrainedConfig
 
+    from hfcustom.encoders import encoder_names
     from hfcustom.loading import check_source
     from hfcustom.registry import REGISTERED
 
@@ -75,6 +76,11 @@ def class_of(checkpoint: str, **hub: Any) -> type[CustomVLM]:
         load_family(family)
         config_class: Any = REGISTERED[f"custom_{family}"].config_class
         model_type = config_class.model_type if name in (family, *config_class.kin()) else model_type
+    if name in encoder_names():
+        raise ValueError(
+            f"{checkpoint} is a contrastive encoder ({name}), no vision-language model: recipes/finetune_encoder.py trains "
+            "it, and hfcustom.encoders.class_of finds its class."
+        )
     if model_type not in REGISTERED:
         cure = "Is it a class of your own? Name its file: --custom my_file.py:MyModel."
         raise ValueError(f"{checkpoint}: {unknown('model_type', model_type, family_names(), cure)}")

@@ -69,7 +69,9 @@ def count_rows(batch: Batch) -> int:
 def real_tokens(batch: Batch) -> torch.Tensor:
     """Return which positions are no padding, (B, T)."""
     mask = batch.get("attention_mask")
-    return torch.ones_like(batch["labels"], dtype=torch.bool) if mask is None else mask.bool()
+    if mask is None:
+        return torch.ones_like(batch["labels" if "labels" in batch else "input_ids"], dtype=torch.bool)
+    return mask.bool()
 
 
 def row_tokens(batch: Batch) -> torch.Tensor:

@@ -4,7 +4,7 @@ image tokens (P, N, D), hidden states (B, T, D) -> one image and one text vector
 negatives of a row are the rows of all micro-batches and processes of the step: `fit` collects everyone's vectors first,
 each batch puts its own, which carry gradients, in their place. A batch's value is its own rows' part of the sum, its
 gradient that of the whole sum with respect to its own rows, so that values and gradients add up to those of one batch.
-The similarities are evaluated in chunks (hfcustom/losses/pairs.py).
+The similarities are evaluated in chunks (hfcustom/losses/pairs.py: `share_of_step`).
 Letters: B rows of a tensor, R rows of data, T text tokens, P crops, N tokens a crop, D hidden, n rows of the step with a
 pair.
 """
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from hfcustom.losses.context import LossContext, mean_rows
 from hfcustom.losses.contract import IGNORE, Batch, count_rows, liked_labels, row_ids, term
-from hfcustom.losses.pairs import PAIR_LOSSES, pair_values
+from hfcustom.losses.pairs import PAIR_LOSSES, share_of_step
 
 
 def pair_rows(batch: Batch, image_mask: torch.Tensor) -> torch.Tensor:
@@ -91,8 +91,7 @@ def contrastive(context: LossContext, temperature: float = 0.07) -> tuple[torch.
     """
     own = pair_vectors(context)
     everyone, start = _whole_step(context, own)
-    losses = pair_values(PAIR_LOSSES["contrastive"], everyone, everyone, 0, 1 / temperature)  # (n,)
-    return _own_share(losses, start, len(own))
+    return share_of_step(PAIR_LOSSES["contrastive"], own, everyone, start, 1 / temperature), len(own)
 
 
 @term(count=count_pairs, summary=pair_vectors)
@@ -124,17 +123,10 @@ def sigmoid_contrastive(
     own = pair_vectors(context)
     everyone, start = _whole_step(context, own)
     shift = everyone.new_tensor(bias)
-    losses = pair_values(PAIR_LOSSES["sigmoid_contrastive"], everyone, everyone, 0, 1 / temperature, shift)  # (n,)
-    return _own_share(losses, start, len(own))
+    return share_of_step(PAIR_LOSSES["sigmoid_contrastive"], own, everyone, start, 1 / temperature, shift), len(own)
 
 
 def _whole_step(context: LossContext, own: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Return the vectors of every row of the step with a pair, (n, 2, D), and where this batch's begin."""
     step = context.step_summary()
     return (own, 0) if step is None else (step.with_own(own), step.start)
-
-
-def _own_share(losses: torch.Tensor, start: int, count: int) -> tuple[torch.Tensor, int]:
-    """Return the own rows' part of the sum, (n,) -> (), with the gradient of the whole: others' losses hold own vectors."""
-    whole, own = losses.sum(), losses[start : start + count].sum()
-    return own.detach() + (whole - whole.detach()), count

@@ -2,7 +2,7 @@
 
 own vectors (n, D), everyone's (N, D), scale, bias -> logits (C, N) of a chunk of rows -> one value a row (n,). A chunk's
 logits are computed again in the backward pass, so that they exist once and for no longer than they are used. `gather_rows`
-makes everyone's vectors out of those of each process.
+makes everyone's vectors out of those of each process, `share_of_step` is exact where everyone's were computed beforehand.
 
 A pair loss is a plain function of rows of logits, float32 whatever the model's dtype:
 
@@ -103,6 +103,53 @@ def pair_values(
     if loss.both_ways:
         values = (values + _row_values(loss.function, texts, everyone[:, 0], start, scale, bias)) / 2
     return values
+
+
+def share_of_step(
+    loss: PairLoss,
+    own: torch.Tensor,
+    everyone: torch.Tensor,
+    start: int,
+    scale: torch.Tensor | float,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the sum over own pairs (n, 2, D) among everyone's (N, 2, D), without gradient but for own vectors: ().
+
+    `everyone` holds the own vectors themselves from `start` on. The gradient to own vectors is that of everyone's sum, since
+    others' losses hold them too; to scale and bias it is that of own pairs. So values and gradients of the batches of a
+    step add up to those of one batch (GradCache, Gao et al. 2021, https://arxiv.org/abs/2101.06983).
+    """
+    total = _sum(loss, own, everyone, start, scale, bias)
+    fixed = [value.detach() if isinstance(value, torch.Tensor) else value for value in (scale, bias)]
+    end = start + len(own)
+    for first, rows in ((0, everyone[:start]), (end, everyone[end:])):
+        others = _sum(loss, rows, everyone, first, *fixed)
+        total = total + (others - others.detach())
+    return total
+
+
+def _sum(loss: PairLoss, own: torch.Tensor, everyone: torch.Tensor, start: int, *affine: Any) -> torch.Tensor:
+    values = pair_values(loss, own, everyone, start, *affine) if len(own) else own  # a sum of nothing keeps the graph
+    return values.sum()
+
+
+@torch.no_grad()
+def count_matches(own: torch.Tensor, everyone: torch.Tensor, start: int) -> torch.Tensor:
+    """Count the images of own pairs (n, 2, D) that are nearer to their own text than to any of everyone's (N, 2, D): ().
+
+    Where k texts are equally near, as one that stands in the step k times, its own counts 1/k: the chance of choosing it.
+    """
+    images, texts = own[:, 0], everyone[:, 1].t()
+    found = own.new_zeros(())
+    with torch.autocast(own.device.type, enabled=False):
+        for rows in chunks(len(own), len(everyone)):
+            cosines = images[rows] @ texts  # (C, N)
+            near = cosines >= cosines.amax(1, keepdim=True) - SAME  # (C, N)
+            found += (near.diagonal(start + rows.start) / near.sum(1)).sum()
+    return found
+
+
+SAME = 1e-5  # what cosines of the same two vectors, each computed twice in float32, may differ by
 
 
 def _row_values(

@@ -1,0 +1,64 @@
+"""Retrieval: how often a contrastive encoder finds the text of an image, and an image of a text, among held-out rows.
+
+rows -> vectors (R, 2, D) -> {"image_to_text_recall": ..., "text_to_image_recall": ...}. Rows may share a text; it then
+stands once among those to choose from, and any of its images is right.
+Letters: R rows, U different texts, C rows of a chunk, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hfcustom.data.captions import caption
+from hfcustom.data.sources import Examples
+from hfcustom.losses.chunked import chunks
+from hfcustom.parts import unwrap
+
+
+def retrieval_recall(model: Any, processor: Any, rows: Sequence[Any], *, batch_size: int = 64) -> dict[str, float]:
+    """Return recall at 1 in both directions over all rows; as `evaluate` of `fit`, call it on held-out rows.
+
+    Raises ValueError for no rows, RowError for one that is not an image with its text.
+    """
+    examples = rows if isinstance(rows, Examples) else Examples(rows)
+    if not len(examples):
+        raise ValueError("There are no rows to retrieve; pass at least one image with its text.")
+    vectors, texts = embed_rows(model, processor, examples, batch_size=batch_size)  # (R, 2, D)
+    firsts = {text: at for at, text in reversed(list(enumerate(texts)))}
+    numbers = {text: number for number, text in enumerate(firsts)}
+    own = torch.tensor([numbers[text] for text in texts], device=vectors.device)  # (R,) of U
+    images, choices = vectors[:, 0], vectors[list(firsts.values()), 1]  # (R, D), (U, D)
+    found_texts = nearest(images, choices)  # (R,) of U
+    found_images = nearest(choices, images)  # (U,) of R
+    return {
+        "image_to_text_recall": float((found_texts == own).float().mean()),
+        "text_to_image_recall": float(
+            (own[found_images] == torch.arange(len(choices), device=own.device)).float().mean()
+        ),
+    }
+
+
+@torch.inference_mode()
+def embed_rows(
+    model: Any, processor: Any, rows: Sequence[Any], *, batch_size: int = 64
+) -> tuple[torch.Tensor, list[str]]:
+    """Return the vectors of length 1 of each row's image and text, (R, 2, D), and the texts."""
+    core = unwrap(model)
+    was_training = model.training
+    model.eval()
+    collate, texts, parts = core.make_collator(processor), [], []
+    for start in range(0, len(rows), batch_size):
+        examples = [rows[at] for at in range(start, min(start + batch_size, len(rows)))]
+        batch = {name: value.to(core.device) for name, value in collate(examples).items()}
+        parts.append(core.embed(batch))
+        texts += [caption(example) for example in examples]
+    model.train(was_training)
+    return torch.cat(parts), texts
+
+
+def nearest(queries: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
+    """Return which choice (U, D) is nearest to each query (R, D): (R,), without the (R, U) similarities."""
+    return torch.cat([(queries[rows] @ choices.t()).argmax(1) for rows in chunks(len(queries), len(choices))])

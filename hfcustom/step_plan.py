@@ -1,0 +1,72 @@
+"""A whole optimiser step, looked at before its first forward: what each loss counts, and terms across its rows.
+
+micro-batches of this rank -> for each, what forward() is to be told: {"loss_divisors", "loss_counts", "step_summaries"}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+
+from hfcustom import checkpoint
+from hfcustom.data.collate import Batch
+from hfcustom.losses import StepSummary
+
+
+def plan_step(core: Any, batches: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> list[dict[str, Any]]:
+    """Look at a whole step first: return what forward() of each micro-batch is to be told about it."""
+    names = [item.loss.name for item in core.losses()]
+    counts = [dict.fromkeys(names, 0.0) if is_blank(batch) else core.loss_counts([batch]) for batch in batches]
+    divisors = step_divisors(counts, accelerator)
+    summaries = step_summaries(core, batches, accelerator)
+    return [
+        {"loss_divisors": divisors, "loss_counts": own, "step_summaries": found}
+        for own, found in zip(counts, summaries, strict=True)
+    ]
+
+
+def step_divisors(counts: Sequence[Mapping[str, float]], accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """Add up each loss's counts over the micro-batches of all ranks; 1 where nothing counts."""
+    local = [sum(count[name] for count in counts) for name in counts[0]]
+    total = accelerator.reduce(torch.tensor(local, dtype=torch.float32, device=accelerator.device), "sum")
+    return dict(zip(counts[0], total.where(total != 0, 1), strict=True))  # exact up to 2**24
+
+
+def step_summaries(
+    core: Any, batches: Sequence[Mapping[str, Any]], accelerator: Accelerator
+) -> list[dict[str, StepSummary]]:
+    """Return forward's `step_summaries` for each micro-batch, from a first look at the step where a term asks for one.
+
+    A term across rows, such as a contrastive loss, has its negatives in all micro-batches and ranks (the idea of GradCache,
+    Gao et al. 2021, https://arxiv.org/abs/2101.06983). Random numbers are drawn again, so that dropout is the same.
+    """
+    alone = len(batches) == 1 and accelerator.num_processes == 1
+    if alone or not any(item.loss.summary for item in core.losses()):
+        return [{} for _ in batches]
+    state = checkpoint.rng_state()
+    with accelerator.autocast():  # as accelerate wraps forward()
+        own = [
+            {} if is_blank(batch) else core.loss_summaries(send_to_device(dict(batch), accelerator.device))
+            for batch in batches
+        ]
+    checkpoint.set_rng_state(state)
+    everyone = gather_object([{name: value.cpu() for name, value in found.items()} for found in own])
+    first = accelerator.process_index * len(batches)
+    places: list[dict[str, StepSummary]] = []
+    for at in range(first, first + len(batches)):
+        summaries = {}
+        for name in everyone[at]:
+            parts = [found[name] for found in everyone if name in found]
+            start = sum(len(found[name]) for found in everyone[:at] if name in found)
+            summaries[name] = StepSummary(torch.cat(parts).to(accelerator.device), start)
+        places.append(summaries)
+    return places
+
+
+def is_blank(batch: Mapping[str, Any]) -> bool:
+    """Whether a micro-batch is run only so that ranks stay together, and counts for nothing."""
+    return isinstance(batch, Batch) and batch.blank
