@@ -403,7 +403,7 @@ def test_every_limit_below_a_rows_length_refuses_it_and_none_cuts_it(internvl: F
 
 def test_what_a_processor_refuses_is_named_with_its_row(families: dict[str, Family]) -> None:
     processor = families["qwen2_vl"].processor
-    thin = replace(read_row(chat_row(1), "row 1"), images=[picture(size=(900, 2))])  # the image loader refuses it
+    thin = replace(read_row(chat_row(1), "row 1"), images=[picture(size=(900, 4))])  # the image loader refuses it
     with pytest.raises(RowError, match=r"row 1: CustomQwen2VLProcessor cannot read the row: .*aspect ratio"):
         Collator(processor)([chat_row(1), thin])
 

@@ -116,7 +116,7 @@ def test_rows_excluded_beforehand_train_bit_for_bit_as_rows_skipped(
     internvl: Family, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows, skipping, excluding = load_rows(str(corpus.path)), internvl.model(), internvl.model()
-    options = {**SKIP, "batch_size": len(rows) // 2, "micro_batch_size": len(rows) // 4}
+    options = {**SKIP, "batch_size": len(rows) // 4 * 2, "micro_batch_size": len(rows) // 4}
     train(skipping, internvl, tmp_path / "skip", rows, **options)
     capsys.readouterr()
     options |= {"on_bad_row": "error", "exclude": str(tmp_path / "skip" / "bad_rows.jsonl")}
