@@ -20,6 +20,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from hfcustom.custom_model import CustomModel
+    from hfcustom.questions import Asked
 
 
 @dataclass
@@ -29,6 +30,7 @@ class ForwardPass:
     records: bool = False  # keep the tensors below for the loss
     skips_head: bool = False  # nobody wants the logits
     ends_with_inner: bool = False  # the inner model was called directly and closes the pass itself
+    asked_before: Asked | None = None  # what it closes with: what connectors may ask for around it
     image_mask: torch.Tensor | None = None  # (B, T) True at image placeholders
     video_mask: torch.Tensor | None = None  # (B, T) True at video placeholders, where a family tells them apart
     crops: torch.Tensor | None = None  # (P,) which crops hold an image, in families that pad with empty ones

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Family, assert_same_model, chat_row, picture
+from conftest import Family, assert_compiles, assert_same_model, chat_row, picture
 from conversations import end_of_turn, labelled
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -424,8 +424,13 @@ def test_every_parameter_but_the_named_ones_gets_a_gradient(family: Family) -> N
 
 
 def test_compiled_logits_equal_eager(family: Family) -> None:
-    model, batch = family.model(), family.batch([1])
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs = {name: tensor for name, tensor in family.batch([1]).items() if name != "labels"}
+    assert_compiles(family.model(), inputs)
+
+
+def test_a_model_is_compiled_before_its_first_forward(internvl: Family) -> None:
+    """With dynamo as it is set, as a user has it."""
+    model, inputs = internvl.model(), {name: t for name, t in internvl.batch([1]).items() if name != "labels"}
     torch._dynamo.reset()
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend="eager")(**inputs).logits, model(**inputs).logits)

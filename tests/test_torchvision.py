@@ -30,6 +30,7 @@ FILES = [
     "loading",
     "parts",
     "pipeline",
+    "questions",
     "evaluate",
     "experts",
     "ragged",

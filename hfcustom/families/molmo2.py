@@ -16,7 +16,7 @@ from transformers import Molmo2Config, Molmo2ForConditionalGeneration, Molmo2Pro
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.connectors import Grid, grid_out
+from hfcustom.connectors import Grid, Told, count_tokens_out, grid_out, of_each
 from hfcustom.families import tiny
 from hfcustom.processors import MatchedProcessor, NeedsTorchvision
 from hfcustom.ragged import RaggedImages
@@ -90,20 +90,30 @@ class CustomMolmo2ForConditionalGeneration(VideoFrames, RaggedImages, CustomVLM,
         """Return two grids an image: of the whole, and of its crops together."""
         return [(rows, columns) for rows, columns in inputs["image_grids"].view(-1, 2).tolist()]
 
+    def tokens_left(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[int]:
+        """Return how many tokens the connector leaves of each image, the whole and its crops, or of each video."""
+        if self.video_inputs is not None:
+            return super().tokens_left(features, grids)
+        counts = [count_tokens_out(self.custom_connector, rows * columns, (rows, columns)) for rows, columns in grids]
+        return [whole + crops for whole, crops in zip(counts[::2], counts[1::2], strict=True)]
+
     def _connect(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """Run the connector on one video after the other, frame by frame; stock makes a single tall image of each."""
         if self.video_inputs is None:
             return super()._connect(features)
         grids = [(rows, columns) for _, rows, columns in self.video_inputs["video_grids"].tolist()]
-        reduce_frames = super()._reduce
-        return [reduce_frames([video], [grid])[0] for video, grid in zip(features, grids, strict=True)]
+        told, reduce_frames = self.question_of(self.tokens_left(features, grids)), super()._reduce
+        parts = enumerate(zip(features, grids, strict=True))
+        return [reduce_frames([video], [grid], of_each(told, [at]))[0] for at, (video, grid) in parts]
 
-    def _reduce(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[torch.Tensor]:
+    def _reduce(
+        self, features: Sequence[torch.Tensor], grids: Sequence[Grid], told: Told | None = None
+    ) -> list[torch.Tensor]:
         """Run the connector on the wholes, then on the crops: neighbours that it takes together are of one kind."""
         sizes = [rows * columns for rows, columns in grids[::2]]  # tokens of the whole
         wholes = [image[:size] for image, size in zip(features, sizes, strict=True)]
         crops = [image[size:] for image, size in zip(features, sizes, strict=True)]
-        views = super()._reduce(wholes, grids[::2]), super()._reduce(crops, grids[1::2])
+        views = super()._reduce(wholes, grids[::2], told), super()._reduce(crops, grids[1::2], told)
         return [torch.cat(image) for image in zip(*views, strict=True)]
 
 

@@ -160,7 +160,11 @@ class CustomNemotronH_Omni_Reasoning_V3(VideoFrames, RaggedImages, CustomVLM, Ne
             assert self.video_inputs is not None, "get_video_features is running"
             cell = self.vision_model.patch_size * round(1 / self.config.downsample_ratio)
             rows, columns = (side // cell for side in self.video_inputs["pixel_values_videos"].shape[-2:])
-            frames = reduce_tokens(self.custom_connector, frames, (rows, columns), self.config.connector)  # (F, M, D)
+            left = count_tokens_out(self.custom_connector, frames.shape[1], (rows, columns))
+            told = self.question_of([left] * len(frames))
+            frames = reduce_tokens(
+                self.custom_connector, frames, (rows, columns), self.config.connector, told
+            )  # (F, M, D)
         outputs.pooler_output = tuple(frames)  # forward() concatenates it
         return outputs
 
