@@ -45,12 +45,15 @@ class TrainLog:
         start: int,
         max_steps: int,
         history: Iterable[Mapping[str, float]] = (),
+        sources: Sequence[str] = (),
     ) -> None:
         self.config = config
         self.accelerator = accelerator
         self.losses = list(losses)
         self.names = [item.loss.name for item in losses]
-        self._records_on_ranks = accelerator.num_processes > 1 and any(item.loss.is_term for item in losses)
+        self.sources = list(sources)  # of a mixture, whose shares of the tokens are logged
+        recorded = bool(sources) or any(item.loss.is_term for item in losses)
+        self._records_on_ranks = accelerator.num_processes > 1 and recorded
         self.start = start
         self.max_steps = max_steps
         self.history = [dict(entry) for entry in history]
@@ -81,7 +84,11 @@ class TrainLog:
 
     def step(self, step: int, report: StepReport | None, optimizer: torch.optim.Optimizer) -> None:
         """Take one step's report; None is a step of which no row could be used, so that nothing was computed."""
-        self.window += [] if report is None else [report]
+        if report is not None:
+            for name in self.sources:
+                share = [report.source_tokens.get(name, 0), sum(report.source_tokens.values())]
+                report.metrics[f"tokens/{name}"] = torch.tensor(share, dtype=torch.float64)
+            self.window.append(report)
         self.bar.update(self.task, completed=step)
         if self.window and (step % self.config.log_steps == 0 or step == self.max_steps):
             self.metrics(step, self._close_window(step, optimizer), progress=True)

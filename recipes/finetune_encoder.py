@@ -73,10 +73,11 @@ from accelerate.utils import set_seed
 import hfcustom
 from hfcustom import console
 from hfcustom.data.digits import digit_captions
+from hfcustom.data.feed import first_example
 from hfcustom.data.steps import EXIT_BAD_ROWS, TooManyBadRows
 from hfcustom.encoders import class_of, clip
 from hfcustom.naming import load_object
-from hfcustom.train import process_state, usable_rows
+from hfcustom.train import process_state
 
 TRAIN_ROWS, WIDTH, LAYERS = 6000, 96, 3  # of the small CLIP
 # of its training, where no flag says another
@@ -129,7 +130,7 @@ def main(config: FinetuneEncoderConfig) -> dict[str, float]:
         return hfcustom.retrieval_recall(model, processor, held_out)
 
     try:
-        console.show_start(model, processor, usable_rows(rows, config).first(), config)
+        console.show_start(model, processor, first_example(rows, config), config)
         result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
     except TooManyBadRows as error:
         console.out.print(f"finetune_encoder.py: {error}")

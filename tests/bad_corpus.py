@@ -178,7 +178,7 @@ def bad_rows() -> dict[str, tuple[Any, str]]:
     pair = {"prompt": "Which?", "chosen": "This.", "rejected": "That."}
     forms = [{}, {"text": "words"}, talk(), {"messages": None}, {"messages": "hi"}, {"messages": {"role": "user"}}]
     forms += [{**row(), "images": "good.png"}, {**row(), "images": {"a": 1}}, {**talk(user(), says()), "chosen": "x"}]
-    forms += [{"chosen": "x"}, {"completion": "x"}, {"prompt": "x", "completion": "y"}, {**pair, "rejected": "This."}]
+    forms += [{"chosen": "x"}, {"completion": "x"}, {**pair, "rejected": "This."}]
     forms += [
         {**pair, "chosen": []},
         talk(says(), user()),

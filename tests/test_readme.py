@@ -49,7 +49,7 @@ def workplace(tmp_path: Path, internvl: Family) -> Path:
     internvl.processor.save_pretrained(tmp_path / CHECKPOINT)
     picture().save(tmp_path / "cat.png")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    files = {"python": ["my_file.py"], "json": ["rows.jsonl", "pairs.jsonl"], "yaml": ["run.yaml"]}
+    files = {"python": ["my_file.py"], "json": ["rows.jsonl", "pairs.jsonl", "chats.jsonl"], "yaml": ["run.yaml"]}
     for kind, names in files.items():
         texts = [text for found, text in blocks("README.md") if found == kind]
         for name, text in zip(names, texts, strict=True):

@@ -35,6 +35,7 @@ FILES = [
     "experts",
     "ragged",
     "resize",
+    "video_rows",
     "videos",
 ]
 NEED_IT = [name for name in family_names() if missing_packages(name)]

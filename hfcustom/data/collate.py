@@ -21,6 +21,7 @@ from hfcustom.data.columns import TOKEN_WEIGHTS, check_columns, column_tensor
 from hfcustom.data.control import ControlTokens
 from hfcustom.data.labels import TRAIN_ON, TrainOn, check_labels, render, token_weights
 from hfcustom.data.messages import Example, RowError, read_row
+from hfcustom.data.videos import video_options
 from hfcustom.losses import IGNORE
 from hfcustom.naming import unknown
 from hfcustom.processors import PrefixProcessor
@@ -32,6 +33,7 @@ class Batch(dict[str, torch.Tensor]):
     """Tensors for forward(), how many images they hold, and where each row comes from."""
 
     images: int = 0
+    source_tokens: Mapping[str, int] = {}  # tokens by source, of rows of a mixture
     rows: Sequence[str] = ()  # B names, as in errors: "train.jsonl, line 7"
     blank: bool = False  # run only so that ranks stay together; counts for nothing
 
@@ -113,8 +115,9 @@ class Collator:
         batch = Batch(features, labels=ids.masked_fill(weights == 0, IGNORE))
         if isinstance(self.processor, PrefixProcessor):
             batch["token_type_ids"] = self.processor.mark_answers(batch, weights != 0)
-        batch.images = sum(len(answer.images) for answer in answers)
+        batch.images = sum(len(answer.images) + sum(map(len, answer.videos)) for answer in answers)
         batch.rows = [answer.name for answer in answers]
+        batch.source_tokens = count_by_source(answers, features["attention_mask"])
         if answers[0].preferred is not None:
             batch["preference"] = torch.tensor([1.0 if answer.preferred else -1.0 for answer in answers])  # (B,)
         self._add_columns(batch, examples, weights)
@@ -154,6 +157,15 @@ def check_length(attention_mask: torch.Tensor, name: str, max_length: int | None
             "placeholders cannot be used: raise max_length, or use fewer crops an image.",
             "too_long",
         )
+
+
+def count_by_source(answers: Sequence[Example], attention_mask: torch.Tensor) -> dict[str, int]:
+    """Return the tokens of each source of a mixture, (B, T) -> {source: tokens}."""
+    counts: dict[str, int] = {}
+    for answer, length in zip(answers, attention_mask.sum(1).tolist(), strict=True):
+        if answer.source:
+            counts[answer.source] = counts.get(answer.source, 0) + length
+    return counts
 
 
 def split_pair(example: Example) -> list[Example]:
@@ -202,6 +214,7 @@ def process(
         options["add_special_tokens"] = False  # the template wrote it already
     if any(example.images for example in examples):
         options["images"] = [example.images for example in examples]
+    options |= video_options(processor, texts, examples)
     if with_offsets:
         options |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
     try:

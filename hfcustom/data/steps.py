@@ -25,6 +25,7 @@ from hfcustom.data.sources import Examples
 
 EXIT_BAD_ROWS = 4  # too many rows cannot be used: look at bad_rows.jsonl
 SHOWN = 3  # bad rows in an error message
+STREAM_ROWS = 1000  # of a stream, too few to tell a share from
 logger = logging.get_logger("hfcustom")
 
 
@@ -39,6 +40,10 @@ class StepBatches:
     batches: list[Batch]
     skipped: list[Finding] = field(default_factory=list)
     notes: list[Finding] = field(default_factory=list)  # about rows that are used: frames that were dropped
+    position: tuple[int, dict[str, Any]] | None = (
+        None  # of a stream: which loading process, and where it stands after this
+    )
+    epoch: int = 0  # of a stream: how often it has ended for that process
 
 
 class Attempts(Sequence[Any]):
@@ -132,24 +137,34 @@ class StepCollator:
 class BadRows:
     """The rows of a run that were left out, known to every rank; each is named once, and too many of them stop the run.
 
-    `path` gets a line of JSON a row (hfcustom/data/findings.py). A resumed run knows the rows that stand there.
+    `path` gets a line of JSON a row (hfcustom/data/findings.py). A resumed run knows the rows that stand there. Of a stream,
+    which has no number of rows, the share is of those that were read, of at least STREAM_ROWS.
     """
 
     def __init__(
-        self, accelerator: Accelerator, num_rows: int, max_share: float, path: Path, *, resumed: bool = False
+        self,
+        accelerator: Accelerator,
+        num_rows: int | None,
+        max_share: float,
+        path: Path,
+        *,
+        rows_per_step: int = 0,
+        resumed_at: int = 0,
     ) -> None:
         self.accelerator = accelerator
         self.num_rows = num_rows
+        self.rows_per_step = rows_per_step
+        self.steps = resumed_at
         self.max_share = max_share
         self.path = path
         self.reasons: dict[str, str] = {}  # by row
         self._told: set[tuple[str, str]] = set()
-        if resumed and path.is_file():
+        if resumed_at and path.is_file():
             for line in path.read_text().splitlines():
                 row = json.loads(line)
                 self.reasons[row["row"]] = row["reason"]
         accelerator.wait_for_everyone()  # before anyone deletes or adds
-        if not resumed and accelerator.is_main_process:
+        if not resumed_at and accelerator.is_main_process:
             path.unlink(missing_ok=True)
 
     def tell(self, notes: Sequence[Finding]) -> None:
@@ -161,6 +176,7 @@ class BadRows:
 
     def take(self, skipped: Sequence[Finding]) -> None:
         """Add the rows that the ranks have left out of a step; every rank has to call it. TooManyBadRows ends the run."""
+        self.steps += 1
         everyone = gather_object(list(skipped)) if self.accelerator.num_processes > 1 else skipped
         new = {row.row: row for row in everyone if row.row not in self.reasons}
         if not new:
@@ -171,10 +187,12 @@ class BadRows:
                 file.writelines(row.to_json() + "\n" for row in new.values())
             for row in new.values():
                 self.accelerator.print(f"left out: {row.reason}")
-        if len(self.reasons) > self.max_share * self.num_rows or len(self.reasons) >= self.num_rows:
+        read = self.steps * self.rows_per_step
+        num_rows = max(read, STREAM_ROWS) if self.num_rows is None else self.num_rows
+        if len(self.reasons) > self.max_share * num_rows or len(self.reasons) >= min(num_rows, self.num_rows or read):
             first = "\n  ".join(list(self.reasons.values())[:SHOWN])
             raise TooManyBadRows(
-                f"{len(self.reasons)} of {self.num_rows} rows cannot be used, more than max_bad_share={self.max_share} "
+                f"{len(self.reasons)} of {num_rows} rows cannot be used, more than max_bad_share={self.max_share} "
                 f"allows. They are listed in {self.path}; the first are\n  {first}"
             )
 

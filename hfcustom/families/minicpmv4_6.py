@@ -20,7 +20,7 @@ from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
 from hfcustom.connectors import Grid, frames_together, grid_out
 from hfcustom.families import published, tiny
-from hfcustom.processors import MatchedProcessor, OptionalVideo, WithoutVideo
+from hfcustom.processors import MatchedProcessor, OptionalVideo, RaggedVideos, WithoutVideo
 from hfcustom.ragged import RaggedImages
 from hfcustom.registry import register
 from hfcustom.videos import VideoFrames
@@ -32,7 +32,7 @@ class CustomMiniCPMV4_6Config(CustomConfig, MiniCPMV4_6Config):
     model_type = "custom_minicpmv4_6"
 
 
-class CustomMiniCPMV4_6Processor(MatchedProcessor, OptionalVideo, MiniCPMV4_6Processor, WithoutVideo):
+class CustomMiniCPMV4_6Processor(RaggedVideos, MatchedProcessor, OptionalVideo, MiniCPMV4_6Processor, WithoutVideo):
     """MiniCPMV4_6Processor that works without torchvision and follows the connector in the whole image and in each slice."""
 
     video_processor_type = "MiniCPMV4_6VideoProcessor"

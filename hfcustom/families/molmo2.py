@@ -18,7 +18,7 @@ from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
 from hfcustom.connectors import Grid, Told, count_tokens_out, grid_out, of_each
 from hfcustom.families import tiny
-from hfcustom.processors import MatchedProcessor, NeedsTorchvision
+from hfcustom.processors import MatchedProcessor, NeedsTorchvision, RaggedVideos
 from hfcustom.ragged import RaggedImages
 from hfcustom.registry import register
 from hfcustom.videos import VideoFrames
@@ -32,7 +32,7 @@ class CustomMolmo2Config(CustomConfig, Molmo2Config):
     model_type = "custom_molmo2"
 
 
-class CustomMolmo2Processor(NeedsTorchvision, MatchedProcessor, Molmo2Processor):
+class CustomMolmo2Processor(RaggedVideos, NeedsTorchvision, MatchedProcessor, Molmo2Processor):
     """Molmo2Processor that follows the model's connector, and whose offsets are those in the text it was given."""
 
     def reduced_inputs(
