@@ -68,6 +68,8 @@ def test_a_list_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     everything = write(tmp_path / "all.jsonl", *({"row": name, "reason": ""} for name in NAMES))
     with pytest.raises(ValueError, match="names all 3 rows, so there is nothing to train on"):
         find_excluded(everything, NAMES)
+    with pytest.raises(ValueError, match="names a.jsonl, line 4, which 2 rows of the data are called"):
+        find_excluded(write(tmp_path / "one.jsonl", {"row": NAMES[2], "reason": ""}), [*NAMES, NAMES[2]])
     (tmp_path / "bad.jsonl").write_text('{"row": 3}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl, line 1: '\{\"row\": 3\}' is no"):
         find_excluded(str(tmp_path / "bad.jsonl"), NAMES)

@@ -93,12 +93,19 @@ def read_excluded(path: str) -> dict[str, str]:
 def find_excluded(path: str, names: Sequence[str]) -> dict[int, str]:
     """Return {index: reason} of the rows to leave out; ValueError when a listed one is none of these rows, or all are."""
     excluded = read_excluded(path)
-    places = {name: at for at, name in enumerate(names)}
+    places: dict[str, list[int]] = {}
+    for at, name in enumerate(names):
+        places.setdefault(name, []).append(at)
     if strange := [row for row in excluded if row not in places]:
         raise ValueError(
             f"exclude={path}: {len(strange)} of its {len(excluded)} rows are none of the data ({', '.join(strange[:SHOWN])}), "
             f"whose first row is {names[0]}; was the list made of another file?"
         )
+    if twice := [row for row in excluded if len(places[row]) > 1]:
+        raise ValueError(
+            f"exclude={path} names {twice[0]}, which {len(places[twice[0]])} rows of the data are called; give their files "
+            "different names."
+        )
     if len(excluded) == len(names):
         raise ValueError(f"exclude={path} names all {len(names)} rows, so there is nothing to train on.")
-    return {places[row]: reason for row, reason in excluded.items()}
+    return {places[row][0]: reason for row, reason in excluded.items()}

@@ -105,7 +105,8 @@ class RowReader:
         example: Example = rows[at]
         facts.kind, facts.characters = kind_of(example), count_characters(example)
         facts.images = [(_digest(image.tobytes(), image.size), *image.size) for image in example.images]
-        facts.digest = _digest(_content(example), facts.images)
+        videos = [[_digest(frame.tobytes(), frame.size) for frame in video] for video in example.videos]
+        facts.digest = _digest(_content(example), [facts.images, videos])
         facts.findings += find_warnings(example)
         self.check(example)
         if self.collate is not None:
