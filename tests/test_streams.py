@@ -21,7 +21,7 @@ from hfcustom.data.messages import RowError
 from hfcustom.data.sources import as_examples, load_rows
 from hfcustom.data.steps import StepBatches
 from hfcustom.data.stream_loader import StepStream, StreamLoader
-from hfcustom.data.streams import Share, check_shards
+from hfcustom.data.streams import Share, Stream, check_shards
 from hfcustom.train_config import TrainConfig
 
 PER_STEP, STEPS, FILES, PER_FILE = 3, 20, 4, 10
@@ -172,6 +172,14 @@ def test_rows_of_a_hub_stream_are_named_by_who_reads_them_and_their_images_stay_
     example = first_example(stream, TrainConfig())
     assert (example.name, example.columns, len(example.images)) == ("row row 0", {"id": 0}, 1)
     assert numbers(read(stream, range(2), rank=1, world_size=2)) == [[1, 3, 1], [3, 1, 3]]
+    for shuffled in (
+        data.shuffle(0),
+        data.shuffle(0).map(dict),
+        datasets.concatenate_datasets([data, data.shuffle(0)]),
+    ):
+        with pytest.raises(ValueError, match="whose buffer is lost when a run is resumed. Leave it out, and pass"):
+            as_rows(shuffled)
+    assert_goes_on(Stream(data, shuffle_buffer=3), [1, 4, 9])
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

@@ -39,9 +39,7 @@ class Feed:
         self.rows = as_rows(rows)
         self.config = config
         self.accelerator = accelerator
-        self.positions: dict[
-            int, State
-        ] = {}  # of this rank's loading processes, after the last step that was trained on
+        self.positions: dict[int, State] = {}  # of this rank's loading processes, after the last step trained on
         self.epoch = 0
         self.kind: str | None = None  # of the first row
         if not isinstance(self.rows, Examples):
@@ -175,7 +173,7 @@ class Feed:
 def as_rows(rows: Any) -> Rows:
     """Return rows of any sequence, or of an IterableDataset of `datasets`, as what a run can train on.
 
-    Raises TypeError for what is neither, ValueError for no rows.
+    Raises TypeError for what is neither, ValueError for no rows and for a stream that could not be resumed.
     """
     if isinstance(rows, Stream | StreamMixture):
         return rows
@@ -195,7 +193,19 @@ def _iterable_dataset(rows: Any) -> Stream:
             f"rows is a {type(rows).__name__}; pass hfcustom.load_rows('rows.jsonl'), a list, a data set, or for what has no "
             "length a datasets.IterableDataset (its from_generator makes one of a function), which can be resumed."
         )
+    if has_buffer(rows._ex_iterable):
+        raise ValueError(
+            "rows were shuffled by IterableDataset.shuffle, whose buffer is lost when a run is resumed. Leave it out, and pass "
+            "hfcustom.data.streams.Stream(rows, shuffle_buffer=1000), which goes on exactly."
+        )
     return Stream(rows.decode(False) if rows.features is not None else rows)
+
+
+def has_buffer(iterable: Any) -> bool:
+    """Whether rows pass through a shuffle buffer of `datasets` (5.2.0), which its own state does not say."""
+    parts = vars(iterable)
+    inner = [*parts.get("ex_iterables", []), *([parts["ex_iterable"]] if "ex_iterable" in parts else [])]
+    return type(iterable).__name__ == "BufferShuffledExamplesIterable" or any(map(has_buffer, inner))
 
 
 def usable_rows(rows: Examples, config: TrainConfig) -> Attempts:

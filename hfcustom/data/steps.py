@@ -40,10 +40,9 @@ class StepBatches:
     batches: list[Batch]
     skipped: list[Finding] = field(default_factory=list)
     notes: list[Finding] = field(default_factory=list)  # about rows that are used: frames that were dropped
-    position: tuple[int, dict[str, Any]] | None = (
-        None  # of a stream: which loading process, and where it stands after this
-    )
-    epoch: int = 0  # of a stream: how often it has ended for that process
+    # of a stream: which loading process, where it stands after this, and how often the stream has ended for it
+    position: tuple[int, dict[str, Any]] | None = None
+    epoch: int = 0
 
 
 class Attempts(Sequence[Any]):
