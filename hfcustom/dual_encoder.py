@@ -28,6 +28,7 @@ from hfcustom import loading, seams
 from hfcustom.configuration import CustomConfig
 from hfcustom.custom_model import CustomModel, named_tensors
 from hfcustom.data.captions import CaptionCollator
+from hfcustom.data.checks import MIN_PIXELS
 from hfcustom.losses import Divisors, Loss, LossValue, StepSummary, WeightedLoss
 from hfcustom.losses.chunked import accumulation_dtype
 from hfcustom.losses.pairs import (
@@ -249,10 +250,12 @@ class CustomDualEncoder(CustomModel):
 
     # ---- a whole step, as fit() asks about it -----------------------------------------------------------------------
 
-    def make_collator(self, processor: Any, max_length: int | None = None) -> CaptionCollator:
+    def make_collator(
+        self, processor: Any, max_length: int | None = None, min_pixels: int = MIN_PIXELS
+    ) -> CaptionCollator:
         """Return what turns rows of an image and its text into this model's batches."""
         length = self.config.text_config.max_position_embeddings
-        return CaptionCollator(processor, length, max_length, padding=self.text_padding)
+        return CaptionCollator(processor, length, max_length, padding=self.text_padding, min_pixels=min_pixels)
 
     def losses(self) -> list[WeightedLoss]:
         """Return the configured loss as a term over the rows of a step; ValueError for one that is unknown, and for "stock"."""

@@ -272,7 +272,10 @@ RULES = [
         for name in ("micro_batch_size", "eval_steps", "save_steps", "max_length", "connector_lr", "vision_lr")
         for value in (0, -1)
     ),
-    *((name, -1, "must not be negative") for name in ("weight_decay", "warmup_steps", "max_grad_norm", "num_workers")),
+    *(
+        (name, -1, "must not be negative")
+        for name in ("weight_decay", "warmup_steps", "max_grad_norm", "min_pixels", "num_workers")
+    ),
     *(("beta2", value, "must be in [0, 1)") for value in (-0.1, 1.0)),
     *((name, value, "must be in [0, 1]") for name in ("min_lr_ratio", "max_bad_share") for value in (-0.1, 1.1)),
     *(
