@@ -345,6 +345,15 @@ def test_a_transform_that_changes_the_shape_is_named(method: str, family: Family
         family.model(mine)(**family.batch([1, 1]))
 
 
+@pytest.mark.parametrize("method", WRONG_SHAPES)
+def test_a_transform_that_changes_the_dtype_is_named(method: str, families: dict[str, Family]) -> None:
+    llava = families["llava"]
+    mine = type("Wide", (llava.model_class,), {method: lambda self, x, *mask: x.double(), "__module__": __name__})
+    model, batch = llava.model(mine), llava.batch([1])
+    with pytest.raises(ValueError, match=rf"{method} returned float64; it got float32: end with .to\(torch.float32\)"):
+        model(**batch)
+
+
 @pytest.mark.parametrize("connector", [None, "average_pool"], ids=["stock", "token-reducing"])
 def test_generation_with_cache_equals_generation_without(family: Family, connector: str | None) -> None:
     processor = copy.deepcopy(family.processor)
