@@ -354,6 +354,14 @@ def test_a_transform_that_changes_the_dtype_is_named(method: str, families: dict
         model(**batch)
 
 
+def test_each_beam_sees_the_images_of_its_row(family: Family) -> None:
+    model, inputs = family.model(), family.batch([2, 1])
+    del inputs["labels"]
+    options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    one, beams = (model.generate(**inputs, **options, num_beams=count).logits[0] for count in (1, 3))  # (B or 3 B, V)
+    torch.testing.assert_close(beams, one.repeat_interleave(3, 0), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("connector", [None, "average_pool"], ids=["stock", "token-reducing"])
 def test_generation_with_cache_equals_generation_without(family: Family, connector: str | None) -> None:
     processor = copy.deepcopy(family.processor)

@@ -115,29 +115,6 @@ def test_a_cache_of_fixed_size_generates_the_same(images: list[int], families: d
 
 
 @torch.no_grad()
-def test_each_beam_sees_the_images_of_its_row(families: dict[str, Family]) -> None:
-    family = families["nano"]
-    model, inputs = family.model(), family.batch([2, 2])
-    for parameter in model.projector.parameters():
-        parameter.mul_(6)  # so that it matters which image is where
-    del inputs["labels"]
-    found = model.generate(
-        **inputs,
-        num_beams=3,
-        max_new_tokens=4,
-        min_new_tokens=4,
-        length_penalty=0.0,
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
-    length = inputs["input_ids"].shape[1]
-    mask = nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
-    logits = model(input_ids=found.sequences, attention_mask=mask, pixel_values=inputs["pixel_values"]).logits
-    log_p = logits[:, length - 1 : -1].log_softmax(-1).gather(-1, found.sequences[:, length:, None])  # (B, 4, 1)
-    torch.testing.assert_close(found.sequences_scores, log_p.sum((1, 2)), rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
 def test_empty_places_of_a_cache_are_not_looked_at(families: dict[str, Family]) -> None:
     model, ids = families["nano"].model(), torch.arange(20, 30)[None]
     cache = StaticCache(model.config, max_cache_len=32)
