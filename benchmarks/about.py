@@ -16,5 +16,6 @@ ABOUT: dict[str, str] = {
     "trainer": "transformers.Trainer",
     "trl": "trl as shipped, on this device",
     "trl_good": "trl, supervised rows only (its path on Triton)",
-    "ours": "hfcustom",
+    "ours": "hfcustom, padded rows",
+    "ours_packed": "hfcustom, packed rows",
 }

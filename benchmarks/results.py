@@ -20,7 +20,14 @@ from tasks import step_rows
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "hfcustom")
 BASELINES = ("trainer", "stock", "trl", "trl_good")  # the first one that was measured is 1x
-COLORS = {"ours": "#c2410c", "stock": "#94a3b8", "trainer": "#64748b", "trl": "#93c5fd", "trl_good": "#2563eb"}
+COLORS = {
+    "ours": "#c2410c",
+    "ours_packed": "#7c2d12",
+    "stock": "#94a3b8",
+    "trainer": "#64748b",
+    "trl": "#93c5fd",
+    "trl_good": "#2563eb",
+}
 
 
 def describe_machine(settings: Settings, command: str) -> dict[str, Any]:

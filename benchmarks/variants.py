@@ -292,8 +292,18 @@ def _trainer_bench(made: Any, model: nn.Module, optimizer: torch.optim.Optimizer
 
 def ours(job: Job) -> Bench:
     """Run hfcustom.train.train_step on the custom class."""
+    return _ours(job, packed=False)
+
+
+def ours_packed(job: Job) -> Bench:
+    """Run the same on the rows packed into one, as fit() with packing does."""
+    return _ours(job, packed=True)
+
+
+def _ours(job: Job, packed: bool) -> Bench:
     import hfcustom
     from hfcustom.data.collate import Batch
+    from hfcustom.data.packing import pack_rows
     from hfcustom.families.internvl import CustomInternVLForConditionalGeneration
     from hfcustom.losses import LOSSES
     from hfcustom.train import make_accelerator, train_step
@@ -308,6 +318,8 @@ def ours(job: Job) -> Bench:
     settings = hfcustom.TrainConfig(precision="fp32", max_grad_norm=MAX_GRAD_NORM)  # no autocast, as for all
     accelerator = make_accelerator(settings)
     batch = Batch(batch_of(job))
+    if packed:
+        batch = pack_rows([batch], CustomInternVLForConditionalGeneration.merge_images)
 
     def step() -> tuple[float, float]:
         report = train_step(model, [batch], optimizer, accelerator, settings)
@@ -324,6 +336,7 @@ OPTIONS: dict[str, dict[str, float]] = {
 
 VARIANTS: dict[str, Callable[[Job], Bench]] = {
     "ours": ours,
+    "ours_packed": ours_packed,
     "stock": stock,
     "trainer": trainer,
     "trl": trl,

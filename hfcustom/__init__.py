@@ -22,6 +22,7 @@ _HOME = {
     "Examples": "hfcustom.data.sources",
     "LossCallback": "hfcustom.trainer_callback",
     "LossContext": "hfcustom.losses",
+    "PackingCollator": "hfcustom.data.packing",
     "RowError": "hfcustom.data.messages",
     "TrainConfig": "hfcustom.train_config",
     "cache_reference": "hfcustom.data.reference",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from hfcustom.data.collate import Collator
     from hfcustom.data.frames import select_frames
     from hfcustom.data.messages import RowError
+    from hfcustom.data.packing import PackingCollator
     from hfcustom.data.reference import cache_reference
     from hfcustom.data.sources import Examples, load_rows
     from hfcustom.dual_encoder import CustomDualEncoder

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hfcustom.connectors import Grid, count_tokens_out, grid_out
+from hfcustom.connectors import Grid, count_tokens_out, grid_out, of_each
 from hfcustom.processors import ConnectedProcessor
 from hfcustom.ragged import RaggedImages
 
@@ -24,6 +24,9 @@ class AnyresImages(RaggedImages):
     """Mixin between CustomVLM and a stock class that has `pack_image_features`."""
 
     no_pictures = no_resizing = ""  # crops reach the tower as pictures of one size
+    no_pictures_of_tokens = (
+        "the tiles of an image are put together and cut before a connector behind the projector sees them"
+    )
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features before the projector, which gets crops of one size."""
@@ -65,10 +68,13 @@ class AnyresImages(RaggedImages):
         rows = (stock(**inputs | thin)[1] - lengths).tolist()  # with newlines there is a token more a row
         bases = [image[0] for image in crops]
         rests = [image[len(base) :] for image, base in zip(images, bases, strict=True)]  # (rows * columns, D)
-        bases = self._reduce(bases, [square(len(base)) for base in bases])
         grids = [(height, len(rest) // height) for height, rest in zip(rows, rests, strict=True)]
+        told = self.question_of(self._packed_lengths([len(base) for base in bases], grids, newline is not None))
+        bases = self._reduce(bases, [square(len(base)) for base in bases], told)
         tiled = [image for image, rest in enumerate(rests) if len(rest)]
-        found = self._reduce([rests[image] for image in tiled], [grids[image] for image in tiled])
+        found = self._reduce(
+            [rests[image] for image in tiled], [grids[image] for image in tiled], of_each(told, tiled)
+        )
         reduced = dict(zip(tiled, found, strict=True))
         packed = [
             torch.cat([base, self._lines(reduced.get(image, rests[image]), grids[image], newline)])
@@ -76,10 +82,21 @@ class AnyresImages(RaggedImages):
         ]
         return packed, lengths.new_tensor([len(image) for image in packed])
 
+    def _packed_lengths(self, bases: list[int], grids: list[Grid], newlines: bool) -> list[int]:
+        """Return the tokens of each image after the connector, from those of its base view and how its tiles lie."""
+        module = self.custom_connector
+        lefts = [self._rows_and_columns(grid) for grid in grids]
+        tiles = [rows * (columns + newlines) for rows, columns in lefts]
+        return [count_tokens_out(module, base, square(base)) + rest for base, rest in zip(bases, tiles, strict=True)]
+
+    def _rows_and_columns(self, grid: Grid) -> Grid:
+        """Return how the tokens of tiles lie after the connector; of a base view alone there are none, in one row."""
+        tokens = math.prod(grid)
+        return grid_out(self.custom_connector, tokens, grid) if tokens else (1, 0)
+
     def _lines(self, rest: torch.Tensor, grid: Grid, newline: torch.Tensor | None) -> torch.Tensor:
         """End each row of what is left of the tiles, (M, D), with a newline; `grid` is how they lay before the connector."""
-        tokens = math.prod(grid)  # of a base view alone 0, which is one row
-        rows, columns = grid_out(self.custom_connector, tokens, grid) if tokens else (1, 0)
+        rows, columns = self._rows_and_columns(grid)
         lines = rest.view(rows, columns, rest.shape[-1])  # (rows, columns, D)
         if newline is not None:
             lines = torch.cat([lines, newline.to(lines).expand(rows, 1, -1)], 1)  # (rows, columns + 1, D)

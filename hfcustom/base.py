@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
 import torch
@@ -140,7 +141,7 @@ class CustomVLM(SeamHooks):
         labels = inputs.pop("labels", labels)
         if labels is None:
             call = self.stock_inputs(inputs)
-            with self.flat_pass(call):
+            with self.stock_pass(call, inputs):
                 return super().forward(**call)
         head = self.loss_head().linear
         if head is not None and not torch.compiler.is_compiling() and (labels.is_cpu or not self._labels_checked):
@@ -165,6 +166,14 @@ class CustomVLM(SeamHooks):
         fields = {**context.outputs, "loss": loss, "logits": context.outputs.logits if return_logits else None}
         return type(context.outputs)(**fields)
 
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Generate as stock does; the question that a connector may ask for is the prompt, in every step."""
+        stock: Any = super()
+        prompt = {"input_ids": inputs, **kwargs}
+        shown = kwargs.get("inputs_embeds") if prompt["input_ids"] is None else prompt["input_ids"]
+        with nullcontext() if shown is None else self.asking(prompt, prompt_length=shown.shape[1]):
+            return stock.generate(inputs, *args, **kwargs)
+
     def loss_context(
         self, batch: Mapping[str, Any], labels: torch.Tensor, return_logits: bool = False
     ) -> losses.LossContext:
@@ -184,7 +193,7 @@ class CustomVLM(SeamHooks):
             call |= {f"output_{name}": True for name in loss.outputs}
         self._pass = passed = seams.ForwardPass(records=True, skips_head=not return_logits)
         try:
-            with self.flat_pass(call):
+            with self.stock_pass(call, batch, labels):
                 outputs = super().forward(**call, return_dict=True)
         finally:
             self._pass = None
@@ -209,7 +218,7 @@ class CustomVLM(SeamHooks):
         """Run the parent's own path, logits and loss included; seams before the head stay in effect."""
         num_items = num_items if divisors is None else divisors["stock"]
         extra = {} if num_items is None else {"num_items_in_batch": num_items}
-        with self.flat_pass(inputs):
+        with self.stock_pass(inputs, inputs, labels):
             outputs = super().forward(**inputs, labels=labels, **extra, return_dict=True)
         count = losses.count_tokens({"labels": labels})
         if not count:  # stock divides by it

@@ -5,6 +5,7 @@ output_dir/checkpoints/step-000100/
     optimizer.safetensors, optimizer.json
     rng-0.safetensors     one a rank: torch, CUDA, numpy and Python generators
     state.json            step, log, losses since the last log line, what decides the order of rows
+    stream-0.json         one a rank, of rows that are a stream: where its loading processes stand
     manifest.json         SHA-256 of every other file; a folder without a true manifest is no checkpoint
 A folder is written beside its place, flushed to disk, and renamed; the newest valid one is resumed from, and an old one
 is deleted only after its successor is in place.
@@ -21,7 +22,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ from torch import nn
 
 from hfcustom.parts import unwrap, wrapped_by_peft
 from hfcustom.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from hfcustom.data.feed import Feed
 
 
 class Checkpoints:
@@ -43,14 +47,14 @@ class Checkpoints:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         processor: Any,
-        num_rows: int,
+        feed: Feed,
     ) -> None:
         self.config = config
         self.accelerator = accelerator
         self.model = model
         self.optimizer = optimizer
         self.processor = processor
-        self.num_rows = num_rows
+        self.feed = feed
         self.output_dir = Path(config.output_dir)
         self.folder = self.output_dir / "checkpoints"
         self.resumed: Path | None = None
@@ -81,20 +85,30 @@ class Checkpoints:
             self.accelerator.print(f"Nothing to resume in {self.folder}; starting at step 0.")
             return 0
         state = json.loads((self.resumed / "state.json").read_text())
-        if state["order"] != self._order():
-            raise ValueError(
-                f"{self.resumed} was trained with {state['order']}, this run has {self._order()}: the rows already seen "
-                "would be others. Resume with those values, or start afresh with --overwrite."
-            )
+        self._check_order(state["order"])
+        self.feed.load(self.resumed)
         load_model(unwrapped(self.model), self.resumed / "model")
         load_optimizer(self.optimizer, self.resumed)
         self.history, self.pending = state["history"], state["pending"]
         self.accelerator.print(f"Resuming from {self.resumed}, step {state['step']}.")
         return state["step"]
 
-    def _order(self) -> dict[str, int]:
-        """What, with the step, decides which rows come next."""
-        return {"batch_size": self.config.batch_size, "rows": self.num_rows, "seed": self.config.seed}
+    def _check_order(self, then: dict[str, Any]) -> None:
+        """Raise ValueError where the rows that are left would be others."""
+        now = self.feed.order()
+        if "data" not in then:  # written before checkpoints knew
+            now.pop("data")
+        differ = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+        if differ == ["data"]:
+            raise ValueError(
+                f"{self.resumed} was trained on other data: files, rows or weights have changed since, so that the rows already "
+                "seen would be others. Put them back as they were, or start afresh with --overwrite."
+            )
+        if differ:
+            raise ValueError(
+                f"{self.resumed} was trained with {_chosen(then, differ)}, this run has {_chosen(now, differ)}: the rows already "
+                "seen would be others. Resume with those values, or start afresh with --overwrite."
+            )
 
     def restore_rng(self) -> None:
         """Set this rank's random generators to where the resumed run had them; a rank it lacked keeps its own seed."""
@@ -114,8 +128,9 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 save_model(unwrapped(self.model), self.processor, partial / "model")
                 save_optimizer(self.optimizer, partial)
-                state = {"step": step, "history": history, "pending": pending, "order": self._order()}
+                state = {"step": step, "history": history, "pending": pending, "order": self.feed.order()}
                 write_json(partial / "state.json", state)
+            self.feed.save(partial)
             save_rng(partial / f"rng-{self.accelerator.process_index}.safetensors")
         if self.accelerator.is_main_process:
             for old in complete_checkpoints(self.folder)[: -self.config.keep_checkpoints]:
@@ -135,6 +150,10 @@ class Checkpoints:
             replace_folder(self.model_dir(), model_dir)
         self.accelerator.wait_for_everyone()
         return model_dir
+
+
+def _chosen(order: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    return {name: order[name] for name in names if name in order}
 
 
 # ---- folders --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers.utils import logging
 
 from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.losses import IGNORE, LOSSES, WeightedLoss, count_all_tokens
@@ -26,8 +27,10 @@ from hfcustom.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from hfcustom.data.collate import Batch
+    from hfcustom.data.packing import Cut
     from hfcustom.train import StepReport
 
+logger = logging.get_logger("hfcustom")
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # brackets in a path are no style
 if not out.is_terminal:
     out.width = 140  # a log file has no width of its own; rich would assume 80 and cut module paths
@@ -44,12 +47,15 @@ class TrainLog:
         start: int,
         max_steps: int,
         history: Iterable[Mapping[str, float]] = (),
+        sources: Sequence[str] = (),
     ) -> None:
         self.config = config
         self.accelerator = accelerator
         self.losses = list(losses)
         self.names = [item.loss.name for item in losses]
-        self._records_on_ranks = accelerator.num_processes > 1 and any(item.loss.is_term for item in losses)
+        self.sources = list(sources)  # of a mixture, whose shares of the tokens are logged
+        recorded = bool(sources) or any(item.loss.is_term for item in losses)
+        self._records_on_ranks = accelerator.num_processes > 1 and recorded
         self.start = start
         self.max_steps = max_steps
         self.history = [dict(entry) for entry in history]
@@ -80,7 +86,11 @@ class TrainLog:
 
     def step(self, step: int, report: StepReport | None, optimizer: torch.optim.Optimizer) -> None:
         """Take one step's report; None is a step of which no row could be used, so that nothing was computed."""
-        self.window += [] if report is None else [report]
+        if report is not None:
+            for name in self.sources:
+                share = [report.source_tokens.get(name, 0), sum(report.source_tokens.values())]
+                report.metrics[f"tokens/{name}"] = torch.tensor(share, dtype=torch.float64)
+            self.window.append(report)
         self.bar.update(self.task, completed=step)
         if self.window and (step % self.config.log_steps == 0 or step == self.max_steps):
             self.metrics(step, self._close_window(step, optimizer), progress=True)
@@ -153,8 +163,8 @@ class TrainLog:
             for item, value in zip(self.losses, values, strict=True):
                 raw[item.loss.name] += value / len(steps)
                 weighted[item.loss.name] += item.weight_at(at) * value / len(steps)
-        work = [sum(report.tokens for report in self.window), sum(report.images for report in self.window)]
-        tokens, images = self._sum_over_ranks(work)
+        work = [sum(getattr(report, name) for report in self.window) for name in ("tokens", "positions", "images")]
+        tokens, positions, images = self._sum_over_ranks(work)
         seconds = time.perf_counter() - self.window_began
         entry = {"loss": sum(weighted.values())}
         several = len(self.losses) > 1
@@ -172,6 +182,8 @@ class TrainLog:
         same = len(set(rates.values())) == 1
         entry |= {"lr": next(iter(rates.values()))} if same else {f"lr_{part}": rate for part, rate in rates.items()}
         entry |= {"grad_norm": float(self.window[-1].grad_norm)}
+        if self.config.packing and positions:
+            entry["useful_tokens"] = tokens / positions
         entry |= {"tokens_per_s": tokens / seconds, "images_per_s": images / seconds}
         self.window, self.window_began = [], time.perf_counter()
         return entry
@@ -232,6 +244,17 @@ def _trackable(config: TrainConfig) -> dict[str, Any]:
 
 
 # ---- start-up facts -------------------------------------------------------------------------------------------------
+
+
+def show_cut(cut: Cut, whole: bool) -> None:
+    """Say once that rows are larger than a packed micro-batch; the `whole` of it says what packing saves, too."""
+    if whole:
+        out.print(f"packing: {cut}")
+    if cut.too_long:
+        logger.warning_once(
+            f"Some rows have more than pack_tokens={cut.budget} tokens; each is a micro-batch by itself. max_length refuses "
+            "them, a larger pack_tokens packs them."
+        )
 
 
 def show_parts(model: Any, title: str = "") -> None:

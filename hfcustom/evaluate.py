@@ -72,12 +72,13 @@ def _answer_batch(
 def _without_answer(example: Example, prompt: list[dict[str, Any]]) -> Example:
     """Return what is asked, less the images of the answer itself."""
     shown = sum(block["type"] == "image" for message in prompt for block in message["content"])
-    return Example(prompt, example.images[:shown], example.name)
+    films = sum(block["type"] == "video" for message in prompt for block in message["content"])
+    return Example(prompt, example.images[:shown], example.name, videos=example.videos[:films])
 
 
 def _words(messages: list[dict[str, Any]]) -> str:
     turns = (
-        "".join(block["text"] if block["type"] == "text" else "[image] " for block in message["content"])
+        "".join(block["text"] if block["type"] == "text" else f"[{block['type']}] " for block in message["content"])
         for message in messages
     )
     return "\n".join(turn.strip() for turn in turns)

@@ -42,7 +42,7 @@ EXTERNAL = {
         "videos: SigLIP-SO400M and InternVideo2 side by side, perceiver resampler, Qwen2.5 (https://arxiv.org/abs/2412.10360)",
         'its weights were withdrawn by the authors; of copies, remote code, wrap(model, vision="vision_tower", language="llm")',
         "qwen2_5_vl",
-        ("two_encoders", "perceiver_resampler"),
+        ("multi_encoder_resampler", "two_encoders", "perceiver_resampler"),
     ),
     "longvu": External(
         "Vision-CAIR/LongVU_Qwen2_7B",
@@ -70,7 +70,7 @@ EXTERNAL = {
         "several frozen encoders read into one set of queries (https://arxiv.org/abs/2404.07204)",
         "nothing to wrap: neither code nor weights are public",
         "llava",
-        ("two_encoders", "perceiver_resampler"),
+        ("multi_encoder_resampler",),
     ),
     "minicpm-o": External(
         "openbmb/MiniCPM-o-2_6",

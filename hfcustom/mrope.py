@@ -19,7 +19,7 @@ from transformers.utils import logging
 from transformers.vision_utils import get_vision_window_index
 
 from hfcustom import losses
-from hfcustom.connectors import Grid, grids_out
+from hfcustom.connectors import Grid, grids_out, of_each
 from hfcustom.ragged import RaggedImages
 from hfcustom.videos import VideoFrames
 
@@ -57,8 +57,7 @@ class MRopeImages(VideoFrames, RaggedImages):
         """Give rows packed into one the positions by which stock keeps them apart; all else as CustomVLM does."""
         call: dict[str, Any] = super().stock_inputs(inputs)  # type: ignore[misc]
         if losses.is_packed(call) and call["position_ids"].ndim == 2:
-            starts = call["position_ids"] == 0  # (B, T)
-            starts[:, 0] = True
+            starts = losses.row_starts(call["position_ids"])  # (B, T)
             if int(starts.sum()) > len(starts):
                 call["position_ids"] = torch.cat([call["position_ids"][None], self._packed_positions(call, starts)])
         return call
@@ -123,7 +122,9 @@ class MRopeImages(VideoFrames, RaggedImages):
             return super()._connect(features)
         assert self.image_inputs is not None, "its arguments stand here too"
         grids = self.image_grids(self.image_inputs)
-        return [self._reduce([video], [grid])[0] for video, grid in zip(features, grids, strict=True)]
+        told = self.question_of(self.tokens_left(features, grids))
+        parts = enumerate(zip(features, grids, strict=True))
+        return [self._reduce([video], [grid], of_each(told, [at]))[0] for at, (video, grid) in parts]
 
     def _at_rope_index(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inputs = inspect.signature(stock).bind(*args, **kwargs).arguments

@@ -234,7 +234,11 @@ class SizedProcessor(NeedsTorchvision, MatchedProcessor):
         return {"image_sizes": [[side * count for count in grid_out(module, rows * columns, (rows, columns))]]}
 
 
-class GridProcessor(MatchedProcessor):
+class RaggedVideos(ProcessorMixin):
+    """Mixin that marks a processor which takes videos of different numbers of frames in one call; others stack them."""
+
+
+class GridProcessor(RaggedVideos, MatchedProcessor):
     """MatchedProcessor for images and videos that come with their grids, (P, 3) frames, rows and columns of patches."""
 
     def image_grid(self, image_inputs: Mapping[str, Any], image_idx: int) -> Grid:

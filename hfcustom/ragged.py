@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfcustom.connectors import Grid, frames_together, reduce_tokens
+from hfcustom.connectors import Grid, Told, count_tokens_out, frames_together, of_each, reduce_tokens
 from hfcustom.processors import match_connector
 from hfcustom.seam_hooks import SeamHooks
 
@@ -70,16 +70,33 @@ class RaggedImages(SeamHooks):
     def _connect(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """Run the connector on what get_image_features returned, one tensor an image."""
         assert self.image_inputs is not None, "get_image_features is running"
-        return self._reduce(features, self.image_grids(self.image_inputs))
+        grids = self.image_grids(self.image_inputs)
+        return self._reduce(features, grids, self.question_of(self.tokens_left(features, grids)))
 
-    def _reduce(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[torch.Tensor]:
-        """Run the connector on all images that have the same grid; on a video's frames, which share theirs, together."""
+    def tokens_left(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[int]:
+        """Return how many tokens the connector leaves of each image, (N_i, D), or of a video's frames together."""
+        sizes = [math.prod(grid) for grid in grids]
+        counts = [count_tokens_out(self.custom_connector, *part) for part in zip(sizes, grids, strict=True)]
+        return [len(image) // size * count for image, size, count in zip(features, sizes, counts, strict=True)]
+
+    def _reduce(
+        self, features: Sequence[torch.Tensor], grids: Sequence[Grid], told: Told | None = None
+    ) -> list[torch.Tensor]:
+        """Run the connector on all images that have the same grid; on a video's frames, which share theirs, together.
+
+        `told` is what the connector asks for, an entry an image or video.
+        """
+        told = told or {}
         crops = [
             image.unflatten(0, (-1, math.prod(grid))) for image, grid in zip(features, grids, strict=True)
         ]  # (F, N, D)
         if any(len(image) > 1 for image in crops):
-            parts = zip(crops, grids, strict=True)
-            return [reduce_tokens(self.custom_connector, *part, self.config.connector).flatten(0, 1) for part in parts]
+            return [
+                reduce_tokens(
+                    self.custom_connector, image, grid, self.config.connector, of_each(told, [at] * len(image))
+                ).flatten(0, 1)
+                for at, (image, grid) in enumerate(zip(crops, grids, strict=True))
+            ]
         frames = frames_together(self.custom_connector)
         clips = [range(first, min(first + frames, len(grids))) for first in range(0, len(grids), frames)]
         for clip in clips:
@@ -92,9 +109,8 @@ class RaggedImages(SeamHooks):
         for grid in dict.fromkeys(grids):
             at = [image for clip in clips if grids[clip[0]] == grid for image in clip]
             stacked = torch.cat([crops[image] for image in at])  # (P, N, D)
-            reduced.update(
-                zip(at, reduce_tokens(self.custom_connector, stacked, grid, self.config.connector), strict=True)
-            )
+            left = reduce_tokens(self.custom_connector, stacked, grid, self.config.connector, of_each(told, at))
+            reduced.update(zip(at, left, strict=True))
         return [reduced[image] for image in range(len(features))]
 
     def transform_ragged(self, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:

@@ -247,7 +247,7 @@ def _check(core: Any, processor: Any, size: int) -> None:
     inputs = {
         name: x.to(core.device, dtype if x.is_floating_point() else None) for name, x in batch.items() if name in known
     }
-    with torch.no_grad():
+    with torch.no_grad(), core.asking({"input_ids": batch["input_ids"].to(core.device)}):
         features = features_of(**inputs, return_dict=True).pooler_output
     tokens = sum(math.prod(image.shape[:-1]) for image in features)
     placeholders = int((batch["input_ids"] == core.placeholder_token_id).sum())

@@ -7,7 +7,7 @@ Letters: B rows, T text tokens, N image tokens, P crops, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -16,9 +16,20 @@ import torch
 from torch import nn
 
 from hfcustom import parts, seams
-from hfcustom.connectors import build_connector, find_connector, frames_together, reduce_tokens, takes_pictures
+from hfcustom.connectors import (
+    build_connector,
+    count_tokens_out,
+    find_connector,
+    frames_together,
+    reduce_tokens,
+    takes_pictures,
+    takes_question,
+    works_before_projector,
+)
 from hfcustom.custom_model import CustomModel
 from hfcustom.naming import check_shape
+from hfcustom.packed import keep_rows_apart, merge_crops, packed_row_ids, why_not_packed
+from hfcustom.questions import Asked
 
 if TYPE_CHECKING:
     from hfcustom.base import CustomVLM
@@ -30,12 +41,19 @@ class SeamHooks(CustomModel):
     ignores_logits_to_keep: ClassVar[bool] = (
         False  # the stock forward runs the head on every position whatever it is told
     )
+    no_packing: ClassVar[str] = ""  # why rows packed into one would see each other
+    state_modules: ClassVar[tuple[type[nn.Module], ...]] = ()  # what carries a state from one token to the next
+    crop_dims: ClassVar[Mapping[str, int]] = {}  # image tensor -> the dimension along which it has crops, by default 0
     keeps_mask: ClassVar[bool] = False  # the stock forward reads more from attention_mask than where padding is
     no_pictures: ClassVar[str] = ""  # why no picture of a crop can be handed to a connector that wants one
+    no_pictures_of_tokens: ClassVar[str] = (
+        ""  # why there is no one picture of what a connector behind the projector sees
+    )
     no_frames: ClassVar[str] = ""  # why neighbouring crops can never be frames of one clip
     no_resizing: ClassVar[str] = ""  # why resize_images has nothing to do, or cannot do it
     custom_connector: nn.Module | None
     _pictures: torch.Tensor | None = None  # (P, 3, H, W), what the vision tower is looking at
+    _asked: Asked | None = None  # while a connector may ask for the question
     _stock_parts: parts.PartMap | None = None  # until the stock part is built
     _pass: seams.ForwardPass | None
 
@@ -43,6 +61,16 @@ class SeamHooks(CustomModel):
     transform_embeddings: Any
     transform_hidden_states: Any
     tokens_per_crop: Any
+
+    @property
+    def max_packed_tokens(self) -> int | None:
+        """The tokens of rows packed into one beyond which stock would not treat them as by themselves; None for any number."""
+        return None
+
+    @classmethod
+    def merge_images(cls, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Join the image tensors of rows that are packed into one; a family in which they point at each other says how."""
+        return merge_crops(rows, cls.crop_dims)
 
     @property
     def placeholder_token_id(self) -> int | None:
@@ -65,10 +93,12 @@ class SeamHooks(CustomModel):
             return None
         if "connector" in self.lacks:
             raise ValueError(f"connector={spec!r}: this family takes none: {self.lacks['connector']}")
-        pictures = takes_pictures(find_connector(spec)[0])
-        if pictures and self.no_pictures:
-            raise ValueError(f"connector={spec!r} looks at pictures, but in this family {self.no_pictures}.")
-        module = build_connector(spec, self.vision_width() if pictures else self.config.get_text_config().hidden_size)
+        module_class = find_connector(spec)[0]
+        before = works_before_projector(module_class)
+        why_not = self.no_pictures or ("" if before else self.no_pictures_of_tokens)
+        if takes_pictures(module_class) and why_not:
+            raise ValueError(f"connector={spec!r} looks at pictures, but in this family {why_not}.")
+        module = build_connector(spec, self.vision_width() if before else self.config.get_text_config().hidden_size)
         if frames_together(module) > 1 and self.no_frames:
             raise ValueError(
                 f"connector={spec!r} takes crops together as frames, but in this family {self.no_frames}."
@@ -96,6 +126,7 @@ class SeamHooks(CustomModel):
             (connector, "register_forward_pre_hook", "_at_connector_input", {}),
             (connector, "register_forward_hook", "_at_connector_output", {}),
             (language, "register_forward_pre_hook", "_at_language_input", {"with_kwargs": True}),
+            (language, "register_forward_pre_hook", "_at_packed_rows", {"with_kwargs": True}),
             (language, "register_forward_hook", "_at_language_output", {}),
             *(head if self.ignores_logits_to_keep else []),
         ]
@@ -104,32 +135,94 @@ class SeamHooks(CustomModel):
         """Return the path of the model without its head, "" for a family that has none."""
         return "" if self.base_model is self else self.base_model_prefix
 
-    @contextmanager
-    def flat_pass(self, call: Mapping[str, Any]) -> Iterator[None]:
-        """Begin and end the pass around the stock forward of a class without an inner model, whose call would do it.
+    def seam_methods(self) -> list[tuple[str, str, str]]:
+        """Return (module path, its method, the method called instead) for seams that lie inside no part's border."""
+        found = self.named_modules() if self.state_modules else ()
+        states = [(path, "forward", "_at_state") for path, module in found if isinstance(module, self.state_modules)]
+        return [*super().seam_methods(), *states]
 
-        Hooks on the model itself would not do: peft calls its forward(), which runs no hook.
+    def _at_state(
+        self,
+        stock: Callable[..., torch.Tensor],
+        hidden_states: torch.Tensor,
+        *args: Any,
+        row_lengths: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Begin anew with each of the rows that are packed into one: (1, T, D) -> (1, T, D)."""
+        if row_lengths is None:
+            return stock(hidden_states, *args, **kwargs)
+        return torch.cat([stock(row, *args, **kwargs) for row in hidden_states.split(list(row_lengths), 1)], 1)
+
+    @contextmanager
+    def stock_pass(
+        self, call: Mapping[str, Any], inputs: Mapping[str, Any], labels: torch.Tensor | None = None
+    ) -> Iterator[None]:
+        """Surround the stock forward, which gets `call` of `inputs`: a connector may ask for the questions in these.
+
+        Of a class without an inner model, whose call would do it, it begins and ends the pass, too. Hooks on the model
+        itself would not do: peft calls its forward(), which runs no hook. One context, since torch.compile nests none.
         """
-        if self.inner_path():
+        before, flat = self._asked, not self.inner_path()
+        self._ask(inputs, labels)
+        try:
+            if flat:
+                self._begin_pass(self, (), dict(call))
             yield
-            return
-        self._begin_pass(self, (), dict(call))
+        finally:
+            self._asked = before
+            if flat:
+                self._pass = None
+
+    @contextmanager
+    def asking(self, inputs: Mapping[str, Any], prompt_length: int | None = None) -> Iterator[None]:
+        """Let a connector ask for the questions in these inputs where it is run outside of forward()."""
+        before = self._asked
+        self._ask(inputs, None, prompt_length)
         try:
             yield
         finally:
-            self._pass = None
+            self._asked = before
+
+    def _ask(self, inputs: Mapping[str, Any], labels: torch.Tensor | None, prompt_length: int | None = None) -> None:
+        if not takes_question(self.custom_connector):
+            return
+        if self._asked is not None and prompt_length is None:  # a forward of generate()
+            prompt_length = self._asked.prompt_length
+        self._asked = Asked(self, inputs, labels, prompt_length)
+
+    def question_of(self, lengths: Sequence[int], token: int | None = None) -> dict[str, torch.Tensor]:
+        """Return what a connector that asks for it is told of the question of each crop's row, nothing for another one.
+
+        `lengths` are the tokens of each crop as the text has placeholders for them, `token` is these placeholders' id.
+        """
+        if not takes_question(self.custom_connector):
+            return {}
+        return self._what_is_asked().of_crops(lengths, token)
+
+    def _what_is_asked(self) -> Asked:
+        if self._asked is None:
+            raise ValueError(
+                f"connector={self.config.connector!r} wants to know what the text asks, but images came without a text. Call "
+                "the model or generate() with both, or put the call into `with model.asking({'input_ids': ...}):`."
+            )
+        return self._asked
 
     def _begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        input_ids = args[0] if args else kwargs.get("input_ids")
         if self._pass is None:  # the inner model is called directly
             if not torch.compiler.is_compiling():
                 seams.install(cast("CustomVLM", self))
-            self._pass = seams.ForwardPass(ends_with_inner=True)
-        input_ids = args[0] if args else kwargs.get("input_ids")
+            self._pass = seams.ForwardPass(ends_with_inner=True, asked_before=self._asked)
+            if self._asked is None and takes_question(self.custom_connector):
+                self._asked = Asked(self, {**kwargs, "input_ids": input_ids})
         embeds, token = kwargs.get("inputs_embeds"), self.placeholder_token_id
         self._pass.image_mask = seams.find_placeholders(self, input_ids, embeds, token)
+        self._pass.rows = packed_row_ids(kwargs)
 
     def _end_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._pass is not None and self._pass.ends_with_inner:
+            self._asked = self._pass.asked_before
             self._pass = None
 
     def _at_vision_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -148,7 +241,7 @@ class SeamHooks(CustomModel):
         given = features
         features = self.transform_vision_features(features)  # (P, patches, D_vision)
         seams.check_kept("transform_vision_features", features, given)
-        if takes_pictures(self.custom_connector):
+        if works_before_projector(self.custom_connector):
             features = self._look_again(features)
         if self._pass is not None and self._pass.records:
             self._pass.vision_features = features
@@ -157,6 +250,18 @@ class SeamHooks(CustomModel):
     def _look_again(self, features: torch.Tensor) -> torch.Tensor:
         """Run a connector that works on vision features and pictures: (P, patches, D_vision) -> the same shape."""
         connector: Any = self.custom_connector
+        looked: torch.Tensor = connector(features, pixel_values=self._pictures_of(features))
+        check_shape(f"connector {self.config.connector!r}", looked, features.shape)
+        return looked
+
+    def pictures_of_tokens(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what a connector behind the projector is told of the pictures of (P, N, D), nothing for another one."""
+        if not takes_pictures(self.custom_connector) or works_before_projector(self.custom_connector):
+            return {}
+        return {"pixel_values": self._pictures_of(features)}
+
+    def _pictures_of(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the pictures that the tower has just looked at, (P, 3, H, W), for what became of them, (P, ...)."""
         pictures, self._pictures = self._pictures, None
         if pictures is None or len(pictures) != len(features):
             seen = 0 if pictures is None else len(pictures)
@@ -164,13 +269,13 @@ class SeamHooks(CustomModel):
                 f"connector={self.config.connector!r} looks at the picture of each crop: there are {len(features)} crops and "
                 f"{seen} pictures. A video's frames have none in families that read videos with another tower."
             )
-        looked: torch.Tensor = connector(features, pixel_values=pictures)
-        check_shape(f"connector {self.config.connector!r}", looked, features.shape)
-        return looked
+        return pictures
 
     def _at_connector_output(self, module: nn.Module, args: tuple[Any, ...], features: torch.Tensor) -> torch.Tensor:
         if self.custom_connector is not None:
-            features = reduce_tokens(self.custom_connector, features, None, self.config.connector)  # (P, M, D)
+            tokens = count_tokens_out(self.custom_connector, features.shape[1])
+            told = self.question_of([tokens] * len(features)) | self.pictures_of_tokens(features)
+            features = reduce_tokens(self.custom_connector, features, None, self.config.connector, told)  # (P, M, D)
             self._check_placeholders(features.shape[0] * features.shape[1], len(features))
         if self._pass is not None and self._pass.records:
             self._pass.image_features = features
@@ -195,13 +300,17 @@ class SeamHooks(CustomModel):
         assert mask is not None
         placeholders = int(mask.sum())
         if placeholders != tokens:
-            raise ValueError(
-                f"The text has {placeholders} {kind} placeholders, the connector {self.config.connector!r} made {tokens} "
-                f"tokens of {crops} crops. Call model.match_processor(processor) before processing, and save that "
-                "processor with the model."
-            )
+            raise self.unmatched(placeholders, tokens, crops, kind)
         if kind == "image" or lengths:
             self._check_clips(lengths or [tokens // crops] * crops, mask)
+
+    def unmatched(self, placeholders: int, tokens: int, crops: int, kind: str = "image") -> ValueError:
+        """Return the error for a text that has other placeholders than the connector makes tokens."""
+        return ValueError(
+            f"The text has {placeholders} {kind} placeholders, the connector {self.config.connector!r} made {tokens} "
+            f"tokens of {crops} crops. Call model.match_processor(processor) before processing, and save that "
+            "processor with the model."
+        )
 
     def _check_clips(self, lengths: Sequence[int], mask: torch.Tensor) -> None:
         """A connector that takes neighbouring crops together must not mix those of two rows; mask (B, T)."""
@@ -209,13 +318,20 @@ class SeamHooks(CustomModel):
         if frames == 1:
             return
         ends = [0, *accumulate(lengths)][::frames]
-        for row, end in enumerate(mask.sum(1).cumsum(0).tolist()):
+        for row, end in enumerate(self._tokens_of_rows(mask).cumsum(0).tolist()):
             if end not in ends:
                 raise ValueError(
                     f"connector={self.config.connector!r} takes {frames} neighbouring crops together, but row {row} of the "
                     f"batch ends amid such {frames}. Give each row a multiple of {frames} images (repeat a still one) or "
                     "frames of a video, one crop each: switch the processor's multi-crop off."
                 )
+
+    def _tokens_of_rows(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return how many positions of a mask (B, T) each row of data has, (R,)."""
+        rows = None if self._pass is None else self._pass.rows
+        if rows is None:
+            return mask.sum(1)
+        return rows.new_zeros(int(rows.max()) + 1).index_add(0, rows.flatten(), mask.flatten().to(rows.dtype))
 
     def _at_language_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -229,6 +345,29 @@ class SeamHooks(CustomModel):
         embeddings = self.transform_embeddings(given, self._pass.image_mask)  # (B, T, D)
         seams.check_kept("transform_embeddings", embeddings, given)
         return args, {**kwargs, "inputs_embeds": embeddings}
+
+    def _at_packed_rows(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._pass is None or self._pass.rows is None:
+            return args, kwargs
+        if reason := why_not_packed(self):
+            raise ValueError(
+                f"position_ids start again within a row, as where rows are packed into one, which {type(self).__name__} cannot "
+                f"keep apart: {reason}. Give each row a row of the batch, and an attention_mask."
+            )
+        limit, rows = self.max_packed_tokens, self._pass.rows
+        if limit is not None and rows.shape[1] > limit:
+            raise ValueError(
+                f"Rows of {rows.shape[1]} tokens are packed into one; {type(self).__name__} takes at most {limit}: pack fewer."
+            )
+        kept = keep_rows_apart(module, kwargs, rows)
+        if self.state_modules and "row_lengths" not in kept:
+            raise ValueError(
+                f"{type(self).__name__} carries a state from token to token, which is begun anew only for rows packed into a "
+                "batch of one row, and not under torch.compile. Pack into one row, or pad."
+            )
+        return args, kept
 
     def _at_head_input(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         return (args[0][:, :0],) if self._pass is not None and self._pass.skips_head else None

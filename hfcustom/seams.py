@@ -19,9 +19,11 @@ import torch
 from torch import nn
 
 from hfcustom.naming import check_shape
+from hfcustom.packed import BY_ROW, is_causal
 
 if TYPE_CHECKING:
     from hfcustom.custom_model import CustomModel
+    from hfcustom.questions import Asked
 
 
 @dataclass
@@ -31,8 +33,10 @@ class ForwardPass:
     records: bool = False  # keep the tensors below for the loss
     skips_head: bool = False  # nobody wants the logits
     ends_with_inner: bool = False  # the inner model was called directly and closes the pass itself
+    asked_before: Asked | None = None  # what it closes with: what connectors may ask for around it
     image_mask: torch.Tensor | None = None  # (B, T) True at image placeholders
     video_mask: torch.Tensor | None = None  # (B, T) True at video placeholders, where a family tells them apart
+    rows: torch.Tensor | None = None  # (B, T) which row of data a token belongs to, where several are packed into one
     crops: torch.Tensor | None = None  # (P,) which crops hold an image, in families that pad with empty ones
     vision_features: torch.Tensor | None = None  # (P, patches, D_vision)
     image_features: torch.Tensor | None = None  # (P, N, D)
@@ -133,9 +137,10 @@ def needs_no_mask(inputs: Mapping[str, Any], text_config: Any, decoder: nn.Modul
     one type (token_type_ids: a prompt, an image), and all of them in a decoder that leaves causality to the mask.
     """
     mask = inputs.get("attention_mask")
-    if mask is None or mask.ndim != 2 or mask.device.type != "cpu" or text_config._attn_implementation != "sdpa":
+    if mask is None or mask.ndim != 2 or mask.device.type != "cpu":
+        return False
+    if text_config._attn_implementation not in ("sdpa", BY_ROW):
         return False
     if inputs.get("position_ids") is not None or inputs.get("token_type_ids") is not None:
         return False
-    causal = all(vars(module).get("is_causal", True) for module in decoder.modules())
-    return causal and bool((mask[:, 1:] <= mask[:, :-1]).all())
+    return is_causal(decoder) and bool((mask[:, 1:] <= mask[:, :-1]).all())

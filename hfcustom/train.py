@@ -27,11 +27,11 @@ from hfcustom.console import TrainLog, out
 from hfcustom.custom_model import CustomModel, check_registered
 from hfcustom.data.captions import CaptionCollator
 from hfcustom.data.collate import Batch, Collator
-from hfcustom.data.order import step_loader
-from hfcustom.data.sources import Examples, as_examples
-from hfcustom.data.steps import Attempts, BadRow, BadRows, StepBatches, StepCollator, TooManyBadRows, agree_on_batches
+from hfcustom.data.feed import Feed, as_rows
+from hfcustom.data.packing import make_packer
+from hfcustom.data.steps import BadRows
 from hfcustom.dual_encoder import CustomDualEncoder
-from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, token_columns
+from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, real_tokens, token_columns
 from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.signals import EXIT_PREEMPTED, StopRequest
@@ -65,19 +65,30 @@ class StepReport:
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # sum and count, (2,) each
     tokens: int = 0
+    positions: int = 0  # tokens and padding
     images: int = 0
+    source_tokens: dict[str, int] = field(default_factory=dict)  # of a mixture
     grad_norm: torch.Tensor | float = 0.0
+
+    def add_batch(self, batch: Mapping[str, Any]) -> None:
+        """Count what a micro-batch holds."""
+        self.tokens += count_all_tokens(batch)
+        self.positions += real_tokens(batch).numel()
+        if isinstance(batch, Batch):
+            self.images += batch.images
+            for name, tokens in batch.source_tokens.items():
+                self.source_tokens[name] = self.source_tokens.get(name, 0) + tokens
 
 
 def fit(
     model: nn.Module,
     processor: Any,
-    rows: Sequence[Any],
+    rows: Any,
     config: TrainConfig,
     *,
     evaluate: Evaluate | None = None,
 ) -> TrainResult:
-    """Train a custom model, bare or wrapped by peft, on rows of messages and images (hfcustom/data/messages.py).
+    """Train a custom model, bare or wrapped by peft, on rows of messages and images: a list, a data set, load_rows(...).
 
     A contrastive encoder is trained on rows of an image and its text.
 
@@ -85,10 +96,11 @@ def fit(
     custom, ValueError for a config out of range, a class that is not registered, no rows, a batch size that the processes
     cannot share and a model of which nothing is trainable, RowError for a row that cannot be used.
     """
-    config = _checked(model, rows, config, evaluate)
+    config, rows = _checked(model, config, evaluate), as_rows(rows)
     accelerator = make_accelerator(config)
     micro_batch_size, accumulation = split_batch(config, accelerator.num_processes)
-    max_steps = config.max_steps or math.ceil(config.epochs * len(rows) / config.batch_size)
+    feed = Feed(rows, config, accelerator)
+    max_steps = feed.max_steps
     core = unwrap(model)
     weighted = core.losses()  # an unknown loss is an error now, not after the first batch
     set_seed(config.seed, device_specific=True)
@@ -98,25 +110,28 @@ def fit(
     for companion in core.companions.values():
         companion.to(accelerator.device)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
-    state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, len(rows))
+    state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, feed)
     start = state.resume() if config.resume else state.begin()
-    cut = (micro_batch_size, accumulation)
-    steps = iter(make_loader(as_examples(rows), processor, core, config, accelerator, range(start, max_steps), cut))
+    collate = make_collator(core, processor, config, feed.first_columns(weighted))
+    steps = iter(
+        feed.loader(collate, range(start, max_steps), (micro_batch_size, accumulation), make_packer(core, config))
+    )
     listed = Path(config.output_dir) / "bad_rows.jsonl"
-    bad_rows = BadRows(accelerator, len(rows), config.max_bad_share, listed, resumed=start > 0)
+    limits = {"rows_per_step": config.batch_size, "resumed_at": start}
+    bad_rows = BadRows(accelerator, feed.num_rows, config.max_bad_share, listed, **limits)
     state.restore_rng()  # after the iterator exists: making one draws random numbers
     model.train()
     step, stopped = start, False
     with (
         StopRequest() as stop,
         counting_steps(core),
-        TrainLog(config, accelerator, weighted, start, max_steps, state.history) as log,
+        TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names) as log,
     ):
         log.restore_window(state.pending)
         while step < max_steps and not stopped:
             set_lr(optimizer, step, max_steps, config)
             core.loss_step = step
-            batches = next_batches(steps, bad_rows, config)
+            batches = feed.next_batches(steps, bad_rows)
             report = train_step(model, batches, optimizer, accelerator, config) if batches else None
             step += 1
             log.step(step, report, optimizer)
@@ -129,23 +144,6 @@ def fit(
     return TrainResult(step, not finished, log.history, state.publish() if finished else state.model_dir())
 
 
-def first_columns(examples: Examples, skip_bad_rows: bool) -> Mapping[str, Any]:
-    """Return the columns of the first row, of the first that can be read if others are skipped; RowError if none can."""
-    rows = Attempts(examples) if skip_bad_rows else examples
-    found = next((row for row in rows if not isinstance(row, BadRow)), None)
-    if found is None:
-        raise TooManyBadRows(f"None of the {len(rows)} rows can be read; the first says: {rows[0].reason}")
-    return found.columns
-
-
-def next_batches(steps: Iterator[StepBatches], bad_rows: BadRows, config: TrainConfig) -> list[Batch]:
-    """Return this rank's micro-batches of the next step, as many as every other rank has; none if no row can be used."""
-    found = next(steps)
-    if config.on_bad_row == "skip":
-        bad_rows.take(found.skipped)
-    return agree_on_batches(found.batches, bad_rows.accelerator)
-
-
 @contextmanager
 def counting_steps(core: Any) -> Iterator[None]:
     """Let scheduled weights follow the steps of this run, and no longer: another loop has to count its own."""
@@ -153,31 +151,6 @@ def counting_steps(core: Any) -> Iterator[None]:
         yield
     finally:
         core.loss_step = None
-
-
-def make_loader(
-    examples: Examples,
-    processor: Any,
-    core: Any,
-    config: TrainConfig,
-    accelerator: Accelerator,
-    steps: range,
-    cut: tuple[int, int],
-) -> Any:
-    """Return a loader of this rank's micro-batches by step, with the columns that the losses want out of the rows."""
-    skip = config.on_bad_row == "skip"
-    collate = make_collator(core, processor, config, first_columns(examples, skip))
-    return step_loader(
-        Attempts(examples) if skip else examples,
-        StepCollator(collate, cut[0], skip_bad_rows=skip),
-        steps=steps,
-        micro_batch_size=cut[0],
-        accumulation=cut[1],
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        seed=config.seed,
-        num_workers=config.num_workers,
-    )
 
 
 def make_collator(
@@ -203,7 +176,7 @@ def make_collator(
     )
 
 
-def _checked(model: nn.Module, rows: Sequence[Any], config: TrainConfig, evaluate: Evaluate | None) -> TrainConfig:
+def _checked(model: nn.Module, config: TrainConfig, evaluate: Evaluate | None) -> TrainConfig:
     """Check what fit() was given before anything runs; return the config with its precision decided."""
     if problems := config.problems():
         raise ValueError("; ".join(problems))
@@ -211,12 +184,6 @@ def _checked(model: nn.Module, rows: Sequence[Any], config: TrainConfig, evaluat
     if not isinstance(core, CustomModel):
         raise TypeError(f"fit() trains custom models; load the {type(core).__name__} with its family's custom class.")
     check_registered(core)
-    if isinstance(rows, str | Path) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
-        raise TypeError(
-            f"rows is a {type(rows).__name__}; pass hfcustom.load_rows('rows.jsonl'), a list or a data set."
-        )
-    if not len(rows):
-        raise ValueError("There are no rows to train on.")
     if (evaluate is None) != (config.eval_steps is None):
         raise ValueError(f"eval_steps={config.eval_steps} and evaluate={evaluate} have an effect only together.")
     return replace(config, precision=choose_precision(model, config))
@@ -241,8 +208,7 @@ def train_step(
                 losses_by_batch.append(_run_blank(model, batch, accelerator))
                 accelerator.backward(losses_by_batch[-1])
                 continue
-            report.tokens += count_all_tokens(batch)
-            report.images += batch.images if isinstance(batch, Batch) else 0
+            report.add_batch(batch)
             loss = model(**send_to_device(dict(batch), accelerator.device), **plan[micro]).loss
             if core.loss_values.keys() != plan[micro]["loss_counts"].keys():
                 names = ", ".join(plan[micro]["loss_counts"])
@@ -280,8 +246,11 @@ def _suspects(batches: Sequence[Mapping[str, Any]], losses: Sequence[torch.Tenso
 def _run_blank(model: nn.Module, batch: Mapping[str, Any], accelerator: Accelerator) -> torch.Tensor:
     """Run a micro-batch that counts for nothing, as other ranks run theirs: a loss of 0 with a gradient of 0."""
     inputs = send_to_device({name: value for name, value in batch.items() if name != "labels"}, accelerator.device)
-    outputs = model(**inputs)
-    logits = outputs.logits_per_image if isinstance(unwrap(model), CustomDualEncoder) else outputs.logits
+    core = unwrap(model)
+    if isinstance(core, CustomDualEncoder):
+        logits = model(**inputs).logits_per_image
+    else:  # one token reaches every weight
+        logits = model(**inputs, **({} if core.ignores_logits_to_keep else {"logits_to_keep": 1})).logits
     zero: torch.Tensor = logits.float().sum() * 0.0
     return zero
 

@@ -21,6 +21,16 @@ class TrainConfig:
     micro_batch_size: Annotated[int | None, "rows of one forward on one device; by default batch_size / processes"] = (
         None
     )
+    packing: Annotated[
+        bool, "pack rows without padding into micro-batches of pack_tokens tokens; losses and gradients stay the same"
+    ] = False
+    pack_tokens: Annotated[
+        int | None, "tokens of one packed micro-batch, those of images included; by default 4096"
+    ] = None
+    pack_crops: Annotated[
+        int | None,
+        "image crops of one packed micro-batch at most (images, in families that do not crop); by default any",
+    ] = None
     lr: Annotated[float, "peak learning rate"] = 2e-4
     connector_lr: Annotated[float | None, "peak learning rate of the connector and of new modules"] = None
     vision_lr: Annotated[float | None, "peak learning rate of the vision tower"] = None
@@ -87,9 +97,26 @@ class TrainConfig:
                 self.on_bad_row == "skip" or "max_bad_share" not in self.sources,
                 "max_bad_share has no effect without on_bad_row=skip",
             ),
+            (
+                not (self.packing and self.micro_batch_size is not None),
+                f"micro_batch_size={self.micro_batch_size} and packing exclude each other: pack_tokens says how large a "
+                "micro-batch is",
+            ),
             (self.keep_checkpoints > 0, f"keep_checkpoints={self.keep_checkpoints} must be positive"),
         ]
-        for name in ("micro_batch_size", "eval_steps", "save_steps", "max_length", "connector_lr", "vision_lr"):
+        for name in ("pack_tokens", "pack_crops"):
+            value = getattr(self, name)
+            rules.append((value is None or self.packing, f"{name}={value} has no effect without packing"))
+        for name in (
+            "micro_batch_size",
+            "pack_tokens",
+            "pack_crops",
+            "eval_steps",
+            "save_steps",
+            "max_length",
+            "connector_lr",
+            "vision_lr",
+        ):
             value = getattr(self, name)
             rules.append((value is None or value > 0, f"{name}={value} must be positive"))
         return [message for holds, message in rules if not holds]

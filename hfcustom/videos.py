@@ -9,14 +9,14 @@ Letters: B rows, T text tokens, V videos, F frames of each, N tokens of a frame 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from hfcustom import seams
-from hfcustom.connectors import Grid, reduce_tokens
+from hfcustom.connectors import Grid, count_tokens_out, of_each, reduce_tokens
 from hfcustom.seam_hooks import SeamHooks
 
 
@@ -65,10 +65,32 @@ class VideoFrames(SeamHooks):
         """Return the tokens of each frame where the model is not told which frames are of one video, else nothing."""
         return []
 
-    def reduce_videos(self, frames: torch.Tensor, grid: Grid | None) -> torch.Tensor:
-        """Run the connector on videos of as many frames each, one after the other: (V * F, N, D) -> (V * F, M, D)."""
+    def question_of(self, lengths: Sequence[int], token: int | None = None) -> dict[str, torch.Tensor]:
+        """Return what a connector is told of the question of each crop's row, or of each video's while videos are read."""
+        if token is None and self.video_inputs is not None:
+            token = self.video_token_id
+        return super().question_of(lengths, token)
+
+    def reduce_videos(
+        self, frames: torch.Tensor, grid: Grid | None, besides_frame: int = 0, besides_video: int = 0
+    ) -> torch.Tensor:
+        """Run the connector on videos of as many frames each, one after the other: (V * F, N, D) -> (V * F, M, D).
+
+        `besides_frame` and `besides_video` are tokens of a frame and of a video that the connector does not make.
+        """
         assert self.video_inputs is not None, "get_video_features is running"
-        videos = frames.chunk(len(self.video_inputs["pixel_values_videos"]))  # (F, N, D) each
+        videos = len(self.video_inputs["pixel_values_videos"])
+        places = torch.arange(len(frames)).chunk(videos)  # (F,) each
+        tokens = count_tokens_out(self.custom_connector, frames.shape[1], grid) + besides_frame
+        question = self.question_of([len(at) * tokens + besides_video for at in places])
+        told = of_each(question, [video for video, at in enumerate(places) for _ in at]) | self.pictures_of_tokens(
+            frames
+        )
         return torch.cat(
-            [reduce_tokens(self.custom_connector, video, grid, self.config.connector) for video in videos]
+            [
+                reduce_tokens(
+                    self.custom_connector, frames[at], grid, self.config.connector, of_each(told, at.tolist())
+                )
+                for at in places
+            ]
         )

@@ -41,6 +41,7 @@ class WrappedVLM(CustomVLM):
     """What wrap() puts before a model's own class."""
 
     lacks: ClassVar[Mapping[str, str]] = dict.fromkeys((*SEAM_METHODS, "connector"), REASON)
+    no_packing = "wrap() knows nothing of how the model's own forward attends"
     _own_class: ClassVar[type[PreTrainedModel]] = PreTrainedModel
     _image_token: int | None = None
     _paths: Mapping[str, str] = {}  # what wrap() was told of "vision" and "language"

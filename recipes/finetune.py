@@ -4,8 +4,9 @@
     accelerate launch recipes/finetune.py --config run.yaml --lr 1e-4 --load-in 8bit --lora
     accelerate launch recipes/finetune.py --model ... --data ... --custom my_file.py:MyModel --freeze vision
 
-A row is {"messages": [...], "images": [...]} (JSONL, a folder of `datasets`, or a data set's name on the hub). Writes
-checkpoints, metrics.jsonl and the model to --output-dir, and with --merge a full-precision model without adapter.
+A row is {"messages": [...], "images": [...]}, or of another form that README.md lists, in a file, a folder, a data set on the
+hub, or several of them with weights. Writes checkpoints, metrics.jsonl and the model to --output-dir, and with --merge a
+full-precision model without adapter.
 """
 
 from __future__ import annotations
@@ -22,8 +23,17 @@ class FinetuneConfig(TrainConfig):
     """TrainConfig, and what to train on what."""
 
     model: Annotated[str, "folder or hub id of the checkpoint"] = ""
-    data: Annotated[str, "training rows: a .jsonl file, a folder of `datasets`, or a name on the hub"] = ""
+    data: Annotated[
+        str | dict[str, float],
+        "training rows: a .jsonl, .json, .csv, .parquet or .tar file, a folder, a name on the hub, or a JSON mapping of "
+        "several to weights",
+    ] = ""
     split: Annotated[str | None, "split of the training rows where there are several; by default train"] = None
+    streaming: Annotated[bool, "read rows in the order of the files instead of drawing them from all"] = False
+    shuffle_buffer: Annotated[int, "rows of a stream that are shuffled among each other, with the order of shards"] = 0
+    max_frames: Annotated[int, "frames of a video that are seen"] = 8
+    frame_method: Annotated[str, "which frames those are, a method of `hfcustom frames`"] = "uniform"
+    video_as_images: Annotated[bool, "give the frames of a video to the model as images"] = False
     eval_data: Annotated[str | None, "held-out rows, answered by generation every eval_steps and at the end"] = None
     eval_split: Annotated[str | None, "split of the held-out rows where there are several; by default train"] = None
     eval_rows: Annotated[int, "held-out rows to answer"] = 200
@@ -77,6 +87,10 @@ class FinetuneConfig(TrainConfig):
             ),
             (self.eval_data is not None or self.eval_steps is None, "eval_steps has no effect without --eval-data"),
             (self.lora_rank > 0, f"lora_rank={self.lora_rank} must be positive"),
+            (self.max_frames > 0, f"max_frames={self.max_frames} must be positive"),
+            (self.shuffle_buffer >= 0, f"shuffle_buffer={self.shuffle_buffer} must not be negative"),
+            (self.streaming or not self.shuffle_buffer, "shuffle_buffer has no effect without --streaming"),
+            (not self.streaming or self.max_steps is not None, "streaming needs --max-steps: a stream has no length"),
         ]
         for name in ("lora_parts", "lora_rank", "lora_dropout"):
             rules.append((self.lora or name not in self.sources, f"{name} has no effect without --lora"))
@@ -90,6 +104,7 @@ from pathlib import Path
 
 import hfcustom
 from hfcustom import console
+from hfcustom.data.feed import first_example
 from hfcustom.data.steps import EXIT_BAD_ROWS, TooManyBadRows
 from hfcustom.families import class_of
 from hfcustom.losses import import_losses
@@ -151,14 +166,18 @@ def choose_what_trains(model: Any, config: FinetuneConfig) -> Any:
 
 def main(config: FinetuneConfig) -> None:
     console.out.quiet = not process_state().is_main_process  # every fact is printed once, not once a rank
-    rows = hfcustom.load_rows(config.data, config.split)
+    videos: dict[str, Any] = {
+        name: getattr(config, name) for name in ("max_frames", "frame_method", "video_as_images")
+    }
+    streams = {"streaming": config.streaming, "shuffle_buffer": config.shuffle_buffer}
+    rows = hfcustom.load_rows(config.data, config.split, **streams, **videos)
     held_out = None
     if config.eval_data:
-        held_out = hfcustom.load_rows(config.eval_data, config.eval_split)
+        held_out = hfcustom.load_rows(config.eval_data, config.eval_split, **videos)
         held_out = [held_out[at] for at in range(min(config.eval_rows, len(held_out)))]
     model, processor = load_model(config)
     model = choose_what_trains(model, config)
-    console.show_start(model, processor, rows[0], config)
+    console.show_start(model, processor, first_example(rows, config.on_bad_row == "skip"), config)
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
         options = {"max_new_tokens": config.max_new_tokens, "allowed_tokens": config.allowed_tokens}

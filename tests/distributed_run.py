@@ -67,6 +67,8 @@ CASES = {
     "contrastive": Case(loss="contrastive", options={"micro_batch_size": 2}),
     "contrastive with all images on one rank": Case(images=[1, 1, 2, 1, 0, 0, 0, 0], loss="contrastive"),
     "gradient checkpointing": Case(options={"micro_batch_size": 2, "gradient_checkpointing": True}),
+    "packed rows": Case(options={"packing": True, "pack_tokens": 250}),
+    "packed contrastive": Case(loss="contrastive", options={"packing": True, "pack_tokens": 250}),
     "LoRA": Case(lora=True, options={"micro_batch_size": 2}),
     "bad rows on one rank": Case(bad=[4, 6], options={**SKIPPING, "micro_batch_size": 2}),
     "a rank with bad rows only": Case(bad=[4, 5, 6, 7], options={**SKIPPING, "micro_batch_size": 2}),

@@ -39,7 +39,7 @@ def test_help_and_a_mistake_answer_before_torch_is_imported(name: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a run on the tiny task writes."""
     folder = tmp_path_factory.mktemp("benchmark")
-    variants = ["stock", "trainer", "trl", "trl_good", "ours"]
+    variants = ["stock", "trainer", "trl", "trl_good", "ours", "ours_packed"]
     options = ["--task", "tiny", "--rounds", "1", "--device", "cpu", "--groups", "full-cross_entropy", "lora-focal"]
     done = script("training_step", *options, "--variants", *variants, "--output-dir", str(folder))
     assert done.returncode == 0, done.stdout + done.stderr + (folder / "workers.log").read_text()

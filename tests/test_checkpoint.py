@@ -20,6 +20,7 @@ from training import add_dropout, curve, short_config, train, uneven_rows, weigh
 
 import hfcustom
 from hfcustom import checkpoint
+from hfcustom.data.feed import Feed
 from hfcustom.train_config import TrainConfig
 
 PERCEIVER = {"name": "perceiver_resampler", "num_queries": 4, "num_heads": 4}
@@ -399,9 +400,9 @@ def test_an_optimizer_comes_back(tmp_path: Path, make: Callable[[list[nn.Paramet
 def test_a_checkpoint_is_a_model_that_loads(internvl: Family, tmp_path: Path) -> None:
     model = internvl.model()
     config: TrainConfig = short_config(tmp_path)
-    state = checkpoint.Checkpoints(
-        config, Accelerator(), model, torch.optim.SGD(model.parameters()), internvl.processor, 8
-    )
+    accelerator, optimizer = Accelerator(), torch.optim.SGD(model.parameters())
+    feed = Feed(uneven_rows(), config, accelerator)
+    state = checkpoint.Checkpoints(config, accelerator, model, optimizer, internvl.processor, feed)
     folder = state.save(7, [], [])
     assert folder.name == "step-000007" and checkpoint.manifest_holds(folder)
     loaded = internvl.model_class.from_pretrained(folder / "model")

@@ -115,7 +115,8 @@ def test_linear_and_mlp_are_what_they_say() -> None:
 
 
 def test_query_cross_attention_averages_what_its_queries_see_alike() -> None:
-    module: Any = build_connector({"name": "query_cross_attention", "num_queries": 2, "num_heads": 1}, 4)
+    spec = {"name": "query_cross_attention", "num_queries": 2, "num_heads": 1, "start": "random"}
+    module: Any = build_connector(spec, 4)
     with torch.no_grad():
         attention = module.attention
         nn.init.zeros_(attention.q_proj.weight)
@@ -126,6 +127,21 @@ def test_query_cross_attention_averages_what_its_queries_see_alike() -> None:
         features = torch.randn(3, 5, 4)
         seen = nn.functional.layer_norm(features, (4,)).mean(1, keepdim=True)
         torch.testing.assert_close(module(features), module.mlp(seen).expand(3, 2, 4))
+
+
+@pytest.mark.parametrize("name", ["perceiver_resampler", "query_cross_attention"])
+def test_queries_start_as_averages_of_regions(name: str) -> None:
+    # 1  2 | 3  4      (1+2+5+6)/4   (3+4+7+8)/4
+    # 5  6 | 7  8      ...
+    module: Any = build_connector({"name": name, "num_queries": 4, "num_heads": 1}, 2)
+    torch.testing.assert_close(module(grid_of_numbers(4, 4)), window("average_pool")(grid_of_numbers(4, 4)))
+    tall, long = module(grid_of_numbers(4, 1), (4, 1)), module(grid_of_numbers(1, 8), (1, 8))
+    assert first_channel(tall) == [1.0, 2.0, 3.0, 4.0] and first_channel(long) == [1.5, 3.5, 5.5, 7.5]
+    assert [grid_out(module, 16, grid) for grid in ((4, 4), (8, 2), (2, 8))] == [(2, 2), (4, 1), (1, 4)]
+    assert first_channel(module(grid_of_numbers(1, 8))) == [1.5, 3.5, 5.5, 7.5]  # no square: a row
+    random: Any = build_connector({"name": name, "num_queries": 4, "num_heads": 1, "start": "random"}, 2)
+    assert not torch.equal(random.queries.weight[0], random.queries.weight[1])
+    assert grid_out(random, 16, (4, 4)) == (1, 4) and random(grid_of_numbers(4, 4)).shape == (1, 4, 2)
 
 
 def test_token_pruning_keeps_what_differs_and_the_order() -> None:

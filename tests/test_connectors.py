@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, KINDS, Family, assert_same_model
+from conftest import FAMILIES, KINDS, Family, assert_compiles, assert_same_model
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -25,6 +25,7 @@ from hfcustom.connectors import (
     grid_out,
     takes_grid,
     takes_pictures,
+    works_before_projector,
 )
 
 TOWER = {
@@ -50,6 +51,11 @@ IDENTITY: dict[str, dict[str, Any]] = {
 }
 # for 64 hidden units
 SMALL: dict[str, dict[str, Any]] = {
+    "multi_encoder_resampler": {
+        "towers": [{"tower": TOWER}, {"tower": {**TOWER, "model_type": "clip_vision_model"}}],
+        "num_queries": 3,
+        "num_heads": 4,
+    },
     "perceiver_resampler": {"num_queries": 3, "num_heads": 4},
     "query_cross_attention": {"num_queries": 3, "num_heads": 4},
     "two_encoders": {"tower": TOWER},
@@ -74,7 +80,8 @@ def refused(family: Family, name: str) -> bool:
     """Whether a family says that it cannot have a connector; then saying so is what is tested."""
     reasons = [family.model_class.lacks.get("connector")]
     if takes_pictures(CONNECTORS[name]):
-        reasons.append(family.model_class.no_pictures)
+        pictures, tokens = family.model_class.no_pictures, family.model_class.no_pictures_of_tokens
+        reasons.append(pictures or ("" if works_before_projector(CONNECTORS[name]) else tokens))
     if clips(name, [1]) != [1]:
         reasons.append(family.model_class.no_frames)
     (reason,) = [reason for reason in reasons if reason] or [None]
@@ -152,7 +159,7 @@ PAIRS = [
     pytest.param(family, name, id=f"{family}-{name}")
     for family in FAMILIES
     for name in NAMES
-    if family in KINDS or name in ("average_pool", "perceiver_resampler", "two_encoders")
+    if family in KINDS or name in ("average_pool", "multi_encoder_resampler", "perceiver_resampler", "two_encoders")
 ]
 IDENTITY_PAIRS = [pair for pair in PAIRS if pair.values[1] in IDENTITY]
 
@@ -222,9 +229,7 @@ def test_compiled_logits_equal_eager(internvl: Family, name: str) -> None:
     model = internvl.model(connector=spec(name))
     batch = internvl.batch(clips(name, [1]), model.match_processor(copy.deepcopy(internvl.processor)))
     del batch["labels"]
-    torch._dynamo.reset()
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, backend="eager")(**batch).logits, model(**batch).logits)
+    assert_compiles(model, batch)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -290,11 +295,22 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "heads": ({"name": "perceiver_resampler", "num_heads": 3}, "num_heads=3 does not divide the hidden size 8"),
     "window heads": ({"name": "attention_pooling", "num_heads": 3}, "attention_pooling num_heads=3 does not divide"),
     "queries": ({"name": "query_cross_attention", "num_queries": 0}, "num_queries=0; it must be at least 1"),
+    "start": ({"name": "perceiver_resampler", "start": "mean"}, "perceiver_resampler start: 'mean'"),
     "none kept": ({"name": "token_pruning", "num_kept": 0}, "num_kept=0; it must be at least 1"),
     "two counts": ({"name": "token_pruning", "num_kept": 2, "keep_ratio": 0.5}, "exclude each other"),
+    "choice": ({"name": "token_pruning", "by": "questions"}, "token_pruning by: 'questions'. Did you mean 'question'"),
     "ratio": ({"name": "token_pruning", "keep_ratio": 1.5}, "keep_ratio=1.5; it must be above 0 and at most 1"),
     "frames": ({"name": "frame_average", "frames": 0}, "frame_average frames=0; it must be at least 1"),
     "first frame": ({"name": "temporal_dedup", "frames": 4, "keep_ratio": 0.2}, r"choose at least 1 / frames = 0.25"),
+    "no towers": ("multi_encoder_resampler", r"multi_encoder_resampler towers=\(\) names no tower; write"),
+    "tower option": (
+        {"name": "multi_encoder_resampler", "num_heads": 4, "towers": [{"towr": TOWER}]},
+        "option of a tower of multi_encoder_resampler: 'towr'. Did you mean 'tower'",
+    ),
+    "tower of several": (
+        {"name": "multi_encoder_resampler", "num_heads": 4, "towers": [{"tower": {"model_type": "dinov3"}}]},
+        "model_type of an added tower: 'dinov3'. Did you mean 'dino",
+    ),
     "no tower": ("two_encoders", "tower=None names no model_type; write"),
     "tower": ({"name": "two_encoders", "tower": {"model_type": "dinov3"}}, "'dinov3'. Did you mean 'dino"),
     "fusion": ({"name": "two_encoders", "tower": TOWER, "fusion": "concta"}, "'concta'. Did you mean 'concat'"),

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +17,10 @@ LOAD = """
 import json, sys, torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+import my_reader  # the user's script, alone so far: its import is all that the Auto classes need
+model = AutoModelForImageTextToText.from_pretrained(f"{sys.argv[1]}/my_reader").eval()
+logits = float(model(input_ids=torch.arange(10)[None]).logits.sum())
+print("RESULT", json.dumps({"name": "loaded", "logits": logits, "class": type(model).__name__}))
 for name in sys.argv[2:]:
     __import__(f"hfcustom.families.{name}")
     folder = f"{sys.argv[1]}/{name}"
@@ -80,9 +83,16 @@ def reloaded(families: dict[str, Family], tmp_path_factory: pytest.TempPathFacto
         del batch["labels"]
         with torch.no_grad():
             save_file({**batch, "logits": model(**batch).logits}, folder / name / "batch.safetensors")
-    output = run(sys.executable, "-c", LOAD, folder, *FAMILIES)
+    script = folder / "my_reader.py"
+    script.write_text(USER_SCRIPT)
+    saved = float(run(sys.executable, script, folder / "my_reader").split("RESULT ")[1])
+    environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
+    output = run(sys.executable, "-c", LOAD, folder, *FAMILIES, env=environment)
     results = [json.loads(line.removeprefix("RESULT ")) for line in output.splitlines() if line.startswith("RESULT")]
-    return {result["name"]: result for result in results}
+    found = {result["name"]: result for result in results}
+    users = found.pop("loaded")
+    weights = list(load_file(folder / "my_reader" / "model.safetensors"))
+    return {**found, "saved": saved, "loaded": users["logits"], "class": users["class"], "weights": weights}
 
 
 def test_auto_classes_load_with_equal_logits_in_a_fresh_process(family: Family, reloaded: dict[str, Any]) -> None:
@@ -96,16 +106,6 @@ def test_auto_classes_load_with_equal_logits_in_a_fresh_process(family: Family, 
     ]
 
 
-def test_a_class_from_a_users_own_script_loads_after_importing_it(tmp_path: Path) -> None:
-    script = tmp_path / "my_reader.py"
-    script.write_text(USER_SCRIPT)
-    saved = run(sys.executable, script, tmp_path / "model").split("RESULT ")[1]
-    load = (
-        "import torch, my_reader; from transformers import AutoModelForImageTextToText as A; "
-        f"m = A.from_pretrained({str(tmp_path / 'model')!r}).eval(); assert type(m) is my_reader.Dimmed; "
-        "print('RESULT', float(m(input_ids=torch.arange(10)[None]).logits.sum()))"
-    )
-    environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    assert float(run(sys.executable, "-c", load, env=environment).split("RESULT ")[1]) == float(saved)
-    weights = load_file(tmp_path / "model" / "model.safetensors")
-    assert "dim.weight" in weights and "model.language_model.embed_tokens.weight" in weights
+def test_a_class_from_a_users_own_script_loads_after_importing_it(reloaded: dict[str, Any]) -> None:
+    assert reloaded["class"] == "Dimmed" and reloaded["loaded"] == reloaded["saved"]
+    assert "dim.weight" in reloaded["weights"] and "model.language_model.embed_tokens.weight" in reloaded["weights"]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import Family, chat_row, picture, stock_config
 from conversations import IMAGE, conversation, labelled, turn
-from loss_cases import packed
 from transformers import AutoConfig, PaliGemmaProcessor
 
 from hfcustom.data.collate import Collator
@@ -212,16 +211,6 @@ def test_training_without_types_is_warned_about(family: Family, said: list[str])
     assert not said
     family.model().train()(**batch)
     assert "PaliGemma is trained without token_type_ids" in said[0]
-
-
-def test_training_on_packed_rows_is_warned_about(family: Family, said: list[str]) -> None:
-    batch = packed(family.batch([1, 1]))
-    second = int((batch["position_ids"][0] == 0).nonzero()[1])
-    assert seen_by(family.model(), inputs_of(batch), second + 20)[0], "what stock does with packed prompts"
-    family.model()(**batch)
-    assert not said
-    family.model().train()(**batch)
-    assert "PaliGemma is trained on packed rows" in said[0]
 
 
 def test_a_mask_is_kept_for_prompts_that_see_ahead(family: Family) -> None:

@@ -176,7 +176,7 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "a weight in the prompt": (
         {**PAIR, "prompt": [FIRST[0], {**FIRST[1], "weight": 1}, ASK]},
-        ("prompt message 1: a weight in the prompt of a preference row has no effect", "leave it out"),
+        ("prompt message 1: a weight in the prompt of an answer has no effect", "leave it out"),
     ),
     "a weight of a block in what both begin with": (
         {
@@ -191,9 +191,9 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("both 'messages' and 'chosen'", "drop the column that is not meant"),
     ),
     "messages beside a completion": ({**JUDGED, "messages": [ASK, CAT]}, ("both 'messages' and 'completion'",)),
-    "a completion without a label": (
-        {"prompt": [ASK], "completion": [CAT]},
-        ("label is None", "must be true (preferred) or false", "{'messages': [...]}"),
+    "a completion whose label is missing": (
+        {"prompt": [ASK], "completion": [CAT], "label": None},
+        ("label is None", "must be true (preferred) or false", "drop the column 'label'"),
     ),
     "a label that is a number": ({**JUDGED, "label": 1}, ("label is 1", "must be true (preferred) or false")),
     "a completion without a prompt": (

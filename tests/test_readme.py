@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CHECKPOINT = "OpenGVLab/InternVL3-1B-hf"  # the name that the documents use; here a folder of that name
 SMALL = {
     "make quickstart": "--max-steps 3 --lora-steps 2 --train-rows 24 --held-out-rows 6 --batch-size 4",
-    "make test": "tests/test_naming.py -q",
+    "make test": "tests/test_naming.py -q -n 0",
     "accelerate launch recipes/finetune.py": "--max-steps 2 --batch-size 2",
     "hfcustom families": "",
     "hfcustom frames": "",
@@ -35,6 +37,10 @@ def commands() -> list[str]:
     return [line for text in texts for line in text.splitlines() if line]
 
 
+# one launch shows that the launcher takes these commands; what a process of its own adds is the same for all of them
+LAUNCHED = next(command for command in commands() if command.startswith("accelerate launch"))
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, internvl: Family) -> Path:
     """A folder with what the documents name: a stock checkpoint, a picture, rows, a class, a config, the recipes."""
@@ -42,7 +48,7 @@ def workplace(tmp_path: Path, internvl: Family) -> Path:
     internvl.processor.save_pretrained(tmp_path / CHECKPOINT)
     picture().save(tmp_path / "cat.png")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    files = {"python": ["my_file.py"], "json": ["rows.jsonl", "pairs.jsonl"], "yaml": ["run.yaml"]}
+    files = {"python": ["my_file.py"], "json": ["rows.jsonl", "pairs.jsonl", "chats.jsonl"], "yaml": ["run.yaml"]}
     for kind, names in files.items():
         texts = [text for found, text in blocks("README.md") if found == kind]
         for name, text in zip(names, texts, strict=True):
@@ -72,16 +78,32 @@ def test_python_blocks_run_and_print_what_they_say(document: str, workplace: Pat
 
 
 @pytest.mark.parametrize("command", commands())
-def test_commands_run(command: str, workplace: Path) -> None:
+def test_commands_run(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they stand, with fewer steps: each command takes further options at its end."""
     small = next((options for start, options in SMALL.items() if command.startswith(start)), None)
     assert small is not None, f"{command!r} is in a README and not tested: give it small options in SMALL"
+    words = [*shlex.split(command), *shlex.split(small)]
     if command.startswith("make"):  # in the environment that runs this test, not in a new one
         outputs = f" --output-dir {workplace / 'outputs'}" if "quickstart" in command else ""
         stamps = [word for name in ("recipes", "dev") for word in ("-o", f"{sys.prefix}/{name}")]
         run([*command.split(), "-C", str(ROOT), f"VENV={sys.prefix}", *stamps, f"ARGS={small}{outputs}"], workplace)
+    elif command == LAUNCHED:
+        run(words, workplace)
     else:
-        run([*shlex.split(command), *shlex.split(small)], workplace)
+        run_here(words, workplace, monkeypatch)
+
+
+def run_here(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a recipe's file as accelerate launch does, or a console script's entry point, in this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    if words[:2] == ["accelerate", "launch"]:
+        monkeypatch.setattr(sys, "argv", words[2:])
+        runpy.run_path(words[2], run_name="__main__")
+        return
+    (script,) = entry_points(group="console_scripts", name=words[0])
+    monkeypatch.setattr(sys, "argv", words)
+    assert script.load()() == 0
 
 
 def test_the_guide_needs_no_command_or_language_that_is_not_tested() -> None:

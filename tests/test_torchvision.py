@@ -30,10 +30,13 @@ FILES = [
     "loading",
     "parts",
     "pipeline",
+    "questions",
     "evaluate",
+    "packing",
     "experts",
     "ragged",
     "resize",
+    "video_rows",
     "videos",
 ]
 NEED_IT = [name for name in family_names() if missing_packages(name)]

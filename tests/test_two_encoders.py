@@ -1,4 +1,4 @@
-"""A second vision tower: which ones can be had, what reaches them, how their features join, and that they travel."""
+"""A second vision tower, and several: which ones can be had, what reaches them, how their features join, and that they travel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import hfcustom
 from hfcustom.connectors import build_connector
-from hfcustom.connectors.two_encoders import describe_tower
+from hfcustom.connectors.added_tower import describe_tower, describe_towers
 from hfcustom.families import tiny
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -262,3 +262,66 @@ def test_a_checkpoint_of_another_tower_is_an_error(internvl: Family, tmp_path: P
         model.custom_connector.load_tower(str(tmp_path))
     described = describe_tower(str(tmp_path))
     assert described.keys() == {"name", "tower"} and described["tower"]["model_type"] == "dinov2"
+
+
+# ---- several towers, read into few tokens -----------------------------------------------------------------------------
+
+
+def several(*towers: dict[str, Any], **options: Any) -> dict[str, Any]:
+    small = {"num_queries": 4, "num_heads": 4, "num_layers": 1}
+    return {"name": "multi_encoder_resampler", "towers": list(towers), **small, **options}
+
+
+SWIN = {
+    "model_type": "swin",
+    "embed_dim": 8,
+    "depths": [1, 1],
+    "num_heads": [1, 1],
+    "image_size": 32,
+    "window_size": 2,
+}
+
+
+def test_queries_read_all_that_the_towers_make() -> None:
+    norms = {"processor_mean": 0.5, "processor_std": 0.5, "tower_mean": 0.25, "tower_std": 1.0}
+    connector: Any = build_connector(several({"tower": {"model_type": "vit", **VIT}, **norms}, {"tower": SWIN}), 8)
+    features, pictures = torch.randn(2, 16, 8), torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        pooled = build_connector("average_pool", 8)(features)
+        torch.testing.assert_close(connector(features, pictures), pooled)  # at first the towers have no say
+        for block in connector.blocks:
+            nn.init.normal_(block.o_proj.weight)
+        vit = connector.towers[0].tower(pixel_values=pictures * 0.5 + 0.25).last_hidden_state  # (2, CLS + 16, 16)
+        swin = connector.towers[1].sequence(pictures)  # (2, 16, 16): no grid is needed
+        memory = [features, connector.projs[0](vit), connector.projs[1](swin)]
+        expected = connector.blocks[0](pooled, torch.cat(memory, 1))
+        torch.testing.assert_close(connector(features, pictures), expected)
+    connector.train()(features, pictures).sum().backward()
+    assert all(proj.weight.grad.abs().sum() > 0 for proj in connector.projs)
+    assert not any(tower.tower.training for tower in connector.towers)
+    assert not any(p.requires_grad for p in connector.towers.parameters())
+
+
+def test_towers_are_described_and_loaded_in_order(internvl: Family, tmp_path: Path) -> None:
+    folders = [str(tmp_path / kind) for kind in ("dinov2", "clip")]
+    towers = [
+        save_tower(kind, tmp_path / kind.removesuffix("_vision_model")) for kind in ("dinov2", "clip_vision_model")
+    ]
+    spec = describe_towers(folders, internvl.processor, num_queries=2, num_heads=4)
+    assert [tower["tower_mean"] for tower in spec["towers"]] == [[0.1, 0.2, 0.3]] * 2
+    model = internvl.model(connector=spec)
+    model.custom_connector.load_towers(folders)
+    pictures = torch.randn(1, 3, 24, 24)
+    with torch.no_grad():
+        for mine, theirs in zip(model.custom_connector.towers, towers, strict=True):
+            expected = theirs(pixel_values=pictures).last_hidden_state
+            torch.testing.assert_close(mine.tower(pixel_values=pictures).last_hidden_state, expected)
+    with pytest.raises(ValueError, match="1 checkpoints for 2 added towers; name one each"):
+        model.custom_connector.load_towers(folders[:1])
+
+
+def test_a_family_that_packs_tiles_has_no_picture_of_its_tokens(families: dict[str, Family]) -> None:
+    with pytest.raises(
+        ValueError, match="looks at pictures, but in this family the tiles of an image are put together"
+    ):
+        families["llava_next"].model(connector=several({"tower": {"model_type": "vit", **VIT}}))

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(not is_torchvision_available(), reason="videos n
 AVERAGE = {"name": "frame_average", "frames": 2}
 DEDUP = {"name": "temporal_dedup", "frames": 2, "keep_ratio": 0.75}
 IDENTITIES = [{"name": "average_pool", "size": 1}, {**AVERAGE, "frames": 1}, {**DEDUP, "keep_ratio": 1.0}]
-REDUCING: list[dict[str, Any]] = [{"name": "average_pool"}, AVERAGE, DEDUP]
+ASKING = {"name": "token_pruning", "by": "question"}
+REDUCING: list[dict[str, Any]] = [{"name": "average_pool"}, AVERAGE, DEDUP, ASKING]
 ONE_A_CALL = ("nemotron_h_omni",)  # stock's processor takes a single video
 ONE_A_ROW = (*ONE_A_CALL, "molmo2")
 FRAMES = {name: 4 for name in ("nemotron_h_omni", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl")}  # of 8 pictures
@@ -111,6 +112,28 @@ def test_a_real_video_is_as_in_stock_where_nothing_reduces_it(family: Family) ->
             again = rows_of(same, processor, [clip(0)])
             assert torch.equal(again["input_ids"], batch["input_ids"])
             assert torch.equal(same(**again).logits, logits), spec
+
+
+def test_the_question_of_a_video_is_its_rows(family: Family) -> None:
+    if family.name in ONE_A_CALL:
+        return
+    model, processor = matched(family, ASKING)
+    told: list[torch.Tensor] = []
+    model.custom_connector.register_forward_hook(
+        lambda module, args, given, made: told.extend(
+            words[mask] for words, mask in zip(given["question"], given["question_mask"], strict=True)
+        ),
+        with_kwargs=True,
+    )
+    batch = rows_of(model, processor, [clip(0)], [clip(1)])
+    table = model.get_input_embeddings().weight
+    what, which = (processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("what?", " wheel"))
+    batch["input_ids"][1, -len(which) :] = torch.tensor(which)  # the second row asks something else at its end
+    with torch.no_grad():
+        model(**batch)
+    ends = [words[-1] for words in told]
+    assert all(torch.equal(word, table[what[-1]]) for word in ends[: len(ends) // 2])
+    assert all(torch.equal(word, table[which[-1]]) for word in ends[len(ends) // 2 :])
 
 
 def test_clips_are_those_of_one_video(family: Family) -> None:

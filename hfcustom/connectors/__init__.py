@@ -6,18 +6,21 @@ writes M placeholders where it wrote N (`model.match_processor`). What a connect
 
 - `forward(features, grid)` and `num_tokens_out(n, grid)`: how the tokens lie, (rows, columns); None stands for a square.
 - `forward(features, pixel_values)`: the crops' pictures, (P, 3, H, W). Such a connector works before the projector, on the
-  vision features: (P, patches, D_vision) -> the same shape. Not in families whose tower is given patches.
+  vision features: (P, patches, D_vision) -> the same shape; with an attribute `after_projector`, where every other one
+  does, and may change the number of tokens. Not in families whose tower is given patches.
+- `forward(features, question, question_mask)`: what the text of each crop's row asks (hfcustom/questions.py), as the
+  embeddings of its words, (P, Q, D), and which places of the Q hold one, (P, Q); unless an attribute `asks` is False.
 - an attribute `frames`: it takes that many neighbouring crops together, as the frames of one clip (frame_average.py).
 
-Weights start so that a pretrained model goes on from where it is: as the identity, or as the average of what is reduced;
-only learned queries start with no knowledge of the image. Letters: P crops, N tokens in, M tokens out, D hidden.
+Weights start so that a pretrained model goes on from where it is: as the identity, or as the average of what is reduced.
+Letters: P crops, N tokens in, M tokens out, D hidden.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +32,7 @@ from hfcustom.connectors.frame_average import FrameAverage
 from hfcustom.connectors.grids import Grid
 from hfcustom.connectors.linear import Linear
 from hfcustom.connectors.mlp import MLP
+from hfcustom.connectors.multi_encoder_resampler import MultiEncoderResampler
 from hfcustom.connectors.patch_merger import PatchMerger
 from hfcustom.connectors.perceiver_resampler import PerceiverResampler
 from hfcustom.connectors.pixel_shuffle import PixelShuffle
@@ -39,6 +43,7 @@ from hfcustom.connectors.two_encoders import TwoEncoders
 from hfcustom.naming import check_shape, snake_case, unknown
 from hfcustom.parts import is_trained_copy
 
+Told = Mapping[str, torch.Tensor]
 ConnectorClass = TypeVar("ConnectorClass", bound=type[nn.Module])
 
 
@@ -51,6 +56,11 @@ def connector(module_class: ConnectorClass) -> ConnectorClass:
     for method in ("forward", "num_tokens_out"):
         if not callable(getattr(module_class, method, None)):
             raise TypeError(f"{module_class.__name__} needs a method {method}() to be a connector.")
+    if _takes("question", module_class) != _takes("question_mask", module_class):
+        raise TypeError(
+            f"{module_class.__name__}.forward takes one of question (P, Q, D) and question_mask (P, Q); rows have questions of "
+            "different lengths, so it must take both."
+        )
     name = snake_case(module_class.__name__)
     taken = CONNECTORS.get(name)
     if taken is not None and _origin(taken) != _origin(module_class):
@@ -104,8 +114,13 @@ def build_connector(spec: str | Mapping[str, Any], hidden_size: int) -> nn.Modul
 
 def _takes(name: str, module: Any) -> bool:
     """Whether the forward of a connector, or of a class of them, has an argument; peft may have wrapped the module."""
+    return name in inspect.signature(unwrapped(module).forward).parameters
+
+
+def unwrapped(module: Any) -> Any:
+    """Return the connector that peft may have wrapped, or a class as it is."""
     wrapped = not isinstance(module, type) and is_trained_copy(module)
-    return name in inspect.signature((module.original_module if wrapped else module).forward).parameters
+    return module.original_module if wrapped else module
 
 
 def takes_grid(module: nn.Module) -> bool:
@@ -114,8 +129,20 @@ def takes_grid(module: nn.Module) -> bool:
 
 
 def takes_pictures(module: nn.Module | type[nn.Module] | None) -> bool:
-    """Whether a connector, or a class of them, works on vision features and pictures: `forward(features, pixel_values)`."""
+    """Whether a connector, or a class of them, looks at pictures: `forward(features, pixel_values)`."""
     return module is not None and _takes("pixel_values", module)
+
+
+def works_before_projector(module: nn.Module | type[nn.Module] | None) -> bool:
+    """Whether a connector, or a class of them, takes pictures and vision features, and leaves the tokens as they are."""
+    return takes_pictures(module) and not getattr(unwrapped(module), "after_projector", False)
+
+
+def takes_question(module: nn.Module | None) -> bool:
+    """Whether a connector wants to know what the text asks: `forward(features, question, question_mask)`."""
+    if module is None or not _takes("question", module):
+        return False
+    return bool(getattr(unwrapped(module), "asks", True))
 
 
 def frames_together(module: Any) -> int:
@@ -123,14 +150,26 @@ def frames_together(module: Any) -> int:
     return int(getattr(module, "frames", 1))
 
 
-def reduce_tokens(module: Any, features: torch.Tensor, grid: Grid | None, name: Any) -> torch.Tensor:
+def of_each(told: Told, crops: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return what a connector is told of some crops, by their places, from what it is told of all."""
+    return {name: entries[list(crops)] for name, entries in told.items()}
+
+
+def reduce_tokens(
+    module: Any, features: torch.Tensor, grid: Grid | None, name: Any, told: Told | None = None
+) -> torch.Tensor:
     """Run a connector on crops of one size: (P, N, D) -> (P, M, D); ValueError when M is not what it said.
 
-    One that takes pictures has done its work before the projector.
+    `told` is what it asks for besides, by name, an entry a crop. One that works before the projector has done so.
     """
-    if takes_pictures(module):
+    if works_before_projector(module):
         return features
-    known = {"grid": grid} if grid is not None and takes_grid(module) else {}
+    known: dict[str, Any] = {"grid": grid} if grid is not None and takes_grid(module) else {}
+    known |= {key: entries.to(features.device) for key, entries in (told or {}).items()}
+    if "question" in known:
+        known["question"] = known["question"].to(features.dtype)
+    elif takes_question(module):
+        raise ValueError(f"connector {name!r} wants to know what the text asks, and is not told here.")
     reduced: torch.Tensor = module(features, **known)
     expected = torch.Size((len(features), count_tokens_out(module, features.shape[1], grid), features.shape[2]))
     check_shape(f"connector {name!r}", reduced, expected, "(crops, num_tokens_out, hidden size)")
@@ -170,6 +209,7 @@ CONNECTORS: dict[str, type[nn.Module]] = {
     "frame_average": FrameAverage,
     "linear": Linear,
     "mlp": MLP,
+    "multi_encoder_resampler": MultiEncoderResampler,
     "patch_merger": PatchMerger,
     "perceiver_resampler": PerceiverResampler,
     "pixel_shuffle": PixelShuffle,

@@ -1,4 +1,4 @@
-"""Grids of image tokens, and the connectors that reduce `size` x `size` neighbours of one to a single token.
+"""Grids of image tokens, averages over their regions, and the connectors that reduce `size` x `size` neighbours of one to a single token.
 
 Letters: P crops, N tokens in, M tokens out, D hidden.
 """
@@ -61,6 +61,26 @@ class WindowReduction(nn.Module):
         image = nn.functional.pad(image, (0, 0, 0, -grid[1] % self.size, 0, -grid[0] % self.size))
         cells = image.unflatten(2, (-1, self.size)).unflatten(1, (-1, self.size))  # (P, R, size, C, size, D)
         return cells.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (P, M, size*size, D)
+
+
+def layout(count: int, grid: Grid) -> Grid:
+    """Return rows and columns of `count` tokens whose proportions are nearest to a grid's."""
+    wanted = math.log(grid[0] / grid[1])
+    pairs = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
+    return min(pairs, key=lambda pair: abs(math.log(pair[0] / pair[1]) - wanted))
+
+
+def average_to(features: torch.Tensor, count: int, grid: Grid | None) -> torch.Tensor:
+    """Average a grid's tokens region by region, the regions in rows and columns: (P, N, D) -> (P, count, D).
+
+    Without a grid, tokens that can be a square are one; others lie in a row.
+    """
+    if grid is None:
+        side = math.isqrt(features.shape[1])
+        grid = (side, side) if side**2 == features.shape[1] else (1, features.shape[1])
+    image = features.float().transpose(1, 2).unflatten(2, grid)  # (P, D, rows, columns)
+    means = nn.functional.adaptive_avg_pool2d(image, layout(count, grid))
+    return means.flatten(2).transpose(1, 2).to(features.dtype)  # (P, count, D)
 
 
 def window_mean(windows: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:

@@ -1,40 +1,71 @@
-"""perceiver_resampler: learned queries read any number of tokens, in residual blocks."""
+"""perceiver_resampler: queries read any number of tokens, in residual blocks."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from hfcustom.connectors.attention import check_heads, check_queries
+from hfcustom.connectors.attention import ImageQueries, check_heads, start_at_zero
+from hfcustom.connectors.grids import Grid
 
 
-class PerceiverResampler(nn.Module):
-    """Read any number of tokens into `num_queries` learned ones by cross-attention, in residual blocks.
+class Resampler(nn.Module):
+    """`num_queries` queries of a crop, and the blocks in which they read, for the connector called `name`."""
 
+    def __init__(
+        self, name: str, hidden_size: int, num_queries: int, num_layers: int, num_heads: int, start: str
+    ) -> None:
+        super().__init__()
+        check_heads(name, hidden_size, num_heads)
+        self.queries = ImageQueries(name, hidden_size, num_queries, start)
+        average = self.queries.average
+        self.blocks = nn.ModuleList(PerceiverBlock(hidden_size, num_heads, average) for _ in range(num_layers))
+        self.norm = nn.Identity() if average else nn.LayerNorm(hidden_size)
+
+    def read(self, features: torch.Tensor, grid: Grid | None, memory: torch.Tensor) -> torch.Tensor:
+        """Let the queries of features (P, N, D) read a memory (P, N + others, D): -> (P, M, D)."""
+        queries = self.queries(features, grid)  # (P, M, D)
+        for block in self.blocks:
+            queries = block(queries, memory)
+        read: torch.Tensor = self.norm(queries)
+        return read
+
+    def num_tokens_out(self, num_tokens: int, grid: Grid | None = None) -> int:
+        """Return the number of queries, whatever comes in."""
+        return len(self.queries.weight)
+
+
+class PerceiverResampler(Resampler):
+    """Read any number of tokens into `num_queries` by cross-attention, in residual blocks.
+
+    start="average" lets each query start as the mean of a region of the crop, to which the blocks add what they find,
+    nothing at first: the start is an average pool (ImageQueries in attention.py). start="random" is the paper's form,
+    learned queries and a norm at the end, which know nothing of the image before training.
     Source: Flamingo, https://arxiv.org/abs/2204.14198, section 3.1 (keys and values are tokens and queries together).
     """
 
-    def __init__(self, hidden_size: int, num_queries: int = 64, num_layers: int = 2, num_heads: int = 8) -> None:
-        super().__init__()
-        check_heads("perceiver_resampler", hidden_size, num_heads)
-        check_queries("perceiver_resampler", num_queries)
-        self.queries = nn.Embedding(num_queries, hidden_size)
-        self.blocks = nn.ModuleList(_PerceiverBlock(hidden_size, num_heads) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(hidden_size)
+    def __init__(
+        self,
+        hidden_size: int,
+        num_queries: int = 64,
+        num_layers: int = 2,
+        num_heads: int = 8,
+        start: str = "average",
+    ) -> None:
+        super().__init__("perceiver_resampler", hidden_size, num_queries, num_layers, num_heads, start)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        queries = self.queries.weight.expand(len(features), -1, -1)  # (P, M, D)
-        for block in self.blocks:
-            queries = block(queries, features)
-        return self.norm(queries)
+    def forward(self, features: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
+        return self.read(features, grid, features)
 
-    def num_tokens_out(self, num_tokens: int) -> int:
-        """Return the number of queries, whatever comes in."""
-        return self.queries.num_embeddings
+    def grid_out(self, grid: Grid) -> Grid:
+        """Return how the queries lie."""
+        return self.queries.grid_out(grid)
 
 
-class _PerceiverBlock(nn.Module):
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+class PerceiverBlock(nn.Module):
+    """Add to queries (P, M, D) what they find in tokens (P, N, D) and in each other, then a two-layer MLP."""
+
+    def __init__(self, hidden_size: int, num_heads: int, starts_at_zero: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.norm_queries = nn.LayerNorm(hidden_size)
@@ -42,12 +73,10 @@ class _PerceiverBlock(nn.Module):
         self.q_proj = nn.Linear(hidden_size, hidden_size)
         self.kv_proj = nn.Linear(hidden_size, 2 * hidden_size)
         self.o_proj = nn.Linear(hidden_size, hidden_size)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(hidden_size),
-            nn.Linear(hidden_size, 4 * hidden_size),
-            nn.GELU(),
-            nn.Linear(4 * hidden_size, hidden_size),
-        )
+        down = nn.Linear(4 * hidden_size, hidden_size)
+        self.mlp = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, 4 * hidden_size), nn.GELU(), down)
+        if starts_at_zero:
+            start_at_zero(self.o_proj, down)
 
     def forward(self, queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         normed = self.norm_queries(queries)  # (P, M, D)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from transformers.utils import logging
 
-from hfcustom.data.collate import Batch
+from hfcustom.data.collate import Batch, count_by_source
 from hfcustom.data.messages import Example, RowError, read_row
 
 logger = logging.get_logger("hfcustom")
@@ -58,6 +59,8 @@ class CaptionCollator:
         )
         batch = Batch(features)
         batch.images, batch.rows = len(examples), [example.name for example in examples]
+        mask = features.get("attention_mask", torch.ones_like(features["input_ids"]))  # (n, T)
+        batch.source_tokens = count_by_source(examples, mask)
         return batch
 
     def _check_lengths(self, texts: Sequence[str], examples: Sequence[Example]) -> None:

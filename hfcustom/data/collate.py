@@ -20,6 +20,7 @@ from hfcustom.data.columns import TOKEN_WEIGHTS, check_columns, column_tensor
 from hfcustom.data.control import ControlTokens
 from hfcustom.data.labels import TRAIN_ON, TrainOn, check_labels, render, token_weights
 from hfcustom.data.messages import Example, RowError, read_row
+from hfcustom.data.videos import video_options
 from hfcustom.losses import IGNORE
 from hfcustom.naming import unknown
 from hfcustom.processors import PrefixProcessor
@@ -31,6 +32,7 @@ class Batch(dict[str, torch.Tensor]):
     """Tensors for forward(), how many images they hold, and where each row comes from."""
 
     images: int = 0
+    source_tokens: Mapping[str, int] = {}  # tokens by source, of rows of a mixture
     rows: Sequence[str] = ()  # B names, as in errors: "train.jsonl, line 7"
     blank: bool = False  # run only so that ranks stay together; counts for nothing
 
@@ -91,7 +93,7 @@ class Collator:
         features = process(processor, texts, shielded, padding_side="right", with_offsets=True)
         offsets = features.pop("offset_mapping")  # (B, T, 2)
         replaced = features.pop("text_replacement_offsets", None) or [[]] * len(answers)
-        self._check_processor(features, texts, offsets, replaced)
+        self._check_processor(texts, offsets, replaced)
         for answer, mask in zip(answers, features["attention_mask"], strict=True):
             self._check_length(mask, answer)
         ids = features["input_ids"]
@@ -103,16 +105,13 @@ class Collator:
                 check_labels(processor, row, texts[at], spans[at], replaced[at], ids[at][weights[at] != 0])
                 self.num_verified += 1
         weights[self._unsayable(ids)] = 0.0
-        for answer, empty in zip(answers, (weights == 0).all(1).tolist(), strict=True):
-            if empty:
-                raise RowError(
-                    f"{answer.name}: no token carries a label, so there is nothing to learn from it; drop the row."
-                )
+        _check_labelled(weights, answers)
         batch = Batch(features, labels=ids.masked_fill(weights == 0, IGNORE))
         if isinstance(self.processor, PrefixProcessor):
             batch["token_type_ids"] = self.processor.mark_answers(batch, weights != 0)
-        batch.images = sum(len(answer.images) for answer in answers)
+        batch.images = sum(len(answer.images) + sum(map(len, answer.videos)) for answer in answers)
         batch.rows = [answer.name for answer in answers]
+        batch.source_tokens = count_by_source(answers, features["attention_mask"])
         if answers[0].preferred is not None:
             batch["preference"] = torch.tensor([1.0 if answer.preferred else -1.0 for answer in answers])  # (B,)
         self._add_columns(batch, examples, weights)
@@ -136,20 +135,11 @@ class Collator:
                 else column_tensor(name, examples, batch["labels"], name in self.token_columns)
             )
 
-    def _check_processor(
-        self, features: Mapping[str, Any], texts: Sequence[str], offsets: torch.Tensor, replaced: Sequence[Any]
-    ) -> None:
-        """A processor that makes labels, or expands a text without a record, would put labels on other words."""
-        grown = any(
-            not records and int(row.max()) > len(text)
-            for text, row, records in zip(texts, offsets, replaced, strict=True)
-        )
-        if grown or "labels" in features:
-            does = "expands images without saying where" if grown else "makes labels of its own"
-            raise ValueError(
-                f"{type(self.processor).__name__} {does}, so labels would be on other words; load the processor of the "
-                "family's custom class: model.processor_class.from_pretrained(...)."
-            )
+    def _check_processor(self, texts: Sequence[str], offsets: torch.Tensor, replaced: Sequence[Any]) -> None:
+        """A processor that expands a text without a record would put labels on other words."""
+        for text, row, records in zip(texts, offsets, replaced, strict=True):
+            if not records and int(row.max()) > len(text):
+                raise _wrong_processor(self.processor, "expands images without saying where")
 
     def _check_length(self, attention_mask: torch.Tensor, example: Example) -> None:
         length = int(attention_mask.sum())
@@ -160,12 +150,29 @@ class Collator:
             )
 
 
+def count_by_source(answers: Sequence[Example], attention_mask: torch.Tensor) -> dict[str, int]:
+    """Return the tokens of each source of a mixture, (B, T) -> {source: tokens}."""
+    counts: dict[str, int] = {}
+    for answer, length in zip(answers, attention_mask.sum(1).tolist(), strict=True):
+        if answer.source:
+            counts[answer.source] = counts.get(answer.source, 0) + length
+    return counts
+
+
 def split_pair(example: Example) -> list[Example]:
     """Return the rows of the batch that an example becomes: two for a pair, the chosen answer first."""
     if example.rejected is None:
         return [example]
     chosen = replace(example, name=f"{example.name}, chosen", rejected=None, preferred=True)
     return [chosen, replace(chosen, messages=example.rejected, name=f"{example.name}, rejected", preferred=False)]
+
+
+def _check_labelled(weights: torch.Tensor, answers: Sequence[Example]) -> None:
+    for answer, empty in zip(answers, (weights == 0).all(1).tolist(), strict=True):
+        if empty:
+            raise RowError(
+                f"{answer.name}: no token carries a label, so there is nothing to learn from it; drop the row."
+            )
 
 
 def _check_same_kind(examples: Sequence[Example], train_on: TrainOn) -> None:
@@ -202,6 +209,7 @@ def process(
         options["add_special_tokens"] = False  # the template wrote it already
     if any(example.images for example in examples):
         options["images"] = [example.images for example in examples]
+    options |= video_options(processor, texts, examples)
     if with_offsets:
         options |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
     try:
@@ -214,9 +222,18 @@ def process(
         raise  # each row alone is fine
     replaced = features.pop("text_replacement_offsets", None)
     batch = dict(features.convert_to_tensors("pt"))
+    if "labels" in batch:
+        raise _wrong_processor(processor, "makes labels of its own")
     _check_complete(processor, batch)
     _check_single_bos(processor, texts, examples, batch["input_ids"])
     return batch | ({"text_replacement_offsets": replaced} if with_offsets else {})
+
+
+def _wrong_processor(processor: Any, does: str) -> ValueError:
+    return ValueError(
+        f"{type(processor).__name__} {does}, so labels would be on other words; load the processor of the family's custom "
+        "class: model.processor_class.from_pretrained(...)."
+    )
 
 
 def _check_complete(processor: Any, batch: Mapping[str, Any]) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hfcustom.data.messages import SIDES, Example, RowError
+from hfcustom.data.messages import Example, RowError
+from hfcustom.data.row_forms import SIDES
 from hfcustom.losses import IGNORE
 from hfcustom.naming import unknown
 
@@ -36,6 +37,23 @@ def check_columns(columns: Sequence[str], processor: Any) -> tuple[str, ...]:
                 "rename the column in the rows, or leave it out of columns."
             )
     return tuple(columns)
+
+
+def column_report(example: Example, asked: Sequence[str]) -> str:
+    """Say what becomes of a row's columns when losses ask for some."""
+    sides = [f"{side}_" for side in SIDES]
+    names = {key: key.partition("_")[2] if key.startswith(tuple(sides)) else key for key in example.columns}
+    kept = [key for key, name in names.items() if key in asked or name in asked]
+    ignored = [key for key in names if key not in kept]
+    missing = [name for name in asked if name != TOKEN_WEIGHTS and name not in {*names, *names.values()}]
+    groups = {
+        "used": example.used,
+        "kept for losses": kept,
+        "ignored": ignored,
+        "missing, which a loss needs": missing,
+    }
+    told = [f"{what}: {', '.join(found)}" for what, found in groups.items() if found]
+    return f"columns {'; '.join(told)}"
 
 
 def column_tensor(

@@ -20,6 +20,11 @@ from hfcustom.signals import ignore_stop_signals
 @lru_cache(maxsize=2)
 def epoch_order(num_rows: int, epoch: int, seed: int) -> list[int]:
     """Return the permutation of an epoch."""
+    return permutation(num_rows, epoch, seed)
+
+
+def permutation(num_rows: int, epoch: int, seed: int) -> list[int]:
+    """Draw the permutation of an epoch."""
     generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + epoch)
     return torch.randperm(num_rows, generator=generator).tolist()
 
@@ -41,12 +46,17 @@ def step_loader(
     world_size: int,
     seed: int,
     num_workers: int,
+    draw: Callable[[int, int, int], list[int]] | None = None,
 ) -> DataLoader[Any]:
-    """Return a loader with an item for each step: what `collate` makes of this rank's rows, one micro-batch after another."""
+    """Return a loader with an item for each step: what `collate` makes of this rank's rows, one micro-batch after another.
+
+    `draw(step, batch_size, seed)` gives the rows of a step in place of `step_rows`.
+    """
 
     def indices() -> Iterator[list[int]]:
         for step in steps:
-            order = step_rows(len(rows), step, micro_batch_size * accumulation * world_size, seed)
+            batch_size = micro_batch_size * accumulation * world_size
+            order = step_rows(len(rows), step, batch_size, seed) if draw is None else draw(step, batch_size, seed)
             firsts = ((micro * world_size + rank) * micro_batch_size for micro in range(accumulation))
             yield [at for first in firsts for at in order[first : first + micro_batch_size]]
 

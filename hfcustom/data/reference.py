@@ -17,7 +17,8 @@ from rich.progress import track
 from hfcustom.base import CustomVLM
 from hfcustom.console import out
 from hfcustom.data.collate import Collator
-from hfcustom.data.messages import SIDES, Example
+from hfcustom.data.messages import Example
+from hfcustom.data.row_forms import SIDES
 from hfcustom.data.sources import RowsWithColumns, as_examples
 from hfcustom.losses import frozen_pass
 from hfcustom.parts import unwrap

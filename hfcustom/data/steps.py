@@ -18,10 +18,12 @@ from accelerate.utils import gather_object
 
 from hfcustom.data.collate import Batch
 from hfcustom.data.messages import RowError
+from hfcustom.data.packing import Cut, Packer
 from hfcustom.data.sources import Examples
 
 EXIT_BAD_ROWS = 4  # too many rows cannot be used: look at bad_rows.jsonl
 SHOWN = 3  # bad rows in an error message
+STREAM_ROWS = 1000  # of a stream, too few to tell a share from
 
 
 class TooManyBadRows(RowError):
@@ -42,6 +44,10 @@ class StepBatches:
 
     batches: list[Batch]
     skipped: list[BadRow] = field(default_factory=list)
+    # of a stream: which loading process, where it stands after this, and how often the stream has ended for it
+    position: tuple[int, dict[str, Any]] | None = None
+    epoch: int = 0
+    cut: Cut | None = None  # of packed rows
 
 
 class Attempts(Sequence[Any]):
@@ -61,17 +67,31 @@ class Attempts(Sequence[Any]):
 
 
 class StepCollator:
-    """Cut a rank's rows of a step into micro-batches and collate each; `skip_bad_rows` leaves out those it cannot."""
+    """Cut a rank's rows of a step into micro-batches and collate each; `skip_bad_rows` leaves out those it cannot.
+
+    A `packer` cuts them by tokens instead of `micro_batch_size` rows.
+    """
 
     def __init__(
-        self, collate: Callable[[Sequence[Any]], Batch], micro_batch_size: int, *, skip_bad_rows: bool = False
+        self,
+        collate: Callable[[Sequence[Any]], Batch],
+        micro_batch_size: int,
+        *,
+        skip_bad_rows: bool = False,
+        packer: Packer | None = None,
     ) -> None:
         self.collate = collate
         self.micro_batch_size = micro_batch_size
         self.skip_bad_rows = skip_bad_rows
+        self.packer = packer
 
     def __call__(self, rows: Sequence[Any]) -> StepBatches:
         skipped = [row for row in rows if isinstance(row, BadRow)]
+        if self.packer is not None:
+            found = [(row, self._batch([row], skipped)) for row in rows if not isinstance(row, BadRow)]
+            usable = [(row, single) for row, single in found if single is not None]
+            batches, cut = self.packer(self.collate, *([pair[at] for pair in usable] for at in (0, 1)))
+            return StepBatches(batches, skipped, cut=cut)
         batches = []
         for first in range(0, len(rows), self.micro_batch_size):
             chunk = [row for row in rows[first : first + self.micro_batch_size] if not isinstance(row, BadRow)]
@@ -101,27 +121,38 @@ class StepCollator:
 class BadRows:
     """The rows of a run that were left out, known to every rank; each is named once, and too many of them stop the run.
 
-    `path` gets a line of JSON a row: {"row": ..., "reason": ...}. A resumed run knows the rows that stand there.
+    `path` gets a line of JSON a row: {"row": ..., "reason": ...}. A resumed run knows the rows that stand there. Of a stream,
+    which has no number of rows, the share is of those that were read, of at least STREAM_ROWS.
     """
 
     def __init__(
-        self, accelerator: Accelerator, num_rows: int, max_share: float, path: Path, *, resumed: bool = False
+        self,
+        accelerator: Accelerator,
+        num_rows: int | None,
+        max_share: float,
+        path: Path,
+        *,
+        rows_per_step: int = 0,
+        resumed_at: int = 0,
     ) -> None:
         self.accelerator = accelerator
         self.num_rows = num_rows
+        self.rows_per_step = rows_per_step
+        self.steps = resumed_at
         self.max_share = max_share
         self.path = path
         self.reasons: dict[str, str] = {}  # by row
-        if resumed and path.is_file():
+        if resumed_at and path.is_file():
             for line in path.read_text().splitlines():
                 row = json.loads(line)
                 self.reasons[row["row"]] = row["reason"]
         accelerator.wait_for_everyone()  # before anyone deletes or adds
-        if not resumed and accelerator.is_main_process:
+        if not resumed_at and accelerator.is_main_process:
             path.unlink(missing_ok=True)
 
     def take(self, skipped: Sequence[BadRow]) -> None:
         """Add the rows that the ranks have left out of a step; every rank has to call it. TooManyBadRows ends the run."""
+        self.steps += 1
         everyone = gather_object(list(skipped)) if self.accelerator.num_processes > 1 else skipped
         new = {row.row: row.reason for row in everyone if row.row not in self.reasons}
         if not new:
@@ -132,10 +163,12 @@ class BadRows:
                 file.writelines(json.dumps({"row": row, "reason": reason}) + "\n" for row, reason in new.items())
             for reason in new.values():
                 self.accelerator.print(f"left out: {reason}")
-        if len(self.reasons) > self.max_share * self.num_rows or len(self.reasons) >= self.num_rows:
+        read = self.steps * self.rows_per_step
+        num_rows = max(read, STREAM_ROWS) if self.num_rows is None else self.num_rows
+        if len(self.reasons) > self.max_share * num_rows or len(self.reasons) >= min(num_rows, self.num_rows or read):
             first = "\n  ".join(list(self.reasons.values())[:SHOWN])
             raise TooManyBadRows(
-                f"{len(self.reasons)} of {self.num_rows} rows cannot be used, more than max_bad_share={self.max_share} "
+                f"{len(self.reasons)} of {num_rows} rows cannot be used, more than max_bad_share={self.max_share} "
                 f"allows. They are listed in {self.path}; the first are\n  {first}"
             )
 

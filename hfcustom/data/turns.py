@@ -1,4 +1,4 @@
-"""Turns: a conversation checked message by message, its loss weights included, and its image blocks given their images.
+"""Turns: a conversation checked message by message, its loss weights included, and its blocks given their images and videos.
 
 A checked message is {"role": ..., "content": [blocks]}, on assistant turns perhaps with "weight", the factor of its
 tokens in the loss; a text block of an assistant turn may have one too, which multiplies the turn's.
@@ -14,6 +14,7 @@ import numpy as np
 from hfcustom.naming import unknown
 
 ROLES = ("assistant", "system", "user")
+BLOCKS = ("image", "text", "video")
 MAX_WEIGHT = 3e38  # float32 holds no more
 
 Message = dict[str, Any]
@@ -40,9 +41,9 @@ def _check_turn(message: Any, where: str) -> Message:
         if "weight" not in block:
             continue
         block["weight"] = _check_weight(block["weight"], turn["role"], f"{where}, block {at}")
-        if block["type"] == "image":
+        if block["type"] != "text":
             raise RowError(
-                f"{where}, block {at}: an image is never trained on, so its weight has no effect; leave it out."
+                f"{where}, block {at}: {_shown_block(block['type'])} is never trained on, so its weight has no effect; leave it out."
             )
     return turn
 
@@ -64,8 +65,8 @@ def _block(block: Any, where: str) -> dict[str, Any]:
         if "type" not in block and "text" in block:
             block["type"] = "text"
     kind = block.get("type") if isinstance(block, Mapping) else block
-    if kind not in ("image", "text"):
-        raise RowError(f"{where}: {unknown('block type', kind, ('image', 'text'))}")
+    if kind not in BLOCKS:
+        raise RowError(f"{where}: {unknown('block type', kind, BLOCKS)}")
     if kind == "text":
         block["text"] = _text(block.get("text"), f"{where}: a text block's 'text'")
     return dict(block)
@@ -108,9 +109,13 @@ def check_answers(messages: Sequence[Message], where: str) -> None:
 
 
 def _wordless(message: Message) -> str:
-    if any(block["type"] == "image" for block in message["content"]):
-        return "an image without words"
-    return "blank" if any(block["text"] for block in message["content"]) else "empty"
+    if shown := [block["type"] for block in message["content"] if block["type"] != "text"]:
+        return f"{_shown_block(shown[0])} without words"
+    return "blank" if any(block.get("text") for block in message["content"]) else "empty"
+
+
+def _shown_block(kind: str) -> str:
+    return "an image" if kind == "image" else f"a {kind}"
 
 
 def _check_weight(weight: Any, role: str, where: str) -> float:
@@ -142,42 +147,51 @@ def without_weights(messages: Sequence[Message]) -> list[Message]:
 
 
 def as_prompt(turns: Sequence[Turn]) -> list[Turn]:
-    """Return the turns with weight 0 on the assistant's: a preference row trains on its answers only."""
+    """Return the turns with weight 0 on the assistant's: only what answers a prompt is trained on."""
     for where, message in turns:
         if message.get("weight", 0) != 0 or any("weight" in block for block in message["content"]):
             raise RowError(
-                f"{where}: a weight in the prompt of a preference row has no effect, since only what differs between the "
-                "answers is trained on; leave it out."
+                f"{where}: a weight in the prompt of an answer has no effect, since only answers to it are trained on; leave it "
+                "out."
             )
     return [
         (where, {**message, "weight": 0.0} if message["role"] == "assistant" else message) for where, message in turns
     ]
 
 
-def place_images(turns: Sequence[Turn], images: Sequence[Any], name: str) -> tuple[list[Message], list[Any]]:
-    """Return the messages with bare image blocks, and the image source of each: the block's own, else the next of `images`."""
-    pending = list(images)
-    sources, messages = [], []
+def place_media(
+    turns: Sequence[Turn], media: Mapping[str, Sequence[Any]], name: str
+) -> tuple[list[Message], dict[str, list[Any]]]:
+    """Return the messages with bare image and video blocks, and the source of each, by type: its own, else the next listed.
+
+    `media` holds the row's lists by block type, {"image": [...], "video": [...]}.
+    """
+    pending = {kind: list(listed) for kind, listed in media.items()}
+    sources: dict[str, list[Any]] = {kind: [] for kind in media}
+    messages = []
     for where, message in turns:
         blocks = []
         for block in message["content"]:
-            if block["type"] == "image":
-                sources.append(_source(block, pending, len(images), where))
-                block = {"type": "image"}
+            kind = block["type"]
+            if kind != "text":
+                sources[kind].append(_source(block, pending[kind], len(media[kind]), where))
+                block = {"type": kind}
             blocks.append(block)
         messages.append({**message, "content": blocks})
-    if pending:
-        raise RowError(
-            f"{name}: {len(images)} images, but only {len(images) - len(pending)} {{'type': 'image'}} blocks use them; "
-            "put a block where each image belongs."
-        )
+    for kind, left in pending.items():
+        if left:
+            raise RowError(
+                f"{name}: {len(media[kind])} {kind}s, but only {len(media[kind]) - len(left)} {{'type': '{kind}'}} blocks use "
+                f"them; put a block where each {kind} belongs."
+            )
     return messages, sources
 
 
 def _source(block: dict[str, Any], pending: list[Any], given: int, where: str) -> Any:
-    inline = [block[key] for key in ("image", "path") if key in block]
+    kind = block["type"]
+    inline = [block[key] for key in (kind, "path") if key in block]
     if inline:
         return inline[0]
     if not pending:
-        raise RowError(f"{where}: more {{'type': 'image'}} blocks than the row's {given} images; list every image.")
+        raise RowError(f"{where}: more {{'type': '{kind}'}} blocks than the row's {given} {kind}s; list every {kind}.")
     return pending.pop(0)

@@ -85,6 +85,7 @@ class CustomChameleonForConditionalGeneration(CustomVLM, ChameleonForConditional
         return [
             (inner, "register_forward_pre_hook", "_begin_pass", {"with_kwargs": True}),
             (inner, "register_forward_pre_hook", "_at_language_input", {"with_kwargs": True}),
+            (inner, "register_forward_pre_hook", "_at_packed_rows", {"with_kwargs": True}),
             (inner, "register_forward_hook", "_at_language_output", {}),
             (inner, "register_forward_hook", "_end_pass", {"always_call": True}),
             (f"{inner}.vqmodel.quantize", "register_forward_pre_hook", "_at_quantizer_input", {}),

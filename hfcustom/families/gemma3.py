@@ -70,6 +70,20 @@ class CustomGemma3ForConditionalGeneration(CustomVLM, Gemma3ForConditionalGenera
             call["token_type_ids"] = images.long()
         return call
 
+    def _at_packed_rows(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Make the mask of a window out of the full one, where stock looks for images at wrong places (5.23.0)."""
+        masks = kwargs.get("attention_mask")
+        if self._pass is not None and self._pass.rows is not None and isinstance(masks, Mapping):
+            full = masks["full_attention"]  # (1, 1, T, T), True or 0 where a token may look
+            if full is not None:
+                places = torch.arange(full.shape[-1], device=full.device)
+                far = places <= places[:, None] - module.config.sliding_window  # (T, T)
+                hidden = False if full.dtype == torch.bool else torch.finfo(full.dtype).min
+                kwargs = {**kwargs, "attention_mask": {**masks, "sliding_attention": full.masked_fill(far, hidden)}}
+        return super()._at_packed_rows(module, args, kwargs)
+
 
 NAMED_TOKENS = {
     "boi_token": "<start_of_image>",

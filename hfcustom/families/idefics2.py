@@ -70,6 +70,7 @@ class CustomIdefics2ForConditionalGeneration(CustomVLM, Idefics2ForConditionalGe
 
     config_class = CustomIdefics2Config
     processor_class = CustomIdefics2Processor
+    crop_dims = {"pixel_values": 1, "pixel_attention_mask": 1}  # tiles of a row
     placeholder_field = "image_seq_len"
     no_pictures = "pictures keep their proportions, which the squares of a second tower cannot be matched with"
 

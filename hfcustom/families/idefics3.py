@@ -31,6 +31,7 @@ class CustomIdefics3ForConditionalGeneration(CustomVLM, Idefics3ForConditionalGe
 
     config_class = CustomIdefics3Config
     processor_class = CustomIdefics3Processor
+    crop_dims = {"pixel_values": 1, "pixel_attention_mask": 1}  # tiles of a row
     placeholder_field = "image_seq_len"
 
     def stock_tokens_per_crop(self) -> int:

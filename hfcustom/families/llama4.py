@@ -81,6 +81,12 @@ class CustomLlama4ForConditionalGeneration(CustomVLM, Llama4ForConditionalGenera
         self.config.stacked_experts = any(isinstance(module, Llama4TextExperts) for module in self.modules())
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    @property
+    def max_packed_tokens(self) -> int | None:
+        """Layers without positions scale their queries by a token's place in the tensor, in steps of so many."""
+        text: Any = self.config.get_text_config()
+        return text.floor_scale - 1 if text.attn_temperature_tuning else None
+
     def get_decoder(self) -> Any:
         """Return the language model without its head; stock returns the two together."""
         return self.language_model.model
@@ -105,9 +111,9 @@ class CustomLlama4ForConditionalGeneration(CustomVLM, Llama4ForConditionalGenera
         self, input_ids: torch.Tensor, mm_encoder_output: Any, expand_size: int = 1, inputs_embeds: Any = None
     ) -> Any:
         """Deal the tiles of each row to its beams; stock (transformers 5.23.0) does so with a pooler_output alone, and raises."""
-        image = mm_encoder_output.get("image")
+        image, token = mm_encoder_output.get("image"), int(self.config.image_token_id)
         if image is not None:
-            tokens = (input_ids == self.placeholder_token_id).sum(1)  # (B,)
+            tokens = torch.eq(input_ids, token).sum(1)  # (B,)
             rows = image.last_hidden_state.split((tokens // self.tokens_per_crop()).tolist())  # (tiles, N, D) each
             image.last_hidden_state = torch.cat([row.repeat(expand_size, 1, 1) for row in rows])
         return mm_encoder_output

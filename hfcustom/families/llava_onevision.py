@@ -100,7 +100,7 @@ class CustomLlavaOnevisionForConditionalGeneration(
         pooled: torch.Tensor = stock(*args, **kwargs)  # (V * F, N, D)
         if self.custom_connector is None or self.video_inputs is None:
             return pooled
-        return self.reduce_videos(pooled, square(pooled.shape[1]))  # (V * F, M, D)
+        return self.reduce_videos(pooled, square(pooled.shape[1]), besides_video=1)  # (V * F, M, D)
 
     def unreached(self) -> dict[str, str]:
         """Return what lies behind the layer that features are read from."""

@@ -8,19 +8,20 @@ up to 9 slices. Paper of MiniCPM-V: https://arxiv.org/abs/2408.01800; stock code
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration, MiniCPMV4_6Processor
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
 from hfcustom.connectors import Grid, frames_together, grid_out
 from hfcustom.families import published, tiny
-from hfcustom.processors import MatchedProcessor, OptionalVideo, WithoutVideo
+from hfcustom.processors import MatchedProcessor, OptionalVideo, RaggedVideos, WithoutVideo
 from hfcustom.ragged import RaggedImages
 from hfcustom.registry import register
 from hfcustom.videos import VideoFrames
@@ -32,7 +33,7 @@ class CustomMiniCPMV4_6Config(CustomConfig, MiniCPMV4_6Config):
     model_type = "custom_minicpmv4_6"
 
 
-class CustomMiniCPMV4_6Processor(MatchedProcessor, OptionalVideo, MiniCPMV4_6Processor, WithoutVideo):
+class CustomMiniCPMV4_6Processor(RaggedVideos, MatchedProcessor, OptionalVideo, MiniCPMV4_6Processor, WithoutVideo):
     """MiniCPMV4_6Processor that works without torchvision and follows the connector in the whole image and in each slice."""
 
     video_processor_type = "MiniCPMV4_6VideoProcessor"
@@ -103,11 +104,22 @@ class CustomMiniCPMV4_6ForConditionalGeneration(
 
     config_class = CustomMiniCPMV4_6Config
     processor_class = CustomMiniCPMV4_6Processor
+    state_modules = (Qwen3_5GatedDeltaNet,)
     ignores_logits_to_keep = True
 
     def clip_lengths(self, tokens: list[int]) -> list[int]:
         """Return the tokens of each frame: the model is not told which are of one video."""
         return tokens
+
+    @classmethod
+    def merge_images(cls, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Join the image tensors of rows; patches of all views lie side by side, (1, 3, patch, widths of all)."""
+        beside = ("pixel_values", "pixel_values_videos")
+        merged = super().merge_images([{name: row[name] for name in row if name not in beside} for row in rows])
+        for name in beside:
+            if parts := [row[name] for row in rows if name in row]:
+                merged[name] = torch.cat(parts, -1)
+        return merged
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features before the merger behind the tower."""

@@ -19,7 +19,7 @@ from transformers.cache_utils import StaticLayer
 from hfcustom import losses
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.connectors import reduce_tokens
+from hfcustom.connectors import reduce_tokens, takes_question
 from hfcustom.families import published, tiny
 from hfcustom.processors import NestedImages
 from hfcustom.registry import register
@@ -107,6 +107,7 @@ class CustomMllamaForConditionalGeneration(CustomVLM, MllamaForConditionalGenera
     lacks = {
         "placeholders": "image tokens are keys and values of cross-attention layers; the text has one mark an image"
     }
+    no_packing = "cross-attention shows the text before a row's first image the images of every row"
     no_pictures = "the tower is given slots for tiles, empty ones among them"
     no_frames = "neighbouring crops are the slots for one image's tiles, empty ones among them"
     corrections = {
@@ -166,8 +167,20 @@ class CustomMllamaForConditionalGeneration(CustomVLM, MllamaForConditionalGenera
             return states
         vision: Any = self.config.vision_config
         side = vision.image_size // vision.patch_size
-        patches = reduce_tokens(self.custom_connector, states[:, 1:], (side, side), self.config.connector)
+        told = (
+            self._what_is_asked().of_rows(self._rows_of_slots(states)) if takes_question(self.custom_connector) else {}
+        )
+        patches = reduce_tokens(self.custom_connector, states[:, 1:], (side, side), self.config.connector, told)
         return torch.cat([states[:, :1], patches], 1)  # (P, M, D), CLS first
+
+    def _rows_of_slots(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the row of data of each tile slot, (P,): of the first text that sees it; an empty one is seen by none."""
+        asked = self._what_is_asked()
+        rows = asked.rows  # (B, T)
+        if asked.inputs.get("cross_attention_mask") is None:
+            return rows[:, 0].repeat_interleave(len(states) // len(rows))
+        visible = visible_tiles(asked.inputs).flatten(2).to(rows.device)  # (B, T, images * tiles)
+        return rows.gather(1, visible[:, : rows.shape[1]].int().argmax(1)).flatten()  # (P,)
 
     def _at_cross_layer(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor

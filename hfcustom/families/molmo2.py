@@ -16,9 +16,9 @@ from transformers import Molmo2Config, Molmo2ForConditionalGeneration, Molmo2Pro
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.connectors import Grid, grid_out
+from hfcustom.connectors import Grid, Told, count_tokens_out, grid_out, of_each
 from hfcustom.families import tiny
-from hfcustom.processors import MatchedProcessor, NeedsTorchvision
+from hfcustom.processors import MatchedProcessor, NeedsTorchvision, RaggedVideos
 from hfcustom.ragged import RaggedImages
 from hfcustom.registry import register
 from hfcustom.videos import VideoFrames
@@ -32,7 +32,7 @@ class CustomMolmo2Config(CustomConfig, Molmo2Config):
     model_type = "custom_molmo2"
 
 
-class CustomMolmo2Processor(NeedsTorchvision, MatchedProcessor, Molmo2Processor):
+class CustomMolmo2Processor(RaggedVideos, NeedsTorchvision, MatchedProcessor, Molmo2Processor):
     """Molmo2Processor that follows the model's connector, and whose offsets are those in the text it was given."""
 
     def reduced_inputs(
@@ -69,6 +69,9 @@ class CustomMolmo2Processor(NeedsTorchvision, MatchedProcessor, Molmo2Processor)
         return outputs
 
 
+POOLED = {"pixel_values": "image_token_pooling", "pixel_values_videos": "video_token_pooling"}
+
+
 class CustomMolmo2ForConditionalGeneration(VideoFrames, RaggedImages, CustomVLM, Molmo2ForConditionalGeneration):
     """Molmo 2 with five seams; vision features are a crop's patches in both layers, before the pooling attention."""
 
@@ -81,6 +84,18 @@ class CustomMolmo2ForConditionalGeneration(VideoFrames, RaggedImages, CustomVLM,
         """The id of <im_patch>: frames are written as images are, which no call has beside them."""
         return int(self.config.image_token_id)
 
+    @classmethod
+    def merge_images(cls, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Join the image tensors of rows; where patches are pooled is counted over all that came before."""
+        first = dict.fromkeys(POOLED, 0)  # patches before a row's
+        moved = [dict(row) for row in rows]
+        for row in moved:
+            for pixels in POOLED.keys() & row.keys():
+                places = row[POOLED[pixels]]  # (tokens, patches a token), -1 for none
+                row[POOLED[pixels]] = torch.where(places < 0, places, places + first[pixels])
+                first[pixels] += row[pixels].shape[:2].numel()
+        return super().merge_images(moved)
+
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features before the projector, which gets all crops in one tensor."""
         projector = self.stock_parts().paths["connector"][0]
@@ -90,20 +105,30 @@ class CustomMolmo2ForConditionalGeneration(VideoFrames, RaggedImages, CustomVLM,
         """Return two grids an image: of the whole, and of its crops together."""
         return [(rows, columns) for rows, columns in inputs["image_grids"].view(-1, 2).tolist()]
 
+    def tokens_left(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[int]:
+        """Return how many tokens the connector leaves of each image, the whole and its crops, or of each video."""
+        if self.video_inputs is not None:
+            return super().tokens_left(features, grids)
+        counts = [count_tokens_out(self.custom_connector, rows * columns, (rows, columns)) for rows, columns in grids]
+        return [whole + crops for whole, crops in zip(counts[::2], counts[1::2], strict=True)]
+
     def _connect(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """Run the connector on one video after the other, frame by frame; stock makes a single tall image of each."""
         if self.video_inputs is None:
             return super()._connect(features)
         grids = [(rows, columns) for _, rows, columns in self.video_inputs["video_grids"].tolist()]
-        reduce_frames = super()._reduce
-        return [reduce_frames([video], [grid])[0] for video, grid in zip(features, grids, strict=True)]
+        told, reduce_frames = self.question_of(self.tokens_left(features, grids)), super()._reduce
+        parts = enumerate(zip(features, grids, strict=True))
+        return [reduce_frames([video], [grid], of_each(told, [at]))[0] for at, (video, grid) in parts]
 
-    def _reduce(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[torch.Tensor]:
+    def _reduce(
+        self, features: Sequence[torch.Tensor], grids: Sequence[Grid], told: Told | None = None
+    ) -> list[torch.Tensor]:
         """Run the connector on the wholes, then on the crops: neighbours that it takes together are of one kind."""
         sizes = [rows * columns for rows, columns in grids[::2]]  # tokens of the whole
         wholes = [image[:size] for image, size in zip(features, sizes, strict=True)]
         crops = [image[size:] for image, size in zip(features, sizes, strict=True)]
-        views = super()._reduce(wholes, grids[::2]), super()._reduce(crops, grids[1::2])
+        views = super()._reduce(wholes, grids[::2], told), super()._reduce(crops, grids[1::2], told)
         return [torch.cat(image) for image in zip(*views, strict=True)]
 
 

@@ -18,6 +18,8 @@ from torch import nn
 from transformers import NemotronH_Omni_Reasoning_V3, NemotronH_Omni_Reasoning_V3_Config
 from transformers import NemotronH_Omni_Reasoning_V3Processor as StockProcessor
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
+from transformers.video_utils import VideoMetadata
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
@@ -65,6 +67,9 @@ class CustomNemotronH_Omni_Reasoning_V3Processor(NeedsTorchvision, MatchedProces
 
     def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
         """Return what stock writes for a video, with as many placeholders a frame as the connector makes tokens."""
+        metadata = kwargs.get("video_metadata")
+        if isinstance(metadata, list):  # as other families take it; stock knows a single one
+            kwargs["video_metadata"] = VideoMetadata(**metadata[0]) if isinstance(metadata[0], dict) else metadata[0]
         module = self.connector_module()
         if module is not None:
             cell = self.video_processor.patch_size * round(1 / self.video_processor.downsample_ratio)
@@ -83,6 +88,10 @@ class CustomNemotronH_Omni_Reasoning_V3Processor(NeedsTorchvision, MatchedProces
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> Any:
         """Process as stock does; also return text_replacement_offsets where they are asked for, as other families do."""
+        if videos is not None and not isinstance(text, str) and len(text) > 1:
+            raise ValueError(
+                f"Nemotron takes one row a call where there is a video, not {len(text)}: train with micro_batch_size=1."
+            )
         asked = {**kwargs, **kwargs.get("text_kwargs", {})}.get("return_text_replacement_offsets")
         outputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if asked:
@@ -100,6 +109,7 @@ class CustomNemotronH_Omni_Reasoning_V3(VideoFrames, RaggedImages, CustomVLM, Ne
 
     config_class = CustomNemotronH_Omni_Reasoning_V3_Config
     processor_class = CustomNemotronH_Omni_Reasoning_V3Processor
+    state_modules = (NemotronHMamba2Mixer,)
     _router_logits: Any = None  # of the running forward
 
     @property
@@ -160,7 +170,11 @@ class CustomNemotronH_Omni_Reasoning_V3(VideoFrames, RaggedImages, CustomVLM, Ne
             assert self.video_inputs is not None, "get_video_features is running"
             cell = self.vision_model.patch_size * round(1 / self.config.downsample_ratio)
             rows, columns = (side // cell for side in self.video_inputs["pixel_values_videos"].shape[-2:])
-            frames = reduce_tokens(self.custom_connector, frames, (rows, columns), self.config.connector)  # (F, M, D)
+            left = count_tokens_out(self.custom_connector, frames.shape[1], (rows, columns))
+            told = self.question_of([left] * len(frames))
+            frames = reduce_tokens(
+                self.custom_connector, frames, (rows, columns), self.config.connector, told
+            )  # (F, M, D)
         outputs.pooler_output = tuple(frames)  # forward() concatenates it
         return outputs
 

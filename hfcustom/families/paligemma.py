@@ -134,10 +134,9 @@ class CustomPaliGemmaForConditionalGeneration(CustomVLM, PaliGemmaForConditional
                 "PaliGemma is trained without token_type_ids: with sdpa, every token of an unpadded row sees the answer. "
                 "Take batches from hfcustom's Collator, or set config.causal_without_types=True."
             )
-        elif self.training and losses.is_packed(call):
-            logger.warning_once(
-                "PaliGemma is trained on packed rows: their prompts are one block in stock and see each other. Pad instead."
-            )
+        if losses.is_packed(call):  # as stock counts where it is given no positions
+            positions = call["position_ids"]
+            call["position_ids"] = positions + (positions[:, :1] == 0)  # (B, T)
         return call
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

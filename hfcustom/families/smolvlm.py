@@ -42,6 +42,7 @@ class CustomSmolVLMForConditionalGeneration(CustomVLM, SmolVLMForConditionalGene
 
     config_class = CustomSmolVLMConfig
     processor_class = CustomSmolVLMProcessor
+    crop_dims = {"pixel_values": 1, "pixel_attention_mask": 1}  # tiles of a row
     placeholder_field = "image_seq_len"
 
     def stock_tokens_per_crop(self) -> int:

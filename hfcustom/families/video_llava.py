@@ -100,7 +100,9 @@ class CustomVideoLlavaForConditionalGeneration(VideoFrames, CustomVLM, VideoLlav
         if self.custom_connector is None:
             return features
         cls, patches = self._split_frames(features)
-        return torch.cat([cls, self.reduce_videos(patches, None)], 1)  # (V * F, CLS + M, D)
+        return torch.cat(
+            [cls, self.reduce_videos(patches, None, besides_frame=cls.shape[1])], 1
+        )  # (V * F, CLS + M, D)
 
 
 NAMED_TOKENS = {"image_token": "<image>", "video_token": "<video>"}

@@ -30,6 +30,7 @@ from hfcustom.losses.contract import (
     is_packed,
     real_tokens,
     row_ids,
+    row_starts,
     term,
     token_loss,
 )

@@ -56,9 +56,14 @@ def row_ids(batch: Batch) -> torch.Tensor:
     labels = batch["labels"]
     if not is_packed(batch) or batch["position_ids"].shape != labels.shape:
         return torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
-    starts: torch.Tensor = batch["position_ids"] == 0  # (B, T)
-    starts[:, 0] = True
-    return starts.flatten().cumsum(0).view_as(labels) - 1
+    return row_starts(batch["position_ids"]).flatten().cumsum(0).view_as(labels) - 1
+
+
+def row_starts(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return where a row of data begins, (B, T): where a position is not the one before it plus 1, as transformers has it."""
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return starts
 
 
 def count_rows(batch: Batch) -> int:
@@ -154,7 +159,7 @@ COUNTS: dict[str, Callable[[Batch], float]] = {
 
 RESERVED = (  # names in the logs of fit() and of transformers.Trainer
     *("epoch", "grad_norm", "images_per_s", "learning_rate", "loss", "lr", "num_tokens"),
-    *("step", "stock", "tokens_per_s"),
+    *("step", "stock", "tokens_per_s", "useful_tokens"),
 )
 SCHEDULE = ("weight", "warmup_steps", "decay_steps", "final_weight")  # what a config says beside a loss's own options
 

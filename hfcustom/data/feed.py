@@ -1,0 +1,220 @@
+"""Feed: the rows that a run trains on, with a length or as a stream, and where the run stands in them.
+
+Rows with a length need no position: which of them a step sees follows from the step (hfcustom/data/order.py). Of a stream
+each rank keeps where its loading processes stand, and a checkpoint has it in stream-<rank>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from hfcustom.console import show_cut
+from hfcustom.data.collate import Batch
+from hfcustom.data.columns import column_report
+from hfcustom.data.messages import Example
+from hfcustom.data.mixtures import Mixture
+from hfcustom.data.order import step_loader
+from hfcustom.data.packing import Packer
+from hfcustom.data.sources import Examples, RowsWithColumns, as_examples
+from hfcustom.data.steps import Attempts, BadRow, BadRows, StepBatches, StepCollator, TooManyBadRows, agree_on_batches
+from hfcustom.data.stream_loader import StepStream, StreamLoader
+from hfcustom.data.streams import State, Stream, StreamMixture, check_shards, first_row
+from hfcustom.losses import WeightedLoss, loss_columns, token_columns
+from hfcustom.train_config import TrainConfig
+
+Rows = Examples | Stream | StreamMixture
+
+
+class Feed:
+    """Rows of one run, shared by all ranks; ValueError for a stream that the config cannot share or end."""
+
+    def __init__(self, rows: Any, config: TrainConfig, accelerator: Accelerator) -> None:
+        self.rows = as_rows(rows)
+        self.config = config
+        self.accelerator = accelerator
+        self.positions: dict[int, State] = {}  # of this rank's loading processes, after the last step trained on
+        self.epoch = 0
+        self._cut_shown = False
+        if not isinstance(self.rows, Examples):
+            self._check_stream(self.rows)
+
+    def _check_stream(self, stream: Stream | StreamMixture) -> None:
+        if self.config.max_steps is None:
+            raise ValueError("The rows are a stream, which has no length, so that max_steps must say when to stop.")
+        if "epochs" in self.config.sources:
+            raise ValueError(f"epochs={self.config.epochs} has no effect on a stream; max_steps says when to stop.")
+        for fact in check_shards(stream, self.accelerator.num_processes, self.config.num_workers):
+            self.accelerator.print(fact)
+
+    @property
+    def num_rows(self) -> int | None:
+        """How many rows there are; None of a stream."""
+        return len(self.rows) if isinstance(self.rows, Examples) else None
+
+    @property
+    def max_steps(self) -> int:
+        """The steps of the run."""
+        return self.config.max_steps or math.ceil(self.config.epochs * len(self.rows) / self.config.batch_size)  # type: ignore[arg-type]
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """The mixture that the rows are, perhaps with columns added to them."""
+        rows = self.rows.rows if isinstance(self.rows, RowsWithColumns) else self.rows
+        return rows if isinstance(rows, Mixture) else None
+
+    @property
+    def source_names(self) -> list[str]:
+        """The sources of a mixture, whose shares of the tokens are logged."""
+        if isinstance(self.rows, Examples):
+            return list(self.mixture.sources) if self.mixture else []
+        return list(self.rows.parts()) if isinstance(self.rows, StreamMixture) else []
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells the data from others."""
+        return self.rows.fingerprint()
+
+    def order(self) -> dict[str, Any]:
+        """Return what, with the step, decides which rows come next."""
+        order = {"batch_size": self.config.batch_size, "seed": self.config.seed, "data": self.fingerprint}
+        if isinstance(self.rows, Examples):
+            return order | {"rows": len(self.rows)}
+        return order | {"processes": self.accelerator.num_processes, "num_workers": self.config.num_workers}
+
+    def save(self, folder: Path) -> None:
+        """Write where this rank stands in a stream."""
+        if not isinstance(self.rows, Examples):
+            path = folder / f"stream-{self.accelerator.process_index}.json"
+            path.write_text(json.dumps({"epoch": self.epoch, "positions": self.positions}) + "\n")
+
+    def load(self, folder: Path) -> None:
+        """Go to where this rank stood in a stream."""
+        if not isinstance(self.rows, Examples):
+            state = json.loads((folder / f"stream-{self.accelerator.process_index}.json").read_text())
+            self.epoch = state["epoch"]
+            self.positions = {int(worker): position for worker, position in state["positions"].items()}
+
+    def loader(
+        self,
+        collate_rows: Callable[[Sequence[Any]], Batch],
+        steps: range,
+        cut: tuple[int, int],
+        packer: Packer | None = None,
+    ) -> Iterable[StepBatches]:
+        """Return a loader of this rank's steps; `cut` is (rows of a micro-batch, micro-batches of a rank's step).
+
+        A `packer` cuts the rank's rows by tokens instead.
+        """
+        config, ranks = self.config, (self.accelerator.process_index, self.accelerator.num_processes)
+        skip = config.on_bad_row == "skip"
+        collate = StepCollator(collate_rows, cut[0], skip_bad_rows=skip, packer=packer)
+        if not isinstance(self.rows, Examples):
+            stream = StepStream(
+                self.rows,
+                collate,
+                steps=steps,
+                rows_per_step=cut[0] * cut[1],
+                rank=ranks[0],
+                world_size=ranks[1],
+                seed=config.seed,
+                positions=self.positions,
+                skip_bad_rows=skip,
+            )
+            return StreamLoader(stream, config.num_workers)
+        return step_loader(
+            Attempts(self.rows) if skip else self.rows,
+            collate,
+            steps=steps,
+            micro_batch_size=cut[0],
+            accumulation=cut[1],
+            rank=ranks[0],
+            world_size=ranks[1],
+            seed=config.seed,
+            num_workers=config.num_workers,
+            draw=self.mixture.step_rows if self.mixture else None,
+        )
+
+    def first_columns(self, losses: Sequence[WeightedLoss]) -> Mapping[str, Any]:
+        """Return the columns of the first row that can be read, and say for each source what becomes of its columns."""
+        skip = self.config.on_bad_row == "skip"
+        first = {name: first_example(rows, skip) for name, rows in self._sources().items()}
+        for name, example in first.items():
+            asked = [*loss_columns(losses, example.columns), *token_columns(losses, example.columns)]
+            self.accelerator.print(f"{name + ': ' if len(first) > 1 else ''}{column_report(example, asked)}")
+        return next(iter(first.values())).columns
+
+    def _sources(self) -> dict[str, Rows]:
+        if isinstance(self.rows, StreamMixture):
+            return dict(self.rows.parts())
+        return dict(self.rows.sources) if isinstance(self.rows, Mixture) else {"": self.rows}
+
+    def next_batches(self, steps: Iterator[StepBatches], bad_rows: BadRows) -> list[Batch]:
+        """Return this rank's micro-batches of the next step, as many as every other rank has; none if no row can be used."""
+        found = next(steps)
+        if found.cut is not None:
+            show_cut(found.cut, not self._cut_shown and self.accelerator.is_main_process)
+            self._cut_shown = True
+        if found.position is not None:
+            self.positions[found.position[0]] = found.position[1]
+        if found.epoch > self.epoch:
+            self.epoch = found.epoch
+            self.accelerator.print(f"The stream has ended and begins again: epoch {self.epoch + 1}.")
+        if self.config.on_bad_row == "skip":
+            bad_rows.take(found.skipped)
+        return agree_on_batches(found.batches, self.accelerator)
+
+
+def as_rows(rows: Any) -> Rows:
+    """Return rows of any sequence, or of an IterableDataset of `datasets`, as what a run can train on.
+
+    Raises TypeError for what is neither, ValueError for no rows and for a stream that could not be resumed.
+    """
+    if isinstance(rows, Stream | StreamMixture):
+        return rows
+    if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")) or isinstance(rows, str):
+        return _iterable_dataset(rows)
+    if not len(rows):
+        raise ValueError("There are no rows to train on.")
+    return as_examples(rows)
+
+
+def _iterable_dataset(rows: Any) -> Stream:
+    """Return a data set without length as a stream; TypeError for anything else."""
+    import datasets
+
+    if not isinstance(rows, datasets.IterableDataset):
+        raise TypeError(
+            f"rows is a {type(rows).__name__}; pass hfcustom.load_rows('rows.jsonl'), a list, a data set, or for what has no "
+            "length a datasets.IterableDataset (its from_generator makes one of a function), which can be resumed."
+        )
+    if has_buffer(rows._ex_iterable):
+        raise ValueError(
+            "rows were shuffled by IterableDataset.shuffle, whose buffer is lost when a run is resumed. Leave it out, and pass "
+            "hfcustom.data.streams.Stream(rows, shuffle_buffer=1000), which goes on exactly."
+        )
+    return Stream(rows.decode(False) if rows.features is not None else rows)
+
+
+def has_buffer(iterable: Any) -> bool:
+    """Whether rows pass through a shuffle buffer of `datasets` (5.2.0), which its own state does not say."""
+    parts = vars(iterable)
+    inner = [*parts.get("ex_iterables", []), *([parts["ex_iterable"]] if "ex_iterable" in parts else [])]
+    return type(iterable).__name__ == "BufferShuffledExamplesIterable" or any(map(has_buffer, inner))
+
+
+def first_example(rows: Rows, skip_bad_rows: bool = False) -> Example:
+    """Return the first row, or the first that can be read if others are skipped; RowError if none can."""
+    if not isinstance(rows, Examples):
+        return first_row(rows, skip_bad_rows)
+    tried = Attempts(rows) if skip_bad_rows else rows
+    found = next((row for row in tried if not isinstance(row, BadRow)), None)
+    if found is None:
+        raise TooManyBadRows(f"None of the {len(tried)} rows can be read; the first says: {tried[0].reason}")
+    return found
