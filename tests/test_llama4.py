@@ -12,7 +12,6 @@ from conftest import Family, chat_row, picture
 from transformers import Llama4Processor
 
 from hfcustom.data.collate import Collator
-from hfcustom.data.messages import RowError
 from hfcustom.families import missing_packages
 
 needs_torchvision = pytest.mark.skipif(
@@ -116,12 +115,3 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(llama4: Family) -> None:
     assert processor(text=["hi"])["input_ids"][0].count(bos) == 1
     assert processor(text=[rendered], add_special_tokens=True)["input_ids"][0].count(bos) == 2
     assert processor(text=[rendered], text_kwargs={"add_special_tokens": True})["input_ids"][0].count(bos) == 2
-
-
-@needs_torchvision
-@pytest.mark.parametrize("mark", ["<|patch|>", "<|image|>", "<|tile_x_separator|>", "<|image_end|>"])
-def test_a_mark_of_images_in_a_text_is_refused(llama4: Family, mark: str) -> None:
-    row = chat_row(1)
-    row["messages"][-1]["content"] = f"It is {mark}."
-    with pytest.raises(RowError, match="a text holds '<.*this processor's mark of an image"):
-        Collator(llama4.processor)([row])
