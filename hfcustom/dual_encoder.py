@@ -40,7 +40,6 @@ from hfcustom.losses.pairs import (
     pair_values,
     share_of_step,
 )
-from hfcustom.naming import check_shape
 
 IMAGE_INPUTS = ("pixel_values", "interpolate_pos_encoding")  # of forward(); all others are the texts'
 ONE_VECTOR = "an image becomes one vector, so there are no tokens for a language model"
@@ -158,7 +157,7 @@ class CustomDualEncoder(CustomModel):
 
     def _transformed(self, method: str, given: torch.Tensor) -> torch.Tensor:
         changed: torch.Tensor = getattr(self, method)(given)
-        check_shape(method, changed, given.shape)
+        seams.check_kept(method, changed, given)
         return changed
 
     # ---- forward ----------------------------------------------------------------------------------------------------
