@@ -172,7 +172,7 @@ def make_collator(
                 raise ValueError(
                     f"{name}={value!r} has no effect on a contrastive encoder, which has no labels; leave it out."
                 )
-        return core.make_collator(processor, config.max_length)
+        return core.make_collator(processor, config.max_length, config.min_pixels)
     losses = core.losses()
     return Collator(
         processor,
@@ -183,6 +183,7 @@ def make_collator(
         allowed_tokens=config.allowed_tokens,
         head_size=core.head_size(),
         caches=caches,
+        min_pixels=config.min_pixels,
     )
 
 

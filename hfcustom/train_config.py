@@ -53,6 +53,7 @@ class TrainConfig:
     allowed_tokens: Annotated[
         list[str], "control tokens that the rows' texts hold as such (<|box_start|> ...); others typed in are text"
     ] = field(default_factory=list)
+    min_pixels: Annotated[int, "fewest pixels of an image; a row with a smaller one cannot be used"] = 16
     on_bad_row: Annotated[
         Literal["error", "skip"], "a row that cannot be used stops the run, or is left out, named and counted"
     ] = "error"
@@ -65,6 +66,9 @@ class TrainConfig:
         "folder for what the frozen vision tower and connector make of each image, in place of running them",
     ] = None
     max_cache_gb: Annotated[float, "size of a cache folder beyond which nothing more is put into it"] = 100.0
+    exclude: Annotated[
+        str | None, "a bad_rows.jsonl of `hfcustom preflight` or a run: the rows it names are left out beforehand"
+    ] = None
     seed: Annotated[int, "seed of initialisation, row order and dropout"] = 0
     num_workers: Annotated[int, "data-loading processes"] = 0
     log_steps: Annotated[int, "steps between log lines"] = 10
@@ -94,6 +98,7 @@ class TrainConfig:
             (self.lr > 0, f"lr={self.lr} must be positive"),
             (self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative"),
             (0 <= self.beta2 < 1, f"beta2={self.beta2} must be in [0, 1)"),
+            (self.min_pixels >= 0, f"min_pixels={self.min_pixels} must not be negative"),
             (self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must not be negative"),
             (0 <= self.min_lr_ratio <= 1, f"min_lr_ratio={self.min_lr_ratio} must be in [0, 1]"),
             (self.max_grad_norm >= 0, f"max_grad_norm={self.max_grad_norm} must not be negative"),

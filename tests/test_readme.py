@@ -23,6 +23,7 @@ SMALL = {
     "make test": "tests/test_naming.py -q -n 0",
     "accelerate launch recipes/finetune.py": "--max-steps 2 --batch-size 2",
     "hfcustom families": "",
+    "hfcustom preflight": "",
     "hfcustom frames": "",
     "hfcustom lens": "",
 }

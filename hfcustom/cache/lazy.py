@@ -17,8 +17,6 @@ from hfcustom.cache.fingerprint import DIGEST
 from hfcustom.data import images
 from hfcustom.data.sources import Examples
 
-MAX_BYTES = 2**28  # of a file that is read whole for its digest
-
 
 class LazyImage(Image.Image):
     """An RGB image whose pixels are made by `decode` when they are first asked for."""
@@ -72,8 +70,8 @@ def _bytes_of(source: Any, root: Path | None) -> bytes | None:
         return source
     if not isinstance(source, str | Path):
         return None
-    path = images.resolve_path(str(source), root)
-    return path.read_bytes() if path.stat().st_size <= MAX_BYTES else None
+    with images.open_regular(images.resolve_path(str(source), root)) as file:
+        return file.read()
 
 
 class LazyRows(Examples):
