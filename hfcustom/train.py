@@ -30,7 +30,6 @@ from hfcustom.data.captions import CaptionCollator
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.feed import Feed, as_rows
 from hfcustom.data.packing import make_packer
-from hfcustom.data.steps import BadRows
 from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, real_tokens, token_columns
 from hfcustom.naming import unknown
@@ -114,9 +113,7 @@ def fit(
     steps = iter(
         feed.loader(collate, range(start, max_steps), (micro_batch_size, accumulation), make_packer(core, config))
     )
-    listed = Path(config.output_dir) / "bad_rows.jsonl"
-    limits = {"rows_per_step": config.batch_size, "resumed_at": start}
-    bad_rows = BadRows(accelerator, feed.num_rows, config.max_bad_share, listed, **limits)
+    bad_rows = feed.bad_rows(start)
     state.restore_rng()  # after the iterator exists: making one draws random numbers
     model.train()
     step, stopped = start, False

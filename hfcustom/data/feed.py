@@ -169,6 +169,12 @@ class Feed:
             return dict(self.rows.parts())
         return dict(self.rows.sources) if isinstance(self.rows, Mixture) else {"": self.rows}
 
+    def bad_rows(self, start: int) -> BadRows:
+        """Return the record of rows that are left out, in output_dir/bad_rows.jsonl; a run resumed at `start` goes on with it."""
+        listed = Path(self.config.output_dir) / "bad_rows.jsonl"
+        limits = {"rows_per_step": self.config.batch_size, "resumed_at": start}
+        return BadRows(self.accelerator, self.num_rows, self.config.max_bad_share, listed, **limits)
+
     def next_batches(self, steps: Iterator[StepBatches], bad_rows: BadRows) -> list[Batch]:
         """Return this rank's micro-batches of the next step, as many as every other rank has; none if no row can be used."""
         found = next(steps)
