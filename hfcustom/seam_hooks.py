@@ -50,6 +50,8 @@ class SeamHooks(CustomModel):
         ""  # why there is no one picture of what a connector behind the projector sees
     )
     no_frames: ClassVar[str] = ""  # why neighbouring crops can never be frames of one clip
+    no_connector_cache: ClassVar[str] = ""  # why what the connector makes of an image cannot be kept
+    no_feature_cache: ClassVar[str] = ""  # why what is made of an image cannot be kept
     no_resizing: ClassVar[str] = ""  # why resize_images has nothing to do, or cannot do it
     custom_connector: nn.Module | None
     _pictures: torch.Tensor | None = None  # (P, 3, H, W), what the vision tower is looking at

@@ -58,6 +58,14 @@ class TrainConfig:
         Literal["error", "skip"], "a row that cannot be used stops the run, or is left out, named and counted"
     ] = "error"
     max_bad_share: Annotated[float, "share of the rows that may be left out before the run stops (exit code 4)"] = 0.01
+    cache_images: Annotated[
+        str | None, "folder for what the image processor makes of each image, read back instead of made again"
+    ] = None
+    cache_features: Annotated[
+        str | None,
+        "folder for what the frozen vision tower and connector make of each image, in place of running them",
+    ] = None
+    max_cache_gb: Annotated[float, "size of a cache folder beyond which nothing more is put into it"] = 100.0
     exclude: Annotated[
         str | None, "a bad_rows.jsonl of `hfcustom preflight` or a run: the rows it names are left out beforehand"
     ] = None
@@ -106,6 +114,11 @@ class TrainConfig:
                 not (self.packing and self.micro_batch_size is not None),
                 f"micro_batch_size={self.micro_batch_size} and packing exclude each other: pack_tokens says how large a "
                 "micro-batch is",
+            ),
+            (self.max_cache_gb > 0, f"max_cache_gb={self.max_cache_gb} must be positive"),
+            (
+                self.cache_images or self.cache_features or "max_cache_gb" not in self.sources,
+                "max_cache_gb has no effect without cache_images or cache_features",
             ),
             (self.keep_checkpoints > 0, f"keep_checkpoints={self.keep_checkpoints} must be positive"),
         ]

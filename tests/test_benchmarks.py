@@ -125,6 +125,10 @@ def test_every_variant_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SMALL = {
+    "cache": (
+        ["--task", "tiny", "--layers", "2", "--images", "2", "--side", "60"],
+        ("no", "cache_images", "cache_features", "computed", "cached"),
+    ),
     "cross_entropy": (
         ["--tokens", "40", "--hidden-size", "8", "--vocabulary", "50"],
         ("chunked", "torch", "liger", "cce"),

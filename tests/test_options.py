@@ -264,7 +264,7 @@ def test_help_shows_the_description_every_flag_its_meaning_and_its_default(capsy
 RULES = [
     *(
         (name, value, "must be positive")
-        for name in ("max_steps", "batch_size", "log_steps", "keep_checkpoints", "epochs", "lr")
+        for name in ("max_steps", "batch_size", "log_steps", "keep_checkpoints", "epochs", "lr", "max_cache_gb")
         for value in (0, -1)
     ),
     *(

@@ -21,6 +21,7 @@ from hfcustom.families import family_names, load_family, missing_packages
 
 FOLDER = Path(sys.prefix) / "torchvision"
 FILES = [
+    "cache",
     "processors",
     "collate",
     "control",

@@ -10,8 +10,9 @@ Letters: B rows, T text tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers.utils import logging
@@ -26,6 +27,10 @@ from hfcustom.losses import IGNORE
 from hfcustom.naming import unknown
 from hfcustom.processors import PrefixProcessor
 
+if TYPE_CHECKING:
+    from hfcustom.cache.features import Picture
+    from hfcustom.cache.run import Caches
+
 logger = logging.get_logger("hfcustom")
 
 
@@ -35,12 +40,13 @@ class Batch(dict[str, torch.Tensor]):
     images: int = 0
     source_tokens: Mapping[str, int] = {}  # tokens by source, of rows of a mixture
     rows: Sequence[str] = ()  # B names, as in errors: "train.jsonl, line 7"
+    pictures: Sequence[Picture] = ()  # its images in the order of their placeholders, where features are cached
     blank: bool = False  # run only so that ranks stay together; counts for nothing
 
     def blank_copy(self) -> Batch:
         """Return the batch as one that counts for nothing."""
         copied = Batch(self)
-        copied.blank, copied.rows = True, self.rows
+        copied.blank, copied.rows, copied.pictures = True, self.rows, self.pictures
         return copied
 
 
@@ -67,6 +73,7 @@ class Collator:
         train_on: TrainOn = "assistant",
         allowed_tokens: Sequence[str] = (),
         head_size: int | None = None,
+        caches: Caches | None = None,
         min_pixels: int = MIN_PIXELS,
     ) -> None:
         if not isinstance(processor.chat_template, str) or not processor.chat_template:
@@ -82,6 +89,7 @@ class Collator:
         self.token_columns = frozenset(token_columns)
         self.train_on = train_on
         self.head_size = head_size
+        self.caches = caches
         self.min_pixels = min_pixels
         self.control = ControlTokens(processor, allowed_tokens)
         vocabulary = processor.tokenizer.get_vocab()
@@ -96,7 +104,8 @@ class Collator:
         answers = [answer for example in examples for answer in split_pair(example)]  # B of them
         processor, shielded = self.control.shield(self.processor, answers)
         texts, spans = zip(*(render(processor, answer, self.train_on) for answer in shielded), strict=True)
-        features = process(processor, texts, shielded, padding_side="right", with_offsets=True)
+        with nullcontext() if self.caches is None else self.caches.serving(processor, shielded):
+            features = process(processor, texts, shielded, padding_side="right", with_offsets=True)
         offsets = features.pop("offset_mapping")  # (B, T, 2)
         replaced = features.pop("text_replacement_offsets", None) or [[]] * len(answers)
         self._check_processor(texts, offsets, replaced)
@@ -117,6 +126,8 @@ class Collator:
             batch["token_type_ids"] = self.processor.mark_answers(batch, weights != 0)
         batch.images = sum(len(answer.images) + sum(map(len, answer.videos)) for answer in answers)
         batch.rows = [answer.name for answer in answers]
+        if self.caches is not None:
+            batch.pictures = self.caches.pictures(ids, offsets, replaced, answers)
         batch.source_tokens = count_by_source(answers, features["attention_mask"])
         if answers[0].preferred is not None:
             batch["preference"] = torch.tensor([1.0 if answer.preferred else -1.0 for answer in answers])  # (B,)

@@ -16,6 +16,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from hfcustom.cache.run import Caches
 from hfcustom.console import show_cut
 from hfcustom.data.checks import kind_of
 from hfcustom.data.collate import Batch
@@ -41,6 +42,7 @@ class Feed:
         self.rows = as_rows(rows)
         self.config = config
         self.accelerator = accelerator
+        self.caches: Caches | None = None  # whose images are not decoded
         self.positions: dict[int, State] = {}  # of this rank's loading processes, after the last step trained on
         self.epoch = 0
         self._cut_shown = False
@@ -135,8 +137,9 @@ class Feed:
                 skip_bad_rows=skip,
             )
             return StreamLoader(stream, config.num_workers)
+        rows = self.rows if self.caches is None else self.caches.lazy_rows(self.rows)
         return step_loader(
-            usable_rows(self.rows, config),
+            usable_rows(rows, config),
             collate,
             steps=steps,
             micro_batch_size=cut[0],

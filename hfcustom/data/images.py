@@ -11,6 +11,7 @@ import io
 import os
 import stat
 from collections.abc import Mapping
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -19,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+KEEPER: ContextVar[Any] = ContextVar("keeper", default=None)  # hfcustom/cache/lazy.py, while a run has a cache
 MAX_PIXELS = 89_478_485  # Pillow's own warning level, a third of a GiB as RGB
 MAX_BYTES = 2**29  # of a file
 MAX_ASPECT = 200  # of the sides; Qwen's processors refuse more, so no family gets more
@@ -47,6 +49,8 @@ def load_image(source: Any, root: Path | None = None) -> Image.Image:
     Raises ImageError, a ValueError, for a source of another kind, an image that cannot be decoded, has too many pixels or too
     extreme a shape, and a path outside `root`; FileNotFoundError for a missing file.
     """
+    if (keeper := KEEPER.get()) is not None:
+        return keeper(source, root)
     if isinstance(source, Mapping):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, Image.Image):

@@ -69,6 +69,7 @@ class CustomLlama4ForConditionalGeneration(CustomVLM, Llama4ForConditionalGenera
 
     config_class = CustomLlama4Config
     processor_class = CustomLlama4Processor
+    no_connector_cache = "in this family the connector runs outside get_image_features"
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
