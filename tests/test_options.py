@@ -272,6 +272,7 @@ RULES = [
         for name in ("micro_batch_size", "eval_steps", "save_steps", "max_length", "connector_lr", "vision_lr")
         for value in (0, -1)
     ),
+    *((name, value, "must be positive") for name in ("pack_tokens", "pack_crops") for value in (0, -1)),
     *(
         (name, -1, "must not be negative")
         for name in ("weight_decay", "warmup_steps", "max_grad_norm", "min_pixels", "num_workers")
@@ -287,7 +288,7 @@ RULES = [
 
 @pytest.mark.parametrize(("name", "value", "rule"), RULES)
 def test_every_number_out_of_range_is_named_with_its_rule(name: str, value: Any, rule: str) -> None:
-    (problem,) = TrainConfig(**{name: value}).problems()
+    (problem,) = TrainConfig(**{name: value, "packing": name.startswith("pack_")}).problems()
     assert problem.startswith(f"{name}={value} {rule}")
 
 
