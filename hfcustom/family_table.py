@@ -106,7 +106,6 @@ def _show_one(out: Console, family: FamilyFacts) -> None:
         "stock class": family.stock_class,
         f"tokens of {PICTURE[0]} x {PICTURE[1]} px": _tokens(family),
         **{f"seam {seam}": answer for seam, answer in family.seams.items()},
-        f"{len(family.verified)} checks": "; ".join(family.verified) or "none recorded",
     }
     facts = Table(show_header=False, box=None)
     facts.add_column()
@@ -114,6 +113,9 @@ def _show_one(out: Console, family: FamilyFacts) -> None:
     for name, value in rows.items():
         facts.add_row(name, Text(value))
     out.print(facts)
+    out.print(Text(f"{len(family.verified)} checks passed{':' if family.verified else ', none is recorded'}"))
+    for check in family.verified:
+        out.print(Text(f"  {check}"))
 
 
 def _show_external(out: Console, key: str, model: External, short: bool) -> None:
