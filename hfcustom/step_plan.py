@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object
 
 from hfcustom import checkpoint
+from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import serving
 from hfcustom.data.collate import Batch
 from hfcustom.losses import StepSummary
@@ -53,9 +54,7 @@ def step_summaries(
         own = []
         for batch in batches:
             with serving(core, batch):
-                own.append(
-                    {} if is_blank(batch) else core.loss_summaries(send_to_device(dict(batch), accelerator.device))
-                )
+                own.append({} if is_blank(batch) else core.loss_summaries(on_device(batch, accelerator.device)))
     checkpoint.set_rng_state(state)
     everyone = gather_object([{name: value.cpu() for name, value in found.items()} for found in own])
     first = accelerator.process_index * len(batches)

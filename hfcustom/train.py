@@ -19,10 +19,11 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, parse_flag_from_env, send_to_device, set_seed
+from accelerate.utils import LoggerType, parse_flag_from_env, set_seed
 from torch import nn
 
 from hfcustom import checkpoint
+from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import Caches, check_caches, open_caches, serving, use_caches
 from hfcustom.console import TrainLog, out
 from hfcustom.custom_model import CustomModel, check_registered
@@ -219,7 +220,7 @@ def train_step(
                 continue
             report.add_batch(batch)
             with serving(core, batch):
-                loss = model(**send_to_device(dict(batch), accelerator.device), **plan[micro]).loss
+                loss = model(**on_device(batch, accelerator.device), **plan[micro]).loss
             if core.loss_values.keys() != plan[micro]["loss_counts"].keys():
                 names = ", ".join(plan[micro]["loss_counts"])
                 raise ValueError(
@@ -255,7 +256,7 @@ def _suspects(batches: Sequence[Mapping[str, Any]], losses: Sequence[torch.Tenso
 
 def _run_blank(model: nn.Module, batch: Mapping[str, Any], accelerator: Accelerator) -> torch.Tensor:
     """Run a micro-batch that counts for nothing, as other ranks run theirs: a loss of 0 with a gradient of 0."""
-    inputs = send_to_device({name: value for name, value in batch.items() if name != "labels"}, accelerator.device)
+    inputs = on_device(batch, accelerator.device, without=("labels",))
     core = unwrap(model)
     with serving(core, batch):
         if isinstance(core, CustomDualEncoder):

@@ -19,6 +19,7 @@ import hfcustom
 from hfcustom.cache.features import FeatureCache, TowerCache, fingerprint
 from hfcustom.cache.fingerprint import image_digest
 from hfcustom.cache.lazy import LazyRows
+from hfcustom.cache.levels import look_up_by_index, on_device
 from hfcustom.cache.pictures import ImageCache
 from hfcustom.cache.refusals import why_not_cached, why_tower_only
 from hfcustom.cache.run import Caches, serving
@@ -26,6 +27,7 @@ from hfcustom.cache.store import ShardStore, size_of
 from hfcustom.data import images
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.messages import RowError
+from hfcustom.data.packing import pack_rows
 from hfcustom.data.sources import Examples
 from hfcustom.parts import unwrap
 from hfcustom.train import fit
@@ -139,12 +141,48 @@ def test_processed_images_change_no_bit(family: Family, tmp_path: Path, said: py
         cached = Collator(family.processor, caches=Caches(cache))(rows)
         cache.store.flush()
         assert cached.keys() == plain.keys()
-        assert not [name for name in plain if not torch.equal(cached[name], plain[name])]
+        assert (cached.levels is not None) == (cached.get("pixel_values", torch.zeros(0)).dtype == torch.uint8)
+        found = on_device(cached, torch.device("cpu"))
+        assert not [name for name in plain if not torch.equal(found[name], plain[name])]
+        if cached.levels is not None:  # as a device other than a CPU reads them
+            values = look_up_by_index(cached["pixel_values"], cached.levels)
+            assert torch.equal(values, plain["pixel_values"])
         if cache.hits + cache.misses:
             assert (cache.hits, cache.misses) == ((0, 3), (3, 0))[time]
         else:  # as LLaVA-OneVision's, which tiles a row's only image
             assert "depends on those beside it" in said.text
             return
+
+
+def test_pixels_of_crops_are_bytes_until_they_are_used(internvl: Family, tmp_path: Path) -> None:
+    caches = Caches(ImageCache(ShardStore(tmp_path, "images", 1e12)))
+    collate, plain = Collator(internvl.processor, caches=caches), Collator(internvl.processor)
+    rows = [chat_row(1, 0), chat_row(1, 1)]
+    singles = [collate([row]) for row in rows]
+    assert all(single["pixel_values"].dtype == torch.uint8 for single in singles)
+    packer = type(internvl.model()).merge_images
+    expected = pack_rows([plain([row]) for row in rows], packer)["pixel_values"]
+    packed = pack_rows(singles, packer)
+    assert packed["pixel_values"].dtype == torch.uint8
+    assert torch.equal(on_device(packed, torch.device("cpu"))["pixel_values"], expected)
+    assert torch.equal(on_device(packed.blank_copy(), torch.device("cpu"))["pixel_values"], expected)
+    mixed = pack_rows([singles[0], plain([rows[1]])], packer)  # one of them as floats
+    assert mixed.levels is None and torch.equal(mixed["pixel_values"], expected)
+
+
+def test_a_processor_that_makes_numbers_of_bytes_gets_floats(internvl: Family, tmp_path: Path) -> None:
+    class Scales(internvl.module.CustomInternVLProcessor):  # type: ignore[misc, name-defined]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            features = super().__call__(*args, **kwargs)
+            features["pixel_values"] = [torch.as_tensor(crop).float() * 2 for crop in features["pixel_values"]]
+            return features
+
+    stock = internvl.processor
+    processor = Scales(stock.image_processor, stock.tokenizer, image_seq_length=4, chat_template=stock.chat_template)
+    caches = Caches(ImageCache(ShardStore(tmp_path, "images", 1e12)))
+    found = Collator(processor, caches=caches)([chat_row(1)])
+    assert found.levels is None and caches.images is not None and not caches.images.gives_levels
+    assert torch.equal(found["pixel_values"], Collator(processor)([chat_row(1)])["pixel_values"])
 
 
 # ---- runs of fit() --------------------------------------------------------------------------------------------------
@@ -164,6 +202,7 @@ def test_packed_rows_are_served(internvl: Family, tmp_path: Path) -> None:
         return curve(fit(model, internvl.processor, ROWS, config))
 
     plain, model = packed(frozen(internvl)), frozen(internvl)
+    assert packed(frozen(internvl), cache_images=str(tmp_path / "images")) == plain
     runs = count_runs(model)
     assert packed(model, cache_features=str(tmp_path / "features")) == plain
     assert len(runs) == 1, "the second step reads what the first has made"
@@ -286,7 +325,7 @@ def test_known_files_are_not_decoded_again(internvl: Family, tmp_path: Path, mon
     collate, lazy = Collator(internvl.processor, caches=caches), caches.lazy_rows(Examples(rows, root=tmp_path))
     plain = Collator(internvl.processor)(ROWS)
     for _ in range(2):
-        batch = collate([lazy[at] for at in range(len(rows))])
+        batch = collate([lazy[at] for at in range(len(rows))]).as_floats()
         assert not [name for name in plain if not torch.equal(batch[name], plain[name])]
         assert len(decoded) == 4
     cache.store.flush()
@@ -302,7 +341,9 @@ def test_known_files_are_not_decoded_again(internvl: Family, tmp_path: Path, mon
 
     assert not isinstance(caches.lazy_rows(Changing(rows, root=tmp_path)), LazyRows)
     picture(9).save(tmp_path / "0-0.png")  # other content under the same name
-    assert not torch.equal(collate([lazy[0]])["pixel_values"], Collator(internvl.processor)(ROWS[:1])["pixel_values"])
+    assert not torch.equal(
+        collate([lazy[0]]).as_floats()["pixel_values"], Collator(internvl.processor)(ROWS[:1])["pixel_values"]
+    )
     (tmp_path / "0-0.png").write_bytes(b"no image")
     with pytest.raises(RowError, match=r"0-0.png"):
         lazy[0]

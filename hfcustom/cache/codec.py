@@ -90,7 +90,7 @@ def _codes(array: np.ndarray, view: str, table: Lattice) -> np.ndarray | None:
     codes = np.empty(array.shape, np.uint8)
     with np.errstate(invalid="ignore"):  # a value that is no level shows below
         np.copyto(VIEWS[view](codes), guess, casting="unsafe")
-    same = np.array_equal(_values(codes, view, table).view(np.int32), array.view(np.int32))
+    same = np.array_equal(look_up(codes, view, table).view(np.int32), array.view(np.int32))
     return codes if same else None
 
 
@@ -100,11 +100,11 @@ def decode(tensor: torch.Tensor, about: Mapping[str, Any], tables: list[Lattice]
     if about["form"] == "constant":
         return np.broadcast_to(array, shape)
     if about["form"] == "levels":
-        return _values(array, about["view"], tables[about["table"]])
+        return look_up(array, about["view"], tables[about["table"]])
     return array.astype(dtype).reshape(shape)  # a copy: what a file holds is not to be changed
 
 
-def _values(codes: np.ndarray, view: str, table: Lattice) -> np.ndarray:
+def look_up(codes: np.ndarray, view: str, table: Lattice) -> np.ndarray:
     """Look levels up, two at a time where a channel's lie together and are even in number: uint8 -> float32."""
     values = np.empty(codes.shape, np.float32)
     given, out = VIEWS[view](codes), VIEWS[view](values)  # (..., 3, values)
@@ -157,8 +157,23 @@ def _alike(values: Any) -> bool:
     return arrays and len({(item.shape, item.dtype) for item in values}) == 1
 
 
-def unpack(found: Any, tables: list[Lattice], tensors: Mapping[str, torch.Tensor] | None) -> Any:
-    """Return the value that `pack` was given; without tensors, ones in arrays of the same shapes that take no memory."""
+def table_of(found: Any) -> int | None:
+    """Return which table the levels of packed pictures are of, None where they are not all levels of one."""
+    if not isinstance(found, dict):
+        return None
+    if found["is"] == "array":
+        pictures = found["form"] == "levels" and found["view"] == "pictures"
+        return int(found["table"]) if pictures else None
+    return table_of(found["of"]) if found["is"] in ("tensor", "stack") else None
+
+
+def unpack(
+    found: Any, tables: list[Lattice], tensors: Mapping[str, torch.Tensor] | None, *, as_levels: bool = False
+) -> Any:
+    """Return the value that `pack` was given; without tensors, ones in arrays of the same shapes that take no memory.
+
+    `as_levels` leaves pictures of which table_of() knows the table as levels, uint8.
+    """
     if not isinstance(found, dict):
         return found
     kind = found["is"]
@@ -166,13 +181,15 @@ def unpack(found: Any, tables: list[Lattice], tensors: Mapping[str, torch.Tensor
         return np.broadcast_to(np.ones((), found["dtype"]), found["shape"])
     if kind == "array":
         assert tensors is not None
+        if as_levels and table_of(found) is not None:
+            return tensors[found["name"]].numpy()
         return decode(tensors[found["name"]], found, tables)
     if kind in ("tensor", "bfloat16"):
-        array = unpack(found["of"], tables, tensors)
+        array = unpack(found["of"], tables, tensors, as_levels=as_levels)
         tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
         return tensor if kind == "tensor" else tensor.view(torch.bfloat16)
     if kind == "stack":
-        items = list(unpack(found["of"], tables, tensors))
+        items = list(unpack(found["of"], tables, tensors, as_levels=as_levels))
         return tuple(items) if found["tuple"] else items
-    items = [unpack(item, tables, tensors) for item in found["of"]]
+    items = [unpack(item, tables, tensors, as_levels=as_levels) for item in found["of"]]
     return tuple(items) if kind == "tuple" else items

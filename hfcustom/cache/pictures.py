@@ -8,8 +8,9 @@ is said. Pixels are kept as bytes where they are 256 levels (hfcustom/cache/code
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ class ImageCache:
         self.store, self.keeps_pixels = store, keeps_pixels
         self.hits = self.misses = 0
         self.crops: dict[str, int] = {}  # of the images of the batch that was processed last, by digest
+        self.levels: torch.Tensor | None = None  # (3, 256), of the pixels of that batch if they are bytes
+        self.gives_levels = True  # until a processor turns out to make numbers of them
         self._settings = ""  # the digest of the last that was asked for
         self._merges: dict[str, dict[str, str] | None] = {}  # settings -> output -> how it is put together
         self._tables: dict[str, list[codec.Lattice]] = {}
@@ -62,7 +65,7 @@ class ImageCache:
         ways = self._ways(inner, options, rows, flat)
         if ways is None:
             return inner(images, **options)
-        alone: dict[str, Output] = {}
+        alone: dict[str, _Alone] = {}
         self.crops = {}
         for image in (image for row in rows for image in row):
             digest = pictures.get(id(image)) or image_digest(image)
@@ -70,28 +73,30 @@ class ImageCache:
                 alone[digest] = self._alone(
                     inner, image, options, f"{digest}-{settings}", blank=digest in blank, flat=flat
                 )
-                self.crops[digest] = crops_of(alone[digest][PIXELS])
-        found = [[alone[pictures.get(id(image)) or image_digest(image)] for image in row] for row in rows]
+        tables = self._lattices(inner)
+        table = _common_table(list(alone.values())) if self.gives_levels and ways.get(PIXELS) == "joined" else None
+        self.levels = None if table is None else torch.from_numpy(tables[table])
+        outputs = {digest: known.read(tables, as_levels=table is not None) for digest, known in alone.items()}
+        self.crops = {digest: crops_of(output[PIXELS]) for digest, output in outputs.items()}
+        found = [[outputs[pictures.get(id(image)) or image_digest(image)] for image in row] for row in rows]
         return BatchFeature({name: merge(way, name, found) for name, way in ways.items()})
 
     def _alone(
         self, inner: Any, image: Image.Image, options: Mapping[str, Any], key: str, *, blank: bool, flat: bool
-    ) -> Output:
+    ) -> _Alone:
         tables = self._lattices(inner)
         entry = self.store.get(key) if self.keeps_pixels or blank else None
         if entry is not None:
             self.hits += 1
             tensors, about = entry
-            kept = about["outputs"]
-            rest = {name: codec.unpack(value, tables, tensors) for name, value in kept.items() if name != PIXELS}
-            return {PIXELS: codec.unpack(kept[PIXELS], tables, None if blank else tensors), **rest}
+            return _Alone(about["outputs"], tensors, has_pixels=not blank)
         self.misses += 1
         output = dict(inner([image] if flat else [[image]], **options))
         tensors = {}
         kept = output if self.keeps_pixels else {**output, PIXELS: _blank(output[PIXELS])}
         packed = {name: codec.pack(value, tables, tensors) for name, value in kept.items()}
         self.store.put(key, tensors, {"outputs": packed, "size": image.size})
-        return output
+        return _Alone(packed, tensors, self.keeps_pixels, output)
 
     def size_of(self, digest: str) -> tuple[int, int] | None:
         """Return the width and height of an image of which this is known, by the digest of its file."""
@@ -127,6 +132,29 @@ class ImageCache:
                     f"{' in its row' if several else ''}, so it is not cached{' in rows of several images' if several else ''}."
                 )
         return self._merges[known]
+
+
+@dataclass
+class _Alone:
+    """What is known of one image: how its outputs are stored, and themselves where the processor has just made them."""
+
+    kept: dict[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    has_pixels: bool  # among the tensors, and wanted
+    output: Output | None = None
+
+    def read(self, tables: list[codec.Lattice], *, as_levels: bool) -> Output:
+        """Return the outputs, pixels as levels if asked."""
+        if self.output is not None and not as_levels:
+            return self.output
+        rest = {name: codec.unpack(value, tables, self.tensors) for name, value in self.kept.items() if name != PIXELS}
+        tensors = self.tensors if self.has_pixels else None
+        return {PIXELS: codec.unpack(self.kept[PIXELS], tables, tensors, as_levels=as_levels), **rest}
+
+
+def _common_table(images: Sequence[_Alone]) -> int | None:
+    tables = {codec.table_of(image.kept[PIXELS]) if image.has_pixels else None for image in images}
+    return tables.pop() if len(tables) == 1 else None
 
 
 class _Standin:

@@ -19,7 +19,7 @@ from hfcustom.base import CustomVLM
 from hfcustom.cache.features import FeatureCache, Picture, TowerCache, fingerprint
 from hfcustom.cache.fingerprint import image_digest
 from hfcustom.cache.lazy import LazyRows, only_loaded
-from hfcustom.cache.pictures import ImageCache
+from hfcustom.cache.pictures import PIXELS, ImageCache
 from hfcustom.cache.refusals import reads_pixels, why_not_cached, why_tower_only
 from hfcustom.cache.store import ShardStore, in_words, size_of
 from hfcustom.parts import unwrap
@@ -54,6 +54,8 @@ class Caches:
             raise ValueError(
                 f"{shown[0]} has a video; cache_features is for images alone. Leave cache_features out, or let videos be images."
             )
+        if self.images is not None:
+            self.images.levels = None
         digests = {id(image): image_digest(image) for example in examples for image in example.images}
         # An image alone in its row is another one than beside others: LLaVA-OneVision cuts only it into tiles.
         keys = [
@@ -67,6 +69,19 @@ class Caches:
         blank = frozenset() if self.pixels_wanted else frozenset(known - missing)
         with nullcontext() if self.images is None else self.images.serving(processor, digests, blank):
             yield
+
+    @property
+    def levels(self) -> torch.Tensor | None:
+        """The values of the last pixels if they are bytes (hfcustom/cache/levels.py), (3, 256)."""
+        return None if self.images is None else self.images.levels
+
+    def lost_levels(self, features: Mapping[str, Any]) -> bool:
+        """Whether a processor made other numbers of pixels that were bytes: it is to run again, and gets floats from then on."""
+        lost = self.levels is not None and features[PIXELS].dtype != torch.uint8
+        if lost:
+            assert self.images is not None
+            self.images.gives_levels = False
+        return lost
 
     def pictures(
         self,

@@ -9,6 +9,7 @@ Letters: B rows, T text tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -41,12 +42,22 @@ class Batch(dict[str, torch.Tensor]):
     source_tokens: Mapping[str, int] = {}  # tokens by source, of rows of a mixture
     rows: Sequence[str] = ()  # B names, as in errors: "train.jsonl, line 7"
     pictures: Sequence[Picture] = ()  # its images in the order of their placeholders, where features are cached
+    levels: torch.Tensor | None = None  # (3, 256), values of pixels that are bytes until they are on the device
     blank: bool = False  # run only so that ranks stay together; counts for nothing
 
     def blank_copy(self) -> Batch:
         """Return the batch as one that counts for nothing."""
-        copied = Batch(self)
-        copied.blank, copied.rows, copied.pictures = True, self.rows, self.pictures
+        copied = copy.copy(self)
+        copied.blank = True
+        return copied
+
+    def as_floats(self) -> Batch:
+        """Return the batch with pixels as the processor made them."""
+        from hfcustom.cache.levels import PIXELS, look_up
+
+        copied = copy.copy(self)
+        if self.levels is not None:
+            copied[PIXELS], copied.levels = look_up(self[PIXELS], self.levels), None
         return copied
 
 
@@ -104,8 +115,7 @@ class Collator:
         answers = [answer for example in examples for answer in split_pair(example)]  # B of them
         processor, shielded = self.control.shield(self.processor, answers)
         texts, spans = zip(*(render(processor, answer, self.train_on) for answer in shielded), strict=True)
-        with nullcontext() if self.caches is None else self.caches.serving(processor, shielded):
-            features = process(processor, texts, shielded, padding_side="right", with_offsets=True)
+        features = self._process(processor, texts, shielded)
         offsets = features.pop("offset_mapping")  # (B, T, 2)
         replaced = features.pop("text_replacement_offsets", None) or [[]] * len(answers)
         self._check_processor(texts, offsets, replaced)
@@ -128,11 +138,20 @@ class Collator:
         batch.rows = [answer.name for answer in answers]
         if self.caches is not None:
             batch.pictures = self.caches.pictures(ids, offsets, replaced, answers)
+            batch.levels = self.caches.levels
         batch.source_tokens = count_by_source(answers, features["attention_mask"])
         if answers[0].preferred is not None:
             batch["preference"] = torch.tensor([1.0 if answer.preferred else -1.0 for answer in answers])  # (B,)
         self._add_columns(batch, examples, weights)
         return batch
+
+    def _process(self, processor: Any, texts: Sequence[str], examples: Sequence[Example]) -> dict[str, Any]:
+        """Run the processor, its images from the caches where they know them."""
+        with nullcontext() if self.caches is None else self.caches.serving(processor, examples):
+            features = process(processor, texts, examples, padding_side="right", with_offsets=True)
+        if self.caches is not None and self.caches.lost_levels(features):
+            return self._process(processor, texts, examples)
+        return features
 
     def _unsayable(self, ids: torch.Tensor) -> torch.Tensor:
         """Return which tokens never carry a label: marks of images, and what the head has no row for. (B, T) -> (B, T)."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from hfcustom.cache.levels import same_levels
 from hfcustom.console import out
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.columns import PER_TOKEN, TOKEN_WEIGHTS
@@ -210,7 +211,7 @@ def pack_rows(
     """
     if len(singles) == 1 and len(singles[0]["labels"]) == 1:
         return _described(Batch(singles[0]), singles)
-    by_row = frozenset(by_row)
+    by_row, singles = frozenset(by_row), same_levels(singles)
     text = {name for single in singles for name in single if _is_by_token(name, single) and name not in by_row}
     packed = Batch()
     for name in sorted(text - {"attention_mask"}):
@@ -234,6 +235,7 @@ def _described(batch: Batch, singles: Sequence[Tensors]) -> Batch:
     """Say of a batch what the collator says of those that it is made of."""
     known = [single for single in singles if isinstance(single, Batch)]
     batch.images = sum(single.images for single in known)
+    batch.levels = next((single.levels for single in known if single.levels is not None), None)
     batch.pictures = [picture for single in known for picture in single.pictures]
     batch.rows = [name for single in known for name in single.rows]
     batch.source_tokens = dict(sum((Counter(single.source_tokens) for single in known), Counter()))
