@@ -18,4 +18,5 @@ ABOUT: dict[str, str] = {
     "trl_good": "trl, supervised rows only (its path on Triton)",
     "ours": "hfcustom, padded rows",
     "ours_packed": "hfcustom, packed rows",
+    "ours_cached": "hfcustom, packed rows, frozen features read",
 }

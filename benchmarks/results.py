@@ -23,6 +23,7 @@ BASELINES = ("trainer", "stock", "trl", "trl_good")  # the first one that was me
 COLORS = {
     "ours": "#c2410c",
     "ours_packed": "#7c2d12",
+    "ours_cached": "#431407",
     "stock": "#94a3b8",
     "trainer": "#64748b",
     "trl": "#93c5fd",

@@ -27,8 +27,8 @@ class BenchmarkConfig:
     groups: Annotated[list[str], "what to train, such as full-cross_entropy or lora-dpo; by default the task's"] = (
         field(default_factory=list)
     )
-    variants: Annotated[list[str], "stock, trainer, trl, trl_good, ours, ours_packed; by default all"] = field(
-        default_factory=list
+    variants: Annotated[list[str], "stock, trainer, trl, trl_good, ours, ours_packed, ours_cached; by default all"] = (
+        field(default_factory=list)
     )
     rounds: Annotated[int, "measured steps of each variant"] = 3
     threads: Annotated[int, "processor threads"] = 1

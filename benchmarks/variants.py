@@ -9,8 +9,11 @@ Letters: B rows, T text tokens, M supervised tokens, V vocabulary.
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -300,7 +303,14 @@ def ours_packed(job: Job) -> Bench:
     return _ours(job, packed=True)
 
 
-def _ours(job: Job, packed: bool) -> Bench:
+def ours_cached(job: Job) -> Bench:
+    """Run the same with the frozen tower's features read, as fit() with packing and cache_features does."""
+    if not job.lora:
+        raise UnavailableError("the tower is trained, so its features change with each step")
+    return _ours(job, packed=True, cached=True)
+
+
+def _ours(job: Job, packed: bool, cached: bool = False) -> Bench:
     import hfcustom
     from hfcustom.data.collate import Batch
     from hfcustom.data.packing import pack_rows
@@ -318,6 +328,8 @@ def _ours(job: Job, packed: bool) -> Bench:
     settings = hfcustom.TrainConfig(precision="fp32", max_grad_norm=MAX_GRAD_NORM)  # no autocast, as for all
     accelerator = make_accelerator(settings)
     batch = Batch(batch_of(job))
+    if cached:
+        batch.pictures = _known_pictures(model, job, batch)
     if packed:
         batch = pack_rows([batch], CustomInternVLForConditionalGeneration.merge_images)
 
@@ -326,6 +338,19 @@ def _ours(job: Job, packed: bool) -> Bench:
         return sum(float(value) for value in report.losses.values()), float(report.grad_norm)
 
     return Bench(model, optimizer, step)
+
+
+def _known_pictures(model: nn.Module, job: Job, batch: dict[str, torch.Tensor]) -> list[Any]:
+    """Give the model a cache for as long as it lives; return the pictures of the batch, which its first step fills in."""
+    from hfcustom.cache.features import FeatureCache, Picture
+    from hfcustom.cache.store import ShardStore
+    from hfcustom.parts import unwrap
+
+    core, opened = unwrap(model), ExitStack()
+    folder = opened.enter_context(tempfile.TemporaryDirectory())
+    opened.enter_context(FeatureCache(core, ShardStore(Path(folder), "features", 1e12)).installed())
+    weakref.finalize(core, opened.close)
+    return [Picture(str(at), job.task.image_tokens) for at in range(len(batch["pixel_values"]))]
 
 
 OPTIONS: dict[str, dict[str, float]] = {
@@ -337,6 +362,7 @@ OPTIONS: dict[str, dict[str, float]] = {
 VARIANTS: dict[str, Callable[[Job], Bench]] = {
     "ours": ours,
     "ours_packed": ours_packed,
+    "ours_cached": ours_cached,
     "stock": stock,
     "trainer": trainer,
     "trl": trl,

@@ -20,6 +20,43 @@ def families(argv: Sequence[str]) -> int:
     return show_families(options.names, as_json=options.json)
 
 
+def preflight(argv: Sequence[str]) -> int:
+    """Check rows before a run: what training would refuse, duplicates, leaks, lengths; writes bad_rows.jsonl."""
+    parser = argparse.ArgumentParser(
+        prog="hfcustom preflight",
+        description=preflight.__doc__,
+        epilog="Exit codes: 0 training can use every row (there may be warnings); 1 it would stop at a row, unless told to skip "
+        "such rows; 4 more rows than --max-bad-share are bad, so that it would stop even then; 2 wrong usage; 7 interrupted, go "
+        "on with --resume. `recipes/finetune.py --exclude bad_rows.jsonl` leaves out the rows with errors.",
+    )
+    parser.add_argument("data", help="rows: a .jsonl file, a folder of `datasets`, or a name on the hub")
+    parser.add_argument("--split", help="split of the rows where there are several; by default train")
+    reader = parser.add_mutually_exclusive_group()
+    reader.add_argument(
+        "--model", help="folder or hub id whose processor reads the rows: tokens, labels, tiles, lengths"
+    )
+    reader.add_argument("--family", help="a family, with its published image settings and a small tokenizer")
+    parser.add_argument("--eval", dest="eval_data", metavar="FILE", help="held-out rows, which training must not hold")
+    parser.add_argument("--eval-split", help="split of the held-out rows where there are several; by default train")
+    parser.add_argument("--max-length", type=int, help="longest row in tokens; needs --model or --family")
+    parser.add_argument("--min-pixels", type=int, default=16, help="fewest pixels of an image (default: 16)")
+    parser.add_argument("--train-on", choices=("assistant", "last", "all"), default="assistant", help="as in training")
+    parser.add_argument("--allowed-tokens", nargs="+", default=[], metavar="TOKEN", help="as in training")
+    parser.add_argument("--captions", action="store_true", help="rows of an image and its text, for CLIP or SigLIP")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows of the costliest batch (default: 8)")
+    parser.add_argument("--max-bad-share", type=float, default=0.01, help="as in training (default: 0.01)")
+    parser.add_argument("--workers", type=int, help="processes; 0 for none; by default one a processor if it pays")
+    parser.add_argument("--output", default="bad_rows.jsonl", help="one line a finding (default: bad_rows.jsonl)")
+    parser.add_argument("--plot", metavar="FILE.png", help="histograms of lengths and tiles; needs matplotlib")
+    parser.add_argument("--resume", action="store_true", help="go on with a scan that was interrupted")
+    parser.add_argument("--overwrite", action="store_true", help="forget a scan that was interrupted")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    from hfcustom.preflight import run_preflight
+
+    return run_preflight(options)
+
+
 def frames(argv: Sequence[str]) -> int:
     """Choose frames of a video by one of several methods, or compare the methods on it."""
     parser = argparse.ArgumentParser(prog="hfcustom frames", description=frames.__doc__)
@@ -99,6 +136,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "families": families,
     "frames": frames,
     "lens": lens,
+    "preflight": preflight,
 }
 
 

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.utils import logging
 
+from hfcustom.data.turns import RowError
 from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.losses import IGNORE, LOSSES, WeightedLoss, count_all_tokens
 from hfcustom.losses.chunked import product_dtype
@@ -282,9 +283,15 @@ def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> Non
     show_parts(model)
     core = unwrap(model)
     example = Examples([row])[0]
-    batch = make_collator(core, processor, config, example.columns)([example])
     out.print(f"seams in effect: {', '.join(core.overridden_seams()) or 'none (stock)'}")
-    out.print(f"first row{_row_facts(core, batch)}")
+    try:
+        batch = make_collator(core, processor, config, example.columns)([example])
+    except RowError as error:
+        if config.on_bad_row == "error":
+            raise
+        out.print(f"the first row cannot be used: {error}")
+    else:
+        out.print(f"first row{_row_facts(core, batch)}")
     with torch.autocast(core.device.type, torch.bfloat16, enabled=choose_precision(model, config) == "bf16"):
         facts = execution_facts(core)
     for fact in facts:

@@ -23,6 +23,7 @@ class CustomModel(PreTrainedModel):
     lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, "connector"), or "placeholders" -> why not
     default_connector: ClassVar[str | dict[str, Any] | None] = None
     default_loss: ClassVar[str | dict[str, Any]]
+    feature_cache: Any = None  # hfcustom/cache/features.py, while fit() trains with it
     _stock_tensors: frozenset[str] | None = None  # until the stock part is built
     _frozen_by_init: tuple[str, ...] = ()
 

@@ -28,6 +28,7 @@ from hfcustom import loading, seams
 from hfcustom.configuration import CustomConfig
 from hfcustom.custom_model import CustomModel, named_tensors
 from hfcustom.data.captions import CaptionCollator
+from hfcustom.data.checks import MIN_PIXELS
 from hfcustom.losses import Divisors, Loss, LossValue, StepSummary, WeightedLoss
 from hfcustom.losses.chunked import accumulation_dtype
 from hfcustom.losses.pairs import (
@@ -39,7 +40,6 @@ from hfcustom.losses.pairs import (
     pair_values,
     share_of_step,
 )
-from hfcustom.naming import check_shape
 
 IMAGE_INPUTS = ("pixel_values", "interpolate_pos_encoding")  # of forward(); all others are the texts'
 ONE_VECTOR = "an image becomes one vector, so there are no tokens for a language model"
@@ -157,7 +157,7 @@ class CustomDualEncoder(CustomModel):
 
     def _transformed(self, method: str, given: torch.Tensor) -> torch.Tensor:
         changed: torch.Tensor = getattr(self, method)(given)
-        check_shape(method, changed, given.shape)
+        seams.check_kept(method, changed, given)
         return changed
 
     # ---- forward ----------------------------------------------------------------------------------------------------
@@ -249,10 +249,12 @@ class CustomDualEncoder(CustomModel):
 
     # ---- a whole step, as fit() asks about it -----------------------------------------------------------------------
 
-    def make_collator(self, processor: Any, max_length: int | None = None) -> CaptionCollator:
+    def make_collator(
+        self, processor: Any, max_length: int | None = None, min_pixels: int = MIN_PIXELS
+    ) -> CaptionCollator:
         """Return what turns rows of an image and its text into this model's batches."""
         length = self.config.text_config.max_position_embeddings
-        return CaptionCollator(processor, length, max_length, padding=self.text_padding)
+        return CaptionCollator(processor, length, max_length, padding=self.text_padding, min_pixels=min_pixels)
 
     def losses(self) -> list[WeightedLoss]:
         """Return the configured loss as a term over the rows of a step; ValueError for one that is unknown, and for "stock"."""

@@ -20,6 +20,14 @@ class External:
     connectors: tuple[str, ...] = ()
 
 
+def _llava(arguments: str) -> str:
+    """Say how to wrap a class in the layout of LLaVA's own code, whose decoder holds the other parts."""
+    return (
+        f"its class comes with its own repository: import that, then wrap({arguments}); the images that it puts into the text "
+        "while it runs, and their labels, are followed"
+    )
+
+
 _FLAT = "wrap(AutoModel.from_pretrained(..., trust_remote_code=True)): vision_model, mlp1 and language_model are found"
 EXTERNAL = {
     "molmo-0924": External(
@@ -32,28 +40,28 @@ EXTERNAL = {
     "apollo": External(
         "Apollo-LMMs/Apollo-3B-t32",
         "videos: SigLIP-SO400M and InternVideo2 side by side, perceiver resampler, Qwen2.5 (https://arxiv.org/abs/2412.10360)",
-        "its weights were withdrawn by the authors; copies are remote code to wrap with the paths of its modules",
+        'its weights were withdrawn by the authors; of copies, remote code, wrap(model, vision="vision_tower", language="llm")',
         "qwen2_5_vl",
         ("multi_encoder_resampler", "two_encoders", "perceiver_resampler"),
     ),
     "longvu": External(
         "Vision-CAIR/LongVU_Qwen2_7B",
         "long videos: DINOv2 drops near-copies of frames, the question chooses tokens (https://arxiv.org/abs/2410.17434)",
-        "its class comes with its own repository; wrap(model, vision=..., language=...) works once that is imported",
+        _llava('model, vision="model.vision_tower_aux_list"'),
         "qwen2_vl",
         ("temporal_dedup", "token_pruning"),
     ),
     "minigemini": External(
         "YanweiLi/MGM-7B",
         "CLIP-L tokens look into ConvNeXt features of a larger image (https://arxiv.org/abs/2403.18814)",
-        "its class comes with its own repository; wrap(model, vision=..., language=...) works once that is imported",
+        _llava("model"),
         "llava",
         ("two_encoders",),
     ),
     "mplug-docowl": External(
         "mPLUG/DocOwl1.5",
         "documents: four horizontal neighbours become one token, cropped pages (https://arxiv.org/abs/2403.12895)",
-        "its class comes with its own repository; wrap(model, vision=..., language=...) works once that is imported",
+        _llava("model"),
         "llava_next",
         ("patch_merger",),
     ),

@@ -86,9 +86,11 @@ def _line(name: str, counts: Iterable[str]) -> str:
 
 
 def _short(count: int | None) -> str:
-    """Return a count in three digits: 938M, 78.4B."""
+    """Return a count in three digits: 938M, 78.4B; a small one as it is."""
     if not count:
         return "-"
+    if count < 10_000:
+        return f"{count:,}"
     size, unit = (count / 1e9, "B") if count >= 1e9 else (count / 1e6, "M")
     return f"{size:.{max(0, 2 - len(str(int(size))) + 1)}f}{unit}" if size < 1000 else f"{size:,.0f}{unit}"
 
@@ -104,12 +106,16 @@ def _show_one(out: Console, family: FamilyFacts) -> None:
         "stock class": family.stock_class,
         f"tokens of {PICTURE[0]} x {PICTURE[1]} px": _tokens(family),
         **{f"seam {seam}": answer for seam, answer in family.seams.items()},
-        f"{len(family.verified)} checks": "; ".join(family.verified) or "none recorded",
     }
     facts = Table(show_header=False, box=None)
+    facts.add_column()
+    facts.add_column(overflow="fold")  # a class's path is there to be copied whole
     for name, value in rows.items():
         facts.add_row(name, Text(value))
     out.print(facts)
+    out.print(Text(f"{len(family.verified)} checks passed{':' if family.verified else ', none is recorded'}"))
+    for check in family.verified:
+        out.print(Text(f"  {check}"))
 
 
 def _show_external(out: Console, key: str, model: External, short: bool) -> None:

@@ -22,6 +22,13 @@ def unknown(kind: str, name: object, allowed: Iterable[str], cure: str = "") -> 
     return f"Unknown {kind} {name!r}.{hint} Allowed: {', '.join(allowed) or 'nothing'}.{' ' + cure if cure else ''}"
 
 
+def printable(text: str, limit: int = 8000) -> str:
+    """Return a text for a terminal or a file: what is no letter (ANSI codes, half letters) escaped, the middle cut if long."""
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+
+
 def snake_case(name: str) -> str:
     """Return `PairPool` as `pair_pool`, `MyInternVL` as `my_intern_vl`."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()

@@ -24,8 +24,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.generic import is_flash_attention_requested
 
-from hfcustom import losses
-
 if TYPE_CHECKING:
     from hfcustom.seam_hooks import SeamHooks
 
@@ -73,7 +71,9 @@ def packed_row_ids(inputs: Mapping[str, Any]) -> torch.Tensor | None:
         if len(positions) != 4:
             return None
         positions = positions[0]
-    starts = losses.row_starts(positions)  # (B, T)
+    from hfcustom.losses import row_starts  # not above: losses look at seams, which import this file
+
+    starts = row_starts(positions)  # (B, T)
     if not torch.compiler.is_compiling() and int(starts.sum()) == len(starts):
         return None
     return starts.flatten().cumsum(0).view_as(starts) - 1

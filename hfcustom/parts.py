@@ -101,11 +101,13 @@ def find_parts(model: nn.Module) -> PartMap:
         for modality in ("video", "audio")
         if (other := _encoder_of(core, modality)) is not None
     }
+    new = tuple(_top_level_new(core))
     paths: dict[str, tuple[str, ...]] = {
         "vision": tuple(dict.fromkeys((vision, *([beside["video"]] if "video" in beside else [])))),
         "language": (names[id(_decoder(core))],),
         "head": (names[id(head)],) if head is not None else (),
-        "new": tuple(_top_level_new(core)),
+        "connector": tuple(path for path in _beside(encoder, _decoder(core), names) if path not in new),
+        "new": new,
         "other": (*([beside["audio"]] if "audio" in beside else []), *getattr(core, "other_modules", ())),
     }
     known = PartMap(paths)
@@ -118,6 +120,7 @@ def find_parts(model: nn.Module) -> PartMap:
         except KeyError:
             rest[_child_path(name, holder)] = None
     modules = dict(core.named_modules())
+    rest = dict.fromkeys((*paths["connector"], *rest))
     connector = sorted(rest, key=lambda path: path not in modules)  # what can carry a hook before bare Parameters
     return PartMap({**paths, "connector": tuple(connector) or _inside(encoder, vision, core)})
 
@@ -132,6 +135,19 @@ def head_of_language_model(core: Any) -> nn.Module | None:
     """Return the head of a flat class's whole `language_model`, which its own get_output_embeddings() may not find."""
     language = getattr(core, "language_model", None)
     return language.get_output_embeddings() if isinstance(language, PreTrainedModel) else None
+
+
+def _beside(encoder: nn.Module, decoder: nn.Module, names: dict[int, str]) -> tuple[str, ...]:
+    """Return what stands beside an encoder that the decoder itself holds (LLaVA's own code): no stack of layers, but Linears."""
+    if not any(module is encoder for module in decoder.modules()):
+        return ()
+    others = [child for child in decoder.children() if not isinstance(child, nn.ModuleList)]
+    return tuple(
+        names[id(child)]
+        for child in others
+        if any(isinstance(module, nn.Linear) for module in child.modules())
+        and not any(module is encoder for module in child.modules())
+    )
 
 
 def _inside(encoder: nn.Module, path: str, core: Any) -> tuple[str, ...]:

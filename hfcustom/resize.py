@@ -40,9 +40,13 @@ def resize_images(model: Any, processor: Any, size: int) -> Any:
         raise ValueError("This model has an adapter already: resize its images first, then call lora().")
     vision = _vision_config(core)
     old, patch = _side(vision.image_size), _side(vision.patch_size)
+    if not isinstance(size, int):
+        raise ValueError(f"size={size!r} is no number of pixels; give the side of a crop, such as {2 * old}.")
     if size < patch or size % patch:
         near = max(round(size / patch), 1) * patch
-        raise ValueError(f"size={size} is no multiple of the {patch} pixel patches of {_tower(core)}; take {near}.")
+        raise ValueError(
+            f"size={size} is no multiple of the {patch} pixel patches of the {_tower(core)}; take {near}."
+        )
     before, after = _twin(core, old), _twin(core, size)
     tables = _position_tables(core, before, after, old // patch, size // patch)
     undo: list[Callable[[], None]] = []
@@ -69,7 +73,7 @@ def _vision_config(core: Any) -> Any:
     if "placeholders" in core.lacks:
         raise ValueError(f"resize_images counts image tokens by their placeholders, and {core.lacks['placeholders']}.")
     if core.no_resizing:
-        raise ValueError(f"{_tower(core)} {core.no_resizing}.")
+        raise ValueError(f"The {_tower(core)} {core.no_resizing}.")
     config = getattr(core.config, "vision_config", None)
     if getattr(config, "image_size", None) is None:
         raise ValueError(_no_positions(core))
@@ -78,14 +82,14 @@ def _vision_config(core: Any) -> Any:
 
 def _no_positions(core: Any) -> str:
     return (
-        f"{_tower(core)} has no learned positions to interpolate: it takes pictures of any size as they are. Set the size in "
+        f"The {_tower(core)} has no learned positions to interpolate: it takes pictures of any size as they are. Set the size in "
         "the processor alone, as in processor.image_processor.size = ..."
     )
 
 
 def _tower(core: Any) -> str:
     path = core.stock_parts().paths["vision"][0]
-    return f"The vision tower of {type(core).__name__} ({path})"
+    return f"vision tower of {type(core).__name__} ({path})"
 
 
 def _side(size: Any) -> int:

@@ -50,6 +50,8 @@ class SeamHooks(CustomModel):
         ""  # why there is no one picture of what a connector behind the projector sees
     )
     no_frames: ClassVar[str] = ""  # why neighbouring crops can never be frames of one clip
+    no_connector_cache: ClassVar[str] = ""  # why what the connector makes of an image cannot be kept
+    no_feature_cache: ClassVar[str] = ""  # why what is made of an image cannot be kept
     no_resizing: ClassVar[str] = ""  # why resize_images has nothing to do, or cannot do it
     custom_connector: nn.Module | None
     _pictures: torch.Tensor | None = None  # (P, 3, H, W), what the vision tower is looking at
@@ -238,9 +240,9 @@ class SeamHooks(CustomModel):
         return (self._vision_features(args[0]), *args[1:])
 
     def _vision_features(self, features: torch.Tensor) -> torch.Tensor:
-        given = features.shape
+        given = features
         features = self.transform_vision_features(features)  # (P, patches, D_vision)
-        check_shape("transform_vision_features", features, given)
+        seams.check_kept("transform_vision_features", features, given)
         if works_before_projector(self.custom_connector):
             features = self._look_again(features)
         if self._pass is not None and self._pass.records:
@@ -343,7 +345,7 @@ class SeamHooks(CustomModel):
             given = self.get_input_embeddings()(kwargs["input_ids"])
             kwargs = {**kwargs, "input_ids": None}
         embeddings = self.transform_embeddings(given, self._pass.image_mask)  # (B, T, D)
-        check_shape("transform_embeddings", embeddings, given.shape)
+        seams.check_kept("transform_embeddings", embeddings, given)
         return args, {**kwargs, "inputs_embeds": embeddings}
 
     def _at_packed_rows(
@@ -376,7 +378,7 @@ class SeamHooks(CustomModel):
         if self._pass is None:  # the language model is run by itself
             return output
         hidden_states = self.transform_hidden_states(output[0])  # (B, T, D)
-        check_shape("transform_hidden_states", hidden_states, output[0].shape)
+        seams.check_kept("transform_hidden_states", hidden_states, output[0])
         if self._pass.records:
             self._pass.hidden_states = hidden_states
         if isinstance(output, tuple):

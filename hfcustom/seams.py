@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hfcustom.naming import check_shape
 from hfcustom.packed import BY_ROW, is_causal
 
 if TYPE_CHECKING:
@@ -106,6 +107,14 @@ def install(owner: CustomModel) -> None:
 def _carries(module: nn.Module, method: str) -> bool:
     hooks: list[Callable[..., Any]] = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     return any(isinstance(hook, Seam) and hook.method == method for hook in hooks)
+
+
+def check_kept(method: str, changed: Any, given: torch.Tensor) -> None:
+    """Raise ValueError when a transform returned another shape than it got, or a dtype that what follows cannot take."""
+    check_shape(method, changed, given.shape)
+    if changed.dtype != given.dtype and not torch.is_autocast_enabled(given.device.type):
+        found, expected = (str(dtype).removeprefix("torch.") for dtype in (changed.dtype, given.dtype))
+        raise ValueError(f"{method} returned {found}; it got {expected}: end with .to(torch.{expected}).")
 
 
 def find_placeholders(

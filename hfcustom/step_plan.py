@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 
 from hfcustom import checkpoint
+from hfcustom.cache.run import serving
 from hfcustom.data.collate import Batch
 from hfcustom.losses import StepSummary
 
@@ -49,10 +50,12 @@ def step_summaries(
         return [{} for _ in batches]
     state = checkpoint.rng_state()
     with accelerator.autocast():  # as accelerate wraps forward()
-        own = [
-            {} if is_blank(batch) else core.loss_summaries(send_to_device(dict(batch), accelerator.device))
-            for batch in batches
-        ]
+        own = []
+        for batch in batches:
+            with serving(core, batch):
+                own.append(
+                    {} if is_blank(batch) else core.loss_summaries(send_to_device(dict(batch), accelerator.device))
+                )
     checkpoint.set_rng_state(state)
     everyone = gather_object([{name: value.cpu() for name, value in found.items()} for found in own])
     first = accelerator.process_index * len(batches)

@@ -23,13 +23,13 @@ from accelerate.utils import LoggerType, parse_flag_from_env, send_to_device, se
 from torch import nn
 
 from hfcustom import checkpoint
+from hfcustom.cache.run import Caches, check_caches, open_caches, serving, use_caches
 from hfcustom.console import TrainLog, out
 from hfcustom.custom_model import CustomModel, check_registered
 from hfcustom.data.captions import CaptionCollator
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.feed import Feed, as_rows
 from hfcustom.data.packing import make_packer
-from hfcustom.data.steps import BadRows
 from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, real_tokens, token_columns
 from hfcustom.naming import unknown
@@ -104,27 +104,23 @@ def fit(
     core = unwrap(model)
     weighted = core.losses()  # an unknown loss is an error now, not after the first batch
     set_seed(config.seed, device_specific=True)
-    set_precision(model, config)
-    if config.gradient_checkpointing:
-        checkpoint_activations(core)
-    for companion in core.companions.values():
-        companion.to(accelerator.device)
+    set_up(model, config, accelerator)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, feed)
     start = state.resume() if config.resume else state.begin()
-    collate = make_collator(core, processor, config, feed.first_columns(weighted))
+    feed.caches = open_caches(model, processor, config, accelerator)
+    collate = make_collator(core, processor, config, feed.first_columns(weighted), feed.caches)
     steps = iter(
         feed.loader(collate, range(start, max_steps), (micro_batch_size, accumulation), make_packer(core, config))
     )
-    listed = Path(config.output_dir) / "bad_rows.jsonl"
-    limits = {"rows_per_step": config.batch_size, "resumed_at": start}
-    bad_rows = BadRows(accelerator, feed.num_rows, config.max_bad_share, listed, **limits)
+    bad_rows = feed.bad_rows(start)
     state.restore_rng()  # after the iterator exists: making one draws random numbers
     model.train()
     step, stopped = start, False
     with (
         StopRequest() as stop,
         counting_steps(core),
+        use_caches(core, feed.caches, accelerator),
         TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names) as log,
     ):
         log.restore_window(state.pending)
@@ -144,6 +140,16 @@ def fit(
     return TrainResult(step, not finished, log.history, state.publish() if finished else state.model_dir())
 
 
+def set_up(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> None:
+    """Give a model the run's precision, recomputation, and its companions the run's device."""
+    core = unwrap(model)
+    set_precision(model, config)
+    if config.gradient_checkpointing:
+        checkpoint_activations(core)
+    for companion in core.companions.values():
+        companion.to(accelerator.device)
+
+
 @contextmanager
 def counting_steps(core: Any) -> Iterator[None]:
     """Let scheduled weights follow the steps of this run, and no longer: another loop has to count its own."""
@@ -154,7 +160,7 @@ def counting_steps(core: Any) -> Iterator[None]:
 
 
 def make_collator(
-    core: Any, processor: Any, config: TrainConfig, given: Mapping[str, Any]
+    core: Any, processor: Any, config: TrainConfig, given: Mapping[str, Any], caches: Caches | None = None
 ) -> Collator | CaptionCollator:
     """Return the collator that a run's model, options and losses ask for; `given` are the columns of a row."""
     if isinstance(core, CustomDualEncoder):
@@ -163,7 +169,7 @@ def make_collator(
                 raise ValueError(
                     f"{name}={value!r} has no effect on a contrastive encoder, which has no labels; leave it out."
                 )
-        return core.make_collator(processor, config.max_length)
+        return core.make_collator(processor, config.max_length, config.min_pixels)
     losses = core.losses()
     return Collator(
         processor,
@@ -173,6 +179,8 @@ def make_collator(
         train_on=config.train_on,
         allowed_tokens=config.allowed_tokens,
         head_size=core.head_size(),
+        caches=caches,
+        min_pixels=config.min_pixels,
     )
 
 
@@ -186,6 +194,7 @@ def _checked(model: nn.Module, config: TrainConfig, evaluate: Evaluate | None) -
     check_registered(core)
     if (evaluate is None) != (config.eval_steps is None):
         raise ValueError(f"eval_steps={config.eval_steps} and evaluate={evaluate} have an effect only together.")
+    check_caches(model, config)
     return replace(config, precision=choose_precision(model, config))
 
 
@@ -209,7 +218,8 @@ def train_step(
                 accelerator.backward(losses_by_batch[-1])
                 continue
             report.add_batch(batch)
-            loss = model(**send_to_device(dict(batch), accelerator.device), **plan[micro]).loss
+            with serving(core, batch):
+                loss = model(**send_to_device(dict(batch), accelerator.device), **plan[micro]).loss
             if core.loss_values.keys() != plan[micro]["loss_counts"].keys():
                 names = ", ".join(plan[micro]["loss_counts"])
                 raise ValueError(
@@ -247,10 +257,11 @@ def _run_blank(model: nn.Module, batch: Mapping[str, Any], accelerator: Accelera
     """Run a micro-batch that counts for nothing, as other ranks run theirs: a loss of 0 with a gradient of 0."""
     inputs = send_to_device({name: value for name, value in batch.items() if name != "labels"}, accelerator.device)
     core = unwrap(model)
-    if isinstance(core, CustomDualEncoder):
-        logits = model(**inputs).logits_per_image
-    else:  # one token reaches every weight
-        logits = model(**inputs, **({} if core.ignores_logits_to_keep else {"logits_to_keep": 1})).logits
+    with serving(core, batch):
+        if isinstance(core, CustomDualEncoder):
+            logits = model(**inputs).logits_per_image
+        else:  # one token reaches every weight
+            logits = model(**inputs, **({} if core.ignores_logits_to_keep else {"logits_to_keep": 1})).logits
     zero: torch.Tensor = logits.float().sum() * 0.0
     return zero
 

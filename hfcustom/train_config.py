@@ -53,10 +53,22 @@ class TrainConfig:
     allowed_tokens: Annotated[
         list[str], "control tokens that the rows' texts hold as such (<|box_start|> ...); others typed in are text"
     ] = field(default_factory=list)
+    min_pixels: Annotated[int, "fewest pixels of an image; a row with a smaller one cannot be used"] = 16
     on_bad_row: Annotated[
         Literal["error", "skip"], "a row that cannot be used stops the run, or is left out, named and counted"
     ] = "error"
     max_bad_share: Annotated[float, "share of the rows that may be left out before the run stops (exit code 4)"] = 0.01
+    cache_images: Annotated[
+        str | None, "folder for what the image processor makes of each image, read back instead of made again"
+    ] = None
+    cache_features: Annotated[
+        str | None,
+        "folder for what the frozen vision tower and connector make of each image, in place of running them",
+    ] = None
+    max_cache_gb: Annotated[float, "size of a cache folder beyond which nothing more is put into it"] = 100.0
+    exclude: Annotated[
+        str | None, "a bad_rows.jsonl of `hfcustom preflight` or a run: the rows it names are left out beforehand"
+    ] = None
     seed: Annotated[int, "seed of initialisation, row order and dropout"] = 0
     num_workers: Annotated[int, "data-loading processes"] = 0
     log_steps: Annotated[int, "steps between log lines"] = 10
@@ -86,6 +98,7 @@ class TrainConfig:
             (self.lr > 0, f"lr={self.lr} must be positive"),
             (self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative"),
             (0 <= self.beta2 < 1, f"beta2={self.beta2} must be in [0, 1)"),
+            (self.min_pixels >= 0, f"min_pixels={self.min_pixels} must not be negative"),
             (self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must not be negative"),
             (0 <= self.min_lr_ratio <= 1, f"min_lr_ratio={self.min_lr_ratio} must be in [0, 1]"),
             (self.max_grad_norm >= 0, f"max_grad_norm={self.max_grad_norm} must not be negative"),
@@ -101,6 +114,11 @@ class TrainConfig:
                 not (self.packing and self.micro_batch_size is not None),
                 f"micro_batch_size={self.micro_batch_size} and packing exclude each other: pack_tokens says how large a "
                 "micro-batch is",
+            ),
+            (self.max_cache_gb > 0, f"max_cache_gb={self.max_cache_gb} must be positive"),
+            (
+                self.cache_images or self.cache_features or "max_cache_gb" not in self.sources,
+                "max_cache_gb has no effect without cache_images or cache_features",
             ),
             (self.keep_checkpoints > 0, f"keep_checkpoints={self.keep_checkpoints} must be positive"),
         ]

@@ -12,21 +12,27 @@ Letters: B rows, T text tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hfcustom import losses, parts, seams
 from hfcustom.base import SEAM_METHODS, CustomVLM
+from hfcustom.losses.frozen import evaluating
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 REASON = (
     "wrap() leaves the model's forward alone; subclass a family of hfcustom.families to change what lies inside it."
+)
+GIVEN_LABELS = (
+    "given_labels"  # in a context's batch: labels as they came, where the model puts its images between them
 )
 TOLERANCE = 1e-3  # of the largest logit, between the model's own and the head applied to what reached it
 
@@ -40,6 +46,8 @@ class WrappedVLM(CustomVLM):
     _image_token: int | None = None
     _paths: Mapping[str, str] = {}  # what wrap() was told of "vision" and "language"
     _head_is_checked = False
+    _splices = False  # its forward lays rows out anew: one mark in the text becomes all tokens of an image
+    _keeps_padding = False  # it leaves padding on the left where it is
 
     @classmethod
     def stock_class(cls) -> type[PreTrainedModel]:
@@ -102,16 +110,51 @@ class WrappedVLM(CustomVLM):
         self, batch: Mapping[str, Any], labels: torch.Tensor, return_logits: bool = False
     ) -> losses.LossContext:
         """Run the model's own forward up to its head and return all that a loss may look at."""
-        call = self.stock_inputs(batch)
+        labels = batch.get(GIVEN_LABELS, labels)  # a reference is shown the batch of another context
+        call = self.stock_inputs({name: value for name, value in batch.items() if name != GIVEN_LABELS})
         if not self._head_is_checked:
             self._check_head(call)
-        outputs, hidden_states = self._run(call, skips_head=not return_logits)
+        self._splices = self._splices or self._moves_padding(call, labels)
+        if not self._splices:
+            outputs, hidden_states = self._run(call, skips_head=not return_logits)
+            self._splices = hidden_states.shape[:2] != labels.shape
+        if self._splices:
+            return self._spliced_context(batch, call, labels, return_logits)
         token = self.placeholder_token_id
         image_mask = batch["input_ids"] == token if token is not None and "input_ids" in batch else None
         return losses.LossContext(self, {**batch, "labels": labels}, labels, hidden_states, outputs, image_mask)
 
+    def _moves_padding(self, call: Mapping[str, Any], labels: torch.Tensor) -> bool:
+        """Whether labels are elsewhere once padding on the left is gone: asked once, of the first batch that has some."""
+        mask = call.get("attention_mask")
+        if self._keeps_padding or mask is None or mask.shape != labels.shape or bool(mask[:, 0].all()):
+            return False
+        with torch.no_grad(), evaluating(self), LossInputs() as caught:
+            _, hidden_states = self._run({**call, "labels": labels}, skips_head=False)
+        found = caught.labels(hidden_states.shape[:2])
+        self._keeps_padding = found is None or torch.equal(found[:, 1:], labels[:, 1:].to(found.device))
+        return not self._keeps_padding
+
+    def _spliced_context(
+        self, batch: Mapping[str, Any], call: Mapping[str, Any], labels: torch.Tensor, return_logits: bool
+    ) -> losses.LossContext:
+        """Return the context of a model that splices images into the text: it knows where its labels go, (B, T) -> (B, T')."""
+        with LossInputs() as caught:
+            outputs, hidden_states = self._run({**call, "labels": labels}, skips_head=not return_logits)
+        found = caught.labels(hidden_states.shape[:2])
+        if found is None:
+            raise ValueError(
+                f"{self._own_class.__name__}.forward made {tuple(hidden_states.shape[:2])} positions of labels "
+                f"{tuple(labels.shape)} and did not hand its own labels of that shape to cross_entropy. Pass inputs_embeds and "
+                "labels that have the images in them already, or wrap a subclass whose forward does not lengthen rows."
+            )
+        batch = {**batch, "labels": found, GIVEN_LABELS: labels}
+        return losses.LossContext(self, batch, found, hidden_states, outputs)
+
     def _run(self, call: Mapping[str, Any], skips_head: bool) -> tuple[Any, torch.Tensor]:
         self._pass = passed = seams.ForwardPass(records=True, skips_head=skips_head)
+        if "return_dict" in inspect.signature(self._own_class.forward).parameters:  # left out, some return a tuple
+            call = {**call, "return_dict": True}
         try:
             outputs = self._own_class.forward(self, **call)
         finally:
@@ -129,11 +172,9 @@ class WrappedVLM(CustomVLM):
 
     def _check_head(self, call: Mapping[str, Any]) -> None:
         """Compare once, on the first batch, the model's logits with the head applied to what reached it."""
-        training = self.training
-        with torch.no_grad():
-            outputs, hidden_states = self.eval()._run(call, skips_head=False)
+        with torch.no_grad(), evaluating(self):
+            outputs, hidden_states = self._run(call, skips_head=False)
             expected = self.compute_logits(hidden_states[:, -8:])  # (B, 8, V) are enough
-        self.train(training)
         given = outputs.logits[:, -8:]
         if given.shape != expected.shape or float((given - expected).abs().max()) > TOLERANCE * float(
             given.abs().max()
@@ -147,6 +188,30 @@ class WrappedVLM(CustomVLM):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save as the wrapped class does: what is written is its own checkpoint."""
         self._own_class.save_pretrained(self, save_directory, *args, **kwargs)
+
+
+class LossInputs(TorchFunctionMode):
+    """While it is entered, cross_entropy keeps the targets it is given and returns 0."""
+
+    targets: torch.Tensor | None = None  # (B * T',) or (B * (T' - 1),): each position's next token
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch, all but one as it is."""
+        kwargs = kwargs or {}
+        if function is not nn.functional.cross_entropy:
+            return function(*args, **kwargs)
+        given = dict(zip(("input", "target"), args, strict=False)) | kwargs
+        self.targets = given["target"]
+        return given["input"].new_zeros(())
+
+    def labels(self, shape: torch.Size) -> torch.Tensor | None:
+        """Return the labels (B, T') whose targets were kept, None where they are none of that shape."""
+        rows, length = shape
+        found = self.targets
+        if found is None or found.numel() not in (rows * length, rows * (length - 1)):
+            return None
+        found = found.reshape(rows, -1)[:, : length - 1]  # (B, T' - 1)
+        return nn.functional.pad(found, (1, 0), value=losses.IGNORE)
 
 
 IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index", "img_context_token_id", "image_patch_id")
@@ -163,7 +228,9 @@ def wrap(
     """Give a model of any class hfcustom's losses in place, and return it; LoRA, freezing and 8 bits then work on it.
 
     `loss` is as in a custom config; `image_token_id` is what stands for an image token where the config does not say, `vision` and
-    `language` are the paths of the image encoder and the decoder where their names are unusual. Raises TypeError for what is no
+    `language` are the paths of the image encoder and the decoder where their names are unusual. A model may put an image's
+    tokens in the place of one mark while it runs, as LLaVA's own code does, if it hands the labels that it makes of those it
+    is given to cross_entropy. Raises TypeError for what is no
     PreTrainedModel or is custom already, ValueError when no image encoder, decoder or head can be found, and at the first batch
     when the logits are not the head's own.
     """

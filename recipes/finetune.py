@@ -177,7 +177,6 @@ def main(config: FinetuneConfig) -> None:
         held_out = [held_out[at] for at in range(min(config.eval_rows, len(held_out)))]
     model, processor = load_model(config)
     model = choose_what_trains(model, config)
-    console.show_start(model, processor, first_example(rows, config.on_bad_row == "skip"), config)
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
         options = {"max_new_tokens": config.max_new_tokens, "allowed_tokens": config.allowed_tokens}
@@ -185,6 +184,7 @@ def main(config: FinetuneConfig) -> None:
         return {"exact_match": hfcustom.exact_match(answers)}
 
     try:
+        console.show_start(model, processor, first_example(rows, config), config)
         result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
     except TooManyBadRows as error:
         console.out.print(f"finetune.py: {error}")

@@ -73,6 +73,8 @@ from accelerate.utils import set_seed
 import hfcustom
 from hfcustom import console
 from hfcustom.data.digits import digit_captions
+from hfcustom.data.feed import first_example
+from hfcustom.data.steps import EXIT_BAD_ROWS, TooManyBadRows
 from hfcustom.encoders import class_of, clip
 from hfcustom.naming import load_object
 from hfcustom.train import process_state
@@ -123,12 +125,16 @@ def main(config: FinetuneEncoderConfig) -> dict[str, float]:
     set_seed(config.seed)
     rows, held_out = load_data(config)
     model, processor = load_model(config) if config.model else small_clip(config)
-    console.show_start(model, processor, rows[0], config)
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
         return hfcustom.retrieval_recall(model, processor, held_out)
 
-    result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
+    try:
+        console.show_start(model, processor, first_example(rows, config), config)
+        result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
+    except TooManyBadRows as error:
+        console.out.print(f"finetune_encoder.py: {error}")
+        raise SystemExit(EXIT_BAD_ROWS) from error
     result.exit_if_interrupted()
     recall = evaluate(model, result.step) if held_out else {}
     if held_out:

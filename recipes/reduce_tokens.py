@@ -2,7 +2,7 @@
 
     python recipes/reduce_tokens.py
 
-Offline, about 6 minutes on one CPU core: the same InternVL reads grids of scanned digits with all of its 16 image tokens, and
+Offline, about 7 minutes on one CPU core: the same InternVL reads grids of scanned digits with all of its 16 image tokens, and
 with connectors that leave 4 of them or 1, each from the same start, for as many steps. Scores by generation on scans that no
 training has seen. Writes outputs/reduce_tokens/result.png (accuracy against tokens, and against time) and results.json.
 """
@@ -39,11 +39,13 @@ class ReduceConfig(TrainConfig):
         return super().problems() + [f"only: {name!r} is none of {', '.join(CONNECTORS)}" for name in wrong]
 
 
+PERCEIVER = {"name": "perceiver_resampler", "num_queries": 4, "num_heads": 4, "num_layers": 1}
 CONNECTORS = {  # what is compared: the connector in a config, None for none
     "none": None,
     "average_pool": {"name": "average_pool", "size": 2},
     "pixel_shuffle": {"name": "pixel_shuffle", "size": 2},
-    "perceiver": {"name": "perceiver_resampler", "num_queries": 4, "num_heads": 4, "num_layers": 1},
+    "perceiver": {**PERCEIVER, "start": "random"},
+    "perceiver_average": {**PERCEIVER, "start": "average"},
     "pixel_shuffle_4": {"name": "pixel_shuffle", "size": 4},
 }
 

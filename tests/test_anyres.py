@@ -15,7 +15,7 @@ from hfcustom.connectors import build_connector
 
 NAMES = ["llava_next", "llava_onevision"]
 SIZES = [(50, 30), (30, 50), (28, 28), (90, 20), (100, 100), (17, 60)]  # width, height
-RESAMPLER = {"name": "perceiver_resampler", "num_queries": 3, "num_heads": 4}
+RESAMPLER = {"name": "perceiver_resampler", "num_queries": 3, "num_heads": 4, "start": "random"}
 
 
 @pytest.fixture(params=NAMES)
@@ -73,6 +73,16 @@ def test_a_connector_without_rows_of_its_own_makes_one(anyres: Family, size: tup
     (found,) = image_tokens(model, batch)
     assert (batch["input_ids"] == model.placeholder_token_id).sum() == len(found) == 3 + 3 + 1
     assert torch.equal(found[-1], model.model.image_newline.detach())
+
+
+def test_queries_that_are_averages_lie_in_rows_of_their_own(anyres: Family) -> None:
+    model = anyres.model(connector={**RESAMPLER, "num_queries": 4, "start": "average"})
+    batch = seen(model.match_processor(copy.deepcopy(anyres.processor)), (30, 50))  # tiles higher than they are wide
+    (found,) = image_tokens(model, batch)
+    newline = model.model.image_newline.detach()
+    rows = [at for at, token in enumerate(found) if torch.equal(token, newline)]
+    assert (batch["input_ids"] == model.placeholder_token_id).sum() == len(found) == 4 + 4 + len(rows)
+    assert rows == [4 + (4 // len(rows) + 1) * (row + 1) - 1 for row in range(len(rows))] and len(rows) > 1
 
 
 def test_crops_alone_end_with_one_newline(families: dict[str, Family]) -> None:

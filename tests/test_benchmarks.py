@@ -39,7 +39,7 @@ def test_help_and_a_mistake_answer_before_torch_is_imported(name: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a run on the tiny task writes."""
     folder = tmp_path_factory.mktemp("benchmark")
-    variants = ["stock", "trainer", "trl", "trl_good", "ours", "ours_packed"]
+    variants = ["stock", "trainer", "trl", "trl_good", "ours", "ours_packed", "ours_cached"]
     options = ["--task", "tiny", "--rounds", "1", "--device", "cpu", "--groups", "full-cross_entropy", "lora-focal"]
     done = script("training_step", *options, "--variants", *variants, "--output-dir", str(folder))
     assert done.returncode == 0, done.stdout + done.stderr + (folder / "workers.log").read_text()
@@ -74,9 +74,9 @@ def test_variants_that_ran_agree_and_the_others_say_why_not(results: dict[str, A
     for group in results["groups"]:
         rows = {row["variant"]: row for row in group["variants"]}
         missing = {name for name, row in rows.items() if row["status"] != "measured"}
-        assert missing == ({"stock"} if group["objective"] == "focal" else set()) | (
-            set() if HAS_TRL else {"trl", "trl_good"}
-        )
+        trained = set() if group["lora"] else {"ours_cached"}  # the tower is
+        lacking = {"stock"} if group["objective"] == "focal" else set()
+        assert missing == lacking | trained | (set() if HAS_TRL else {"trl", "trl_good"})
         for name, row in rows.items():
             if name in missing:
                 assert row["status"].startswith(("not available: ", "not installed: pip install trl"))
@@ -125,6 +125,10 @@ def test_every_variant_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SMALL = {
+    "cache": (
+        ["--task", "tiny", "--layers", "2", "--images", "2", "--side", "60"],
+        ("no", "cache_images", "cache_features", "computed", "cached"),
+    ),
     "cross_entropy": (
         ["--tokens", "40", "--hidden-size", "8", "--vocabulary", "50"],
         ("chunked", "torch", "liger", "cce"),

@@ -124,13 +124,19 @@ def test_models_outside_are_answered(capsys: pytest.CaptureFixture[str]) -> None
     assert find_external("gpt") is None
 
 
-def test_json_and_one_family_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_and_one_family_in_full(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["families", "internvl", "--json"]) == 0
     (family,) = json.loads(capsys.readouterr().out)["families"]
     assert family["image_tokens"] == 1792 and family["checkpoints"][0]["parts"]["vision"] == 304_012_288
     assert cli.main(["families", "internvl"]) == 0
     shown = capsys.readouterr().out
     assert "InternVLForConditionalGeneration" in shown and "1,792" in shown
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["families", "llava_onevision", "siglip"]) == 0
+    shown = capsys.readouterr()
+    name = "hfcustom.families.llava_onevision.CustomLlavaOnevisionForConditionalGeneration"
+    assert name in "".join(line.strip() for line in shown.out.splitlines())
+    assert "0.00M" not in shown.out and shown.err == ""
 
 
 def test_the_table_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import io
+import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from bad_corpus import encode, png
 from conftest import picture
 from PIL import Image
 
-from hfcustom.data.images import FORMATS, MAX_PIXELS, load_image
+from hfcustom.data.images import FORMATS, MAX_BYTES, MAX_PIXELS, ImageError, load_image, notes_of
 
 ORIENTATION = 0x0112
 LOSSLESS = [name for name in FORMATS if name not in ("GIF", "JPEG")]
-
-
-def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def pixels(source: Any, root: Path | None = None) -> list[Any]:
@@ -30,14 +27,6 @@ def pixels(source: Any, root: Path | None = None) -> list[Any]:
     image = load_image(source, root)
     assert image.mode == "RGB"
     return np.asarray(image).tolist()
-
-
-def png_of_size(width: int, height: int) -> bytes:
-    """Return a 1-bit PNG of a few bytes whose header promises any number of pixels."""
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0")), (b"IEND", b""))
-    packed = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 @pytest.fixture
@@ -154,7 +143,7 @@ def test_a_source_of_another_kind_names_the_kinds_allowed(source: Any, kind: str
 # ---- files that cannot be read --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("data", [b"", b"not an image", png_of_size(5, 5)[:20]])
+@pytest.mark.parametrize("data", [b"", b"not an image", png(5, 5)[:20]])
 def test_bytes_that_are_no_image_are_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"image bytes is no readable BMP/GIF/JPEG/PNG/TIFF/WEBP image"):
         load_image(data)
@@ -188,7 +177,7 @@ def test_other_formats_are_refused_though_pillow_could_open_them(kind: str) -> N
     ],
 )
 def test_too_many_pixels_are_refused_from_the_header(width: int, height: int, message: str) -> None:
-    data = png_of_size(width, height)
+    data = png(width, height)
     assert len(data) < 100
     with pytest.raises(ValueError, match=message):
         load_image(data)
@@ -311,3 +300,151 @@ def test_the_callers_image_is_left_as_it_is() -> None:
     load_image(rgb).putpixel((0, 0), (1, 2, 3))
     assert image.mode == "RGBA" and image.getpixel((0, 0)) == (255, 0, 0, 255)
     assert np.array_equal(np.asarray(rgb), np.asarray(picture()))
+
+
+# ---- colour profiles ------------------------------------------------------------------------------------------------
+
+
+def profile(space: bytes, name: str = "linear light") -> bytes:
+    """Return an ICC profile of sRGB's primaries whose values are linear in light: of RGB or gray."""
+
+    def xyz(*values: float) -> bytes:
+        return b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    text = b"desc\0\0\0\0" + struct.pack(">I", len(name) + 1) + name.encode() + bytes(79)
+    curve = b"curv\0\0\0\0" + struct.pack(">I", 0)
+    tags = {b"desc": text, b"cprt": b"text\0\0\0\0none\0", b"wtpt": xyz(0.9642, 1.0, 0.8249)}
+    if space == b"GRAY":
+        tags[b"kTRC"] = curve
+    else:
+        primaries = ((0.4360, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))
+        for letter, values in zip((b"r", b"g", b"b"), primaries, strict=True):
+            tags |= {letter + b"XYZ": xyz(*values), letter + b"TRC": curve}
+    tags = {tag: data + bytes(-len(data) % 4) for tag, data in tags.items()}
+    start, table = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags))
+    for tag, data in tags.items():
+        table += tag + struct.pack(">II", start, len(data))
+        start += len(data)
+    head = struct.pack(">I4sI4s4s4s", start, b"\0\0\0\0", 0x02400000, b"mntr", space, b"XYZ ") + bytes(12) + b"acsp"
+    head += bytes(28) + struct.pack(">iii", 63190, 65536, 54061)
+    return head.ljust(128, b"\0") + table + b"".join(tags.values())
+
+
+def encoded(values: np.ndarray) -> np.ndarray:
+    """Return sRGB's values of light, 0..255 of both."""
+    light = values / 255
+    return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+def test_colours_are_those_of_the_colour_profile(mode: str) -> None:
+    image = picture(size=(16, 12)).convert(mode)
+    expected = encoded(np.asarray(image.convert("RGB")).astype(float))
+    space = b"GRAY" if mode == "L" else b"RGB "
+    loaded = load_image(encode(image, icc_profile=profile(space)))
+    assert np.abs(np.asarray(loaded) - expected).max() <= 2
+    assert notes_of(loaded) == () and "icc_profile" not in loaded.info
+
+
+def test_srgb_changes_nothing_and_a_profile_that_cannot_be_used_is_noted() -> None:
+    image = picture(size=(16, 12))
+    standard = load_image(encode(image, icc_profile=profile(b"RGB ", "sRGB of some kind")))
+    assert np.array_equal(np.asarray(standard), np.asarray(image)) and notes_of(standard) == ()
+    for wrong in (b"no profile", profile(b"GRAY"), profile(b"RGB ")[:200]):
+        loaded = load_image(encode(image, icc_profile=wrong))
+        assert np.array_equal(np.asarray(loaded), np.asarray(image))
+        assert [note.code for note in notes_of(loaded)] == ["damaged_profile"]
+
+
+# ---- frames, shapes, codes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"), [("GIF", "more than one frame"), ("PNG", "3 frames"), ("TIFF", "more than")]
+)
+def test_the_first_frame_is_taken_and_the_others_are_noted(kind: str, count: str) -> None:
+    frames = [picture(at).quantize(16).convert("RGB") for at in range(3)]
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
+    loaded = load_image(data)
+    assert np.array_equal(np.asarray(loaded), np.asarray(frames[0]))
+    (note,) = notes_of(loaded)
+    assert note.code == "animated" and count in note.text
+    assert notes_of(load_image(encode(frames[0], kind))) == ()
+
+
+def test_the_previews_in_a_photo_are_no_frames() -> None:
+    data = encode(picture(), "MPO", save_all=True, append_images=[picture(1)])
+    assert notes_of(load_image(data)) == ()
+
+
+def test_exif_of_a_jpeg_turns_it_and_broken_exif_is_noted() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    wide = Image.new("RGB", (32, 16), "red")
+    wide.paste("blue", (0, 0, 16, 16))
+    loaded = np.asarray(load_image(encode(wide, "JPEG", exif=exif))).astype(int)
+    assert loaded.shape == (32, 16, 3) and loaded[4, 8, 2] > 200 and loaded[28, 8, 0] > 200
+    broken = load_image(encode(wide, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
+    assert broken.size == (32, 16)
+
+
+@pytest.mark.parametrize(("size", "good"), [((200, 1), True), ((201, 1), False), ((5, 1001), False), ((0, 4), False)])
+def test_a_side_may_be_two_hundred_times_the_other(size: tuple[int, int], good: bool) -> None:
+    image = Image.new("RGB", size)
+    if good:
+        assert load_image(image).size == size
+    else:
+        with pytest.raises(ImageError, match=rf"the image has {size[0]}x{size[1]} pixels"):
+            load_image(image)
+
+
+def test_a_file_that_is_too_large_is_refused_before_it_is_read(root: Path) -> None:
+    with (root / "sparse.png").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(ImageError, match=rf"has {MAX_BYTES + 1} bytes; at most {MAX_BYTES} are read") as caught:
+        load_image("sparse.png", root)
+    assert caught.value.code == "enormous"
+
+
+# ---- what would hang, or fill the memory: in a process of its own ---------------------------------------------------
+
+BOMBS = """
+import resource, sys
+from pathlib import Path
+from hfcustom.data.images import load_image, open_regular
+
+folder = Path(sys.argv[1])
+start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for name in sys.argv[2:]:
+    try:
+        load_image(name, folder)
+    except (ValueError, OSError) as error:
+        print(type(error).__name__, flush=True)
+try:
+    open_regular(folder / "pipe.png")  # as if it had been put there after the path was checked
+except ValueError as error:
+    print(error, flush=True)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) // 1024)
+"""
+
+
+def test_bombs_cost_no_memory_and_pipes_do_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    pixels = zlib.compressobj(1)
+    data = b"".join(pixels.compress(bytes(2501)) for _ in range(20_000)) + pixels.flush()
+    text = (b"zTXt", b"a\0\0" + zlib.compress(bytes(900_000)))
+    bomb = (b"iTXt", b"a\0\1\0\0\0" + zlib.compress(bytes(300_000_000)))
+    for name, content in {
+        "large": png(20_000, 20_000, data=data),
+        "text": png(9, 9, *[text] * 200),
+        "one_text": png(9, 9, bomb),
+    }.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+    names = ["large.png", "text.png", "one_text.png", "pipe.png", "zero.png", "/dev/zero", "."]
+    command = [sys.executable, "-c", BOMBS, str(tmp_path), *names]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    *errors, said, megabytes = child.stdout.splitlines()
+    assert len(errors) == len(names), child.stdout + child.stderr
+    assert said.endswith("pipe.png is no regular file, so it is not read.")
+    assert int(megabytes) < 50

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -402,7 +403,7 @@ def test_every_limit_below_a_rows_length_refuses_it_and_none_cuts_it(internvl: F
 
 def test_what_a_processor_refuses_is_named_with_its_row(families: dict[str, Family]) -> None:
     processor = families["qwen2_vl"].processor
-    thin = {**chat_row(1), "images": [picture(size=(900, 2))]}
+    thin = replace(read_row(chat_row(1), "row 1"), images=[picture(size=(900, 4))])  # the image loader refuses it
     with pytest.raises(RowError, match=r"row 1: CustomQwen2VLProcessor cannot read the row: .*aspect ratio"):
         Collator(processor)([chat_row(1), thin])
 

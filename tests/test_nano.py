@@ -21,7 +21,7 @@ from nano_models import (
     siglip,
 )
 from torch import nn
-from transformers import LlamaConfig, Qwen2Config, SiglipVisionConfig
+from transformers import LlamaConfig, Qwen2Config, SiglipVisionConfig, StaticCache
 
 from hfcustom.families.nano import CustomNanoVLMConfig
 from hfcustom.nano.config import NanoVLMConfig
@@ -104,13 +104,22 @@ def test_the_whole_equals_idefics3_in_logits_loss_and_gradients(tie: bool) -> No
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_a_cache_of_fixed_size_generates_the_same(families: dict[str, Family]) -> None:
+@pytest.mark.parametrize("images", [[2, 1], [1, 1]], ids=["with padding", "without"])
+def test_a_cache_of_fixed_size_generates_the_same(images: list[int], families: dict[str, Family]) -> None:
     family = families["nano"]
-    model, inputs = family.model(), family.batch([2, 1])
+    model, inputs = family.model(), family.batch(images)
     del inputs["labels"]
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     plain = model.generate(**inputs, **options)
     assert torch.equal(model.generate(**inputs, **options, cache_implementation="static"), plain)
+
+
+@torch.no_grad()
+def test_empty_places_of_a_cache_are_not_looked_at(families: dict[str, Family]) -> None:
+    model, ids = families["nano"].model(), torch.arange(20, 30)[None]
+    cache = StaticCache(model.config, max_cache_len=32)
+    steps = [model(input_ids=part, past_key_values=cache).logits for part in (ids[:, :1], ids[:, 1:9], ids[:, 9:])]
+    close(torch.cat(steps, 1), model(input_ids=ids).logits)
 
 
 # ---- the config, and mistakes ---------------------------------------------------------------------------------------

@@ -264,7 +264,7 @@ def test_help_shows_the_description_every_flag_its_meaning_and_its_default(capsy
 RULES = [
     *(
         (name, value, "must be positive")
-        for name in ("max_steps", "batch_size", "log_steps", "keep_checkpoints", "epochs", "lr")
+        for name in ("max_steps", "batch_size", "log_steps", "keep_checkpoints", "epochs", "lr", "max_cache_gb")
         for value in (0, -1)
     ),
     *(
@@ -272,7 +272,11 @@ RULES = [
         for name in ("micro_batch_size", "eval_steps", "save_steps", "max_length", "connector_lr", "vision_lr")
         for value in (0, -1)
     ),
-    *((name, -1, "must not be negative") for name in ("weight_decay", "warmup_steps", "max_grad_norm", "num_workers")),
+    *((name, value, "must be positive") for name in ("pack_tokens", "pack_crops") for value in (0, -1)),
+    *(
+        (name, -1, "must not be negative")
+        for name in ("weight_decay", "warmup_steps", "max_grad_norm", "min_pixels", "num_workers")
+    ),
     *(("beta2", value, "must be in [0, 1)") for value in (-0.1, 1.0)),
     *((name, value, "must be in [0, 1]") for name in ("min_lr_ratio", "max_bad_share") for value in (-0.1, 1.1)),
     *(
@@ -284,7 +288,7 @@ RULES = [
 
 @pytest.mark.parametrize(("name", "value", "rule"), RULES)
 def test_every_number_out_of_range_is_named_with_its_rule(name: str, value: Any, rule: str) -> None:
-    (problem,) = TrainConfig(**{name: value}).problems()
+    (problem,) = TrainConfig(**{name: value, "packing": name.startswith("pack_")}).problems()
     assert problem.startswith(f"{name}={value} {rule}")
 
 

@@ -1,4 +1,4 @@
-"""transformers.pipeline answers with a saved model of any family as its own generate() does."""
+"""transformers.pipeline answers with a saved model of any family as its own generate() does; beams see what their row shows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Family, picture
 from transformers import pipeline
 
@@ -35,3 +36,11 @@ def test_a_pipeline_answers_as_generate_does(family: Family, tmp_path: Path, con
     assert tokens.shape == (1, 8)
     said = processor.batch_decode(tokens, skip_special_tokens=True)[0]
     assert found.strip() == said.strip()  # MiniCPM-V's processor strips what it decodes; PaliGemma's repeats a blank
+
+
+def test_each_beam_sees_the_images_of_its_row(family: Family) -> None:
+    model, inputs = family.model(), family.batch([2, 1])
+    del inputs["labels"]
+    options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    one, beams = (model.generate(**inputs, **options, num_beams=count).logits[0] for count in (1, 3))  # (B or 3 B, V)
+    torch.testing.assert_close(beams, one.repeat_interleave(3, 0), rtol=1e-5, atol=1e-5)

@@ -160,13 +160,15 @@ def test_it_is_the_interpolation_of_clip_and_siglip(kind: str) -> None:
 
 
 def test_mistakes_name_the_value_and_the_cure(families: dict[str, Family]) -> None:
-    def resize(name: str, size: int, model: Any = None) -> None:
+    def resize(name: str, size: Any, model: Any = None) -> None:
         resize_images(model or families[name].model(), copy.deepcopy(families[name].processor), size)
 
     with pytest.raises(
         ValueError, match=r"size=30 is no multiple of the 7 pixel patches of .*vision_tower\); take 28"
     ):
         resize("internvl", 30)
+    with pytest.raises(ValueError, match=r"size='56' is no number of pixels; give the side of a crop, such as 56"):
+        resize("internvl", "56")
     with pytest.raises(ValueError, match=r"size=0 is no multiple of the 7 pixel patches .*; take 7"):
         resize("internvl", 0)
     with pytest.raises(ValueError, match="size=21 does not work in CustomInternVL.*Nothing was changed"):

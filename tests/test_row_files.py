@@ -14,13 +14,14 @@ import pytest
 from conftest import picture
 from source_files import TEXT_ROW, answer_of, number_of, numbered, png, write_groups, write_jsonl, write_tar
 
+from hfcustom.data.findings import Finding
 from hfcustom.data.sources import load_rows
-from hfcustom.data.steps import Attempts, BadRow
+from hfcustom.data.steps import Attempts
 
 
 def outcome(rows: Any) -> list[str]:
     """Return the answer of each row, or what is wrong with it."""
-    return [f"{row.row}: BAD {row.reason}" if isinstance(row, BadRow) else answer_of(row) for row in Attempts(rows)]
+    return [f"{row.row}: BAD {row.reason}" if isinstance(row, Finding) else answer_of(row) for row in Attempts(rows)]
 
 
 def assert_outcome(rows: Any, expected: list[str]) -> None:

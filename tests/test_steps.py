@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Family
+from bad_corpus import encode
+from conftest import Family, picture
 from training import curve, relative_distance, train, uneven_rows, weights
 
 from hfcustom.data.messages import RowError
+from hfcustom.data.order import step_rows
+from hfcustom.data.sources import Examples
 from hfcustom.data.steps import TooManyBadRows
 
 UNREADABLE = {"messages": [{"role": "user", "content": "no answer follows"}]}
@@ -83,3 +86,49 @@ def test_a_resumed_run_names_no_row_twice(
         train(internvl.model(), internvl, tmp_path, [*uneven_rows()[:2], UNREADABLE], batch_size=3, **SKIP, **options)
     assert len((tmp_path / "bad_rows.jsonl").read_text().splitlines()) == 1
     assert capsys.readouterr().out.count("left out") == 1
+
+
+def test_frames_that_are_dropped_are_named_once_and_rows_of_another_kind_are_left_out(
+    internvl: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = uneven_rows()
+    frames = [picture(at, (60, 40)) for at in range(3)]
+    rows[2]["images"][1] = encode(frames[0], save_all=True, append_images=frames[1:])
+    pair = {"prompt": "Which?", "chosen": "This.", "rejected": "That."}
+    options = {"batch_size": 9, "micro_batch_size": 3, "on_bad_row": "skip", "max_bad_share": 0.2}
+    with caplog.at_level("WARNING", logger="hfcustom"):
+        result = train(internvl.model(), internvl, tmp_path, [*rows, pair], **options)
+    assert len(curve(result)) == 3
+    told = [record.message for record in caplog.records if "frames" in record.message]
+    assert told == ["row 2, image 1: 3 frames, of which the first is used and the others are dropped."]
+    line = json.loads((tmp_path / "bad_rows.jsonl").read_text())
+    assert line["code"] == "kind" and line["reason"].startswith("row 8 is a pair")
+    with pytest.raises(RowError, match="row 8 is a pair.* but the first row is an ordinary row"):
+        train(internvl.model(), internvl, tmp_path / "strict", [*rows, pair], batch_size=9, micro_batch_size=1)
+
+
+def test_a_resumed_run_reads_no_row_of_the_steps_it_skips(internvl: Family, tmp_path: Path) -> None:
+    read: list[int] = []
+
+    class Watched(Examples):
+        def __getitem__(self, index: Any) -> Any:
+            read.append(index)
+            return super().__getitem__(index)
+
+    rows = Watched(uneven_rows())
+    options = {"batch_size": 2, "schedule": "constant"}
+    train(internvl.model(), internvl, tmp_path, rows, max_steps=3, **options)
+    assert len(read) == 1 + 6  # the first row says which columns there are
+    read.clear()
+    train(internvl.model(), internvl, tmp_path, rows, max_steps=4, resume=True, **options)
+    assert read == [0, *step_rows(8, 3, 2, seed=0)]
+
+
+def test_a_row_that_is_excluded_is_not_read_and_does_not_count_as_bad(internvl: Family, tmp_path: Path) -> None:
+    listed = tmp_path / "listed.jsonl"
+    listed.write_text(json.dumps({"row": "row 0", "reason": "seen by preflight"}) + "\n")
+    options = {"batch_size": 9, "exclude": str(listed), "on_bad_row": "skip", "max_bad_share": 0.0}
+    result = train(internvl.model(), internvl, tmp_path / "run", ["no row", *uneven_rows()], **options)
+    assert result.step == 3 and not (tmp_path / "run" / "bad_rows.jsonl").exists()
+    with pytest.raises(FileNotFoundError, match="exclude=nowhere.jsonl"):
+        train(internvl.model(), internvl, tmp_path / "none", uneven_rows(), exclude="nowhere.jsonl")

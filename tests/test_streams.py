@@ -16,11 +16,13 @@ from source_files import number_of, numbered, png, write_groups, write_jsonl, wr
 from training import curve, train, weights
 
 from hfcustom.data.feed import as_rows, first_example
+from hfcustom.data.findings import Finding
 from hfcustom.data.messages import RowError
 from hfcustom.data.sources import as_examples, load_rows
-from hfcustom.data.steps import BadRow, StepBatches
+from hfcustom.data.steps import StepBatches
 from hfcustom.data.stream_loader import StepStream, StreamLoader
 from hfcustom.data.streams import Share, Stream, check_shards
+from hfcustom.train_config import TrainConfig
 
 PER_STEP, STEPS, FILES, PER_FILE = 3, 20, 4, 10
 
@@ -64,7 +66,7 @@ SOURCES = [jsonl_folder, parquet_file, tar_shards, saved_dataset, json_lines_by_
 
 
 def collate(rows: Sequence[Any]) -> StepBatches:
-    found: Any = [row.row if isinstance(row, BadRow) else number_of(row) for row in rows]
+    found: Any = [row.row if isinstance(row, Finding) else number_of(row) for row in rows]
     return StepBatches([found])
 
 
@@ -167,7 +169,7 @@ def test_rows_of_a_hub_stream_are_named_by_who_reads_them_and_their_images_stay_
     )
     data = datasets.IterableDataset.from_generator(rows, features=features, gen_kwargs={"shards": [0, 1, 2, 3]})
     stream = as_rows(data)
-    example = first_example(stream)
+    example = first_example(stream, TrainConfig())
     assert (example.name, example.columns, len(example.images)) == ("row row 0", {"id": 0}, 1)
     assert numbers(read(stream, range(2), rank=1, world_size=2)) == [[1, 3, 1], [3, 1, 3]]
     for shuffled in (

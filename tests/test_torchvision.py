@@ -7,6 +7,7 @@ needs it.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from hfcustom.families import family_names, load_family, missing_packages
 
 FOLDER = Path(sys.prefix) / "torchvision"
 FILES = [
+    "cache",
     "processors",
     "collate",
     "control",
@@ -43,8 +45,8 @@ NEED_IT = [name for name in family_names() if missing_packages(name)]
 SAME = "(processor or video or labels) and not connector"  # what another image path could change
 
 
-def run_tests(chosen: str, own: Sequence[str] = (), options: Sequence[str] = ()) -> None:
-    """Run the tests of the families, and files of their own, in a process that has torchvision."""
+def run_tests(chosen: str, own: Sequence[str] = (), options: Sequence[str] = ()) -> tuple[int, str]:
+    """Run the tests of the families, and files of their own, where torchvision is; return the exit code and the output."""
     if is_torchvision_available():
         pytest.skip("torchvision is importable here, so the whole suite runs with it; the path without it is untested")
     if not FOLDER.is_dir():
@@ -52,19 +54,34 @@ def run_tests(chosen: str, own: Sequence[str] = (), options: Sequence[str] = ())
     environment = {**os.environ, "HFCUSTOM_TORCHVISION": str(FOLDER), "PYTHONPATH": str(ROOT)}
     files = [f"tests/test_{name}.py" for name in (*FILES, *own)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *options, *files]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+    return done.returncode, done.stdout
 
 
 def test_families_that_work_without_torchvision_work_with_it() -> None:
-    run_tests(f"({SAME}) and not ({' or '.join(NEED_IT) or 'none'})")
+    code, output = run_tests(f"({SAME}) and not ({' or '.join(NEED_IT) or 'none'})")
+    assert code == 0 and " passed" in output, output
+
+
+@pytest.fixture(scope="module")
+def with_torchvision(request: pytest.FixtureRequest) -> tuple[str, list[str]]:
+    """Run every test of the families that need it, in one process; return its output and the lines of what failed."""
+    own = ["labels", *(name for name in NEED_IT if (ROOT / f"tests/test_{name}.py").is_file())]
+    options = ["--record-families"] if request.config.getoption("--record-families") else []
+    code, output = run_tests(" or ".join(NEED_IT), own, options)
+    failed = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    assert (code == 0) == (not failed), output
+    assert all(any(name in line for name in NEED_IT) for line in failed), output
+    return output, failed
 
 
 @pytest.mark.parametrize("name", NEED_IT)
-def test_a_family_that_needs_torchvision_passes_every_test_with_it(name: str, request: pytest.FixtureRequest) -> None:
-    own = ["labels", *([name] if (ROOT / f"tests/test_{name}.py").is_file() else [])]
-    run_tests(name, own, ["--record-families"] if request.config.getoption("--record-families") else [])
+def test_a_family_that_needs_torchvision_passes_every_test_with_it(
+    name: str, with_torchvision: tuple[str, list[str]]
+) -> None:
+    output, failed = with_torchvision
+    assert not [line for line in failed if name in line], output
+    assert re.search(rf"^{name} .* [1-9]\d*/", output, re.MULTILINE), f"no check of {name} ran:\n{output}"
 
 
 @pytest.mark.parametrize("name", NEED_IT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
+    Qwen2Model,
     SiglipVisionModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -221,6 +223,125 @@ def test_unusual_names_can_be_told() -> None:
     assert hfcustom.find_parts(wrapped).paths["connector"] == ("mlp1",)
     wrapped.train()(**batch()).loss.backward()
     assert wrapped.mlp1[1].weight.grad is not None
+
+
+# ---- a class that puts images into the text while it runs, as LLaVA's own code and its descendants do -----------------
+
+MARK = -200  # stands for a whole image
+
+
+class SplicedModel(Qwen2Model):
+    """The decoder, with the tower and the projector among its layers."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        sizes = {**tiny.VISION, "image_size": 16, "patch_size": 8, "vision_use_head": False}
+        self.vision_tower = SiglipVisionModel(AutoConfig.for_model("siglip_vision_model", **_plain(sizes)))
+        self.mm_projector = nn.Linear(32, 64)
+
+
+class SplicedChat(Qwen2ForCausalLM):
+    """Its forward makes rows longer, labels too."""
+
+    own_loss = True  # cross_entropy written out, on shifted tokens; else transformers' loss_function
+    keeps_labels = False
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = SplicedModel(config)
+
+    def forward(
+        self, input_ids: Any = None, images: Any = None, labels: Any = None, return_dict: Any = None, **kwargs: Any
+    ) -> Any:
+        for name in ("attention_mask", "inputs_embeds"):  # peft passes on what it is not given
+            kwargs.pop(name, None)
+        features = self.model.mm_projector(self.model.vision_tower(images).last_hidden_state)
+        rows, targets = [], []
+        for ids, row, image in zip(input_ids, labels if labels is not None else input_ids, features, strict=True):
+            at = int((ids == MARK).nonzero())
+            embeds = self.model.embed_tokens(ids.clamp(min=0))
+            rows.append(torch.cat([embeds[:at], image, embeds[at + 1 :]]))
+            targets.append(torch.cat([row[:at], row.new_full((len(image),), IGNORE), row[at + 1 :]]))
+        wide = None if labels is None else torch.stack(targets)
+        if not self.own_loss:
+            return super().forward(inputs_embeds=torch.stack(rows), labels=wide, **kwargs)
+        outputs = super().forward(inputs_embeds=torch.stack(rows), **kwargs)
+        if wide is not None and not self.keeps_labels:
+            flat = outputs.logits[:, :-1].reshape(-1, self.config.vocab_size)
+            outputs.loss = nn.functional.cross_entropy(flat, wide[:, 1:].flatten())
+        return outputs if return_dict else outputs.to_tuple()
+
+
+def spliced(**flags: bool) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return a tiny model and a batch whose marks stand at different places."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen2", **_plain({**tiny.TEXT, "vocab_size": VOCABULARY}))
+    model = type("SplicedChat", (SplicedChat,), flags)(config).eval()
+    data = batch()
+    data["input_ids"][:, 1 : 1 + TOKENS] = 11
+    data["input_ids"][[0, 1], [2, 5]] = MARK
+    return model, {"images": data.pop("pixel_values"), **data}
+
+
+@pytest.mark.parametrize("own_loss", [True, False], ids=["own loss", "transformers' loss"])
+def test_images_may_be_spliced_into_the_text(own_loss: bool) -> None:
+    (theirs, data), (ours, _) = spliced(own_loss=own_loss), spliced(own_loss=own_loss)
+    expected = theirs.train()(**data, return_dict=True).loss
+    expected.backward()
+    ours = hfcustom.wrap(ours, loss={"cross_entropy": 1.0, "z_loss": 0.0}).train()
+    outputs = ours(**data)
+    outputs.loss.backward()
+    assert outputs.logits is None
+    torch.testing.assert_close(outputs.loss, expected, rtol=1e-6, atol=0)
+    for part in ("model.mm_projector.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"):
+        torch.testing.assert_close(
+            ours.get_parameter(part).grad, theirs.get_parameter(part).grad, rtol=1e-4, atol=1e-6
+        )
+    paths = hfcustom.find_parts(ours).paths
+    assert paths["vision"] == ("model.vision_tower",) and paths["connector"] == ("model.mm_projector",)
+    assert paths["language"] == ("model",)
+    with torch.no_grad():
+        assert ours.eval()(**data).logits.shape[1] == 12 - 1 + TOKENS
+
+
+def test_the_reference_of_a_spliced_batch_is_spliced_too() -> None:
+    model, data = spliced()
+    tuned = hfcustom.lora(hfcustom.wrap(model, loss={"dpo": 1.0}), "language", rank=2).train()
+    loss = tuned(**data, preference=torch.tensor([1, -1])).loss
+    assert float(loss) == pytest.approx(math.log(2), rel=1e-5)
+
+
+class Repadded(StrangerChat):
+    """Its forward moves padding from the left to the right, as LLaVA's own code does."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        places = (torch.arange(input_ids.shape[1]) + (attention_mask == 0).sum(1, keepdim=True)) % input_ids.shape[1]
+        moved = [None if x is None else x.gather(1, places) for x in (input_ids, attention_mask, labels)]
+        return super().forward(input_ids=moved[0], attention_mask=moved[1], labels=moved[2], **kwargs)
+
+
+@pytest.mark.parametrize("model_class", [StrangerChat, Repadded], ids=["stays", "moves"])
+def test_padding_on_the_left_may_be_moved(model_class: Any) -> None:
+    torch.manual_seed(0)
+    model, data = model_class(ChatConfig()).eval(), batch()
+    for name, filler in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORE)):
+        data[name] = nn.functional.pad(data[name], (3, 0), value=filler)
+        data[name][0] = data[name][0].roll(-3)
+    data["labels"][0, :2], data["labels"][0, -3:] = IGNORE, 20
+    data["attention_mask"][0] = 1
+    expected = model(**data).loss
+    torch.testing.assert_close(hfcustom.wrap(model)(**data).loss, expected, rtol=1e-5, atol=0)
+
+
+def test_labels_that_do_not_come_back_are_named_and_modes_stay() -> None:
+    model, data = spliced(keeps_labels=True)
+    wrapped = hfcustom.wrap(model).train()
+    wrapped.model.vision_tower.eval()
+    with pytest.raises(
+        ValueError, match=r"made \(2, 15\) positions of labels \(2, 12\) and did not hand .* inputs_embeds"
+    ):
+        wrapped(**data)
+    assert wrapped.training and not wrapped.model.vision_tower.training
 
 
 def test_mistakes_are_named() -> None:

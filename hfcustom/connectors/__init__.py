@@ -78,16 +78,32 @@ def find_connector(spec: str | Mapping[str, Any]) -> tuple[type[nn.Module], dict
 
     Raises ValueError naming an unknown connector or option and the nearest known one.
     """
-    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    options = {"name": spec} if isinstance(spec, str) else spec
+    if not isinstance(options, Mapping) or "name" not in options:
+        raise ValueError(
+            f"connector={spec!r}; give a name, or a mapping with one: {{'name': 'average_pool', 'size': 2}}."
+        )
+    options = dict(options)
     name = options.pop("name")
     if name not in CONNECTORS:
         cure = "Import the file that registers your own with @hfcustom.connector before loading."
         raise ValueError(unknown("connector", name, CONNECTORS, cure))
-    known = list(inspect.signature(CONNECTORS[name]).parameters)[1:]
-    for option in options:
+    known = dict(list(inspect.signature(CONNECTORS[name]).parameters.items())[1:])
+    for option, value in options.items():
         if option not in known:
             raise ValueError(unknown(f"option of connector {name!r}:", option, known))
+        kinds = inspect.formatannotation(known[option].annotation).strip("'")
+        if not _is_one_of(value, kinds.split(" | ")):
+            raise ValueError(f"connector {name!r}: {option}={value!r}; it takes {kinds}.")
     return CONNECTORS[name], options
+
+
+def _is_one_of(value: Any, kinds: list[str]) -> bool:
+    """Whether a value is of a plain kind that an annotation names; an annotation of another kind says nothing."""
+    plain: dict[str, Any] = {"None": type(None), "bool": bool, "float": (int, float), "int": int, "str": str}
+    if not set(kinds) <= set(plain):
+        return True
+    return any(isinstance(value, plain[kind]) and (kind == "bool" or not isinstance(value, bool)) for kind in kinds)
 
 
 def build_connector(spec: str | Mapping[str, Any], hidden_size: int) -> nn.Module:

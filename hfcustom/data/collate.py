@@ -10,12 +10,14 @@ Letters: B rows, T text tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers.utils import logging
 
+from hfcustom.data.checks import MIN_PIXELS, check_pixels, kind_of
 from hfcustom.data.columns import TOKEN_WEIGHTS, check_columns, column_tensor
 from hfcustom.data.control import ControlTokens
 from hfcustom.data.labels import TRAIN_ON, TrainOn, check_labels, render, token_weights
@@ -24,6 +26,10 @@ from hfcustom.data.videos import video_options
 from hfcustom.losses import IGNORE
 from hfcustom.naming import unknown
 from hfcustom.processors import PrefixProcessor
+
+if TYPE_CHECKING:
+    from hfcustom.cache.features import Picture
+    from hfcustom.cache.run import Caches
 
 logger = logging.get_logger("hfcustom")
 
@@ -34,12 +40,13 @@ class Batch(dict[str, torch.Tensor]):
     images: int = 0
     source_tokens: Mapping[str, int] = {}  # tokens by source, of rows of a mixture
     rows: Sequence[str] = ()  # B names, as in errors: "train.jsonl, line 7"
+    pictures: Sequence[Picture] = ()  # its images in the order of their placeholders, where features are cached
     blank: bool = False  # run only so that ranks stay together; counts for nothing
 
     def blank_copy(self) -> Batch:
         """Return the batch as one that counts for nothing."""
         copied = Batch(self)
-        copied.blank, copied.rows = True, self.rows
+        copied.blank, copied.rows, copied.pictures = True, self.rows, self.pictures
         return copied
 
 
@@ -50,7 +57,8 @@ class Collator:
     others are the rows' own, those of `token_columns` with an entry for each label token. `train_on` the "assistant"'s turns,
     the "last" of them, or "all" text. `allowed_tokens` are control tokens that texts may hold as such
     (hfcustom/data/control.py); `head_size` is the number of tokens that the model's head can say, others carry no label.
-    Raises RowError for a row that cannot be used, is longer than `max_length`, or has no assistant turn.
+    Raises RowError for a row that cannot be used, is longer than `max_length`, has no assistant turn, or an image of fewer
+    than `min_pixels`.
     """
 
     verified_rows: ClassVar[float] = 16  # whose labels are decoded and compared with the answers
@@ -65,6 +73,8 @@ class Collator:
         train_on: TrainOn = "assistant",
         allowed_tokens: Sequence[str] = (),
         head_size: int | None = None,
+        caches: Caches | None = None,
+        min_pixels: int = MIN_PIXELS,
     ) -> None:
         if not isinstance(processor.chat_template, str) or not processor.chat_template:
             raise ValueError(
@@ -79,6 +89,8 @@ class Collator:
         self.token_columns = frozenset(token_columns)
         self.train_on = train_on
         self.head_size = head_size
+        self.caches = caches
+        self.min_pixels = min_pixels
         self.control = ControlTokens(processor, allowed_tokens)
         vocabulary = processor.tokenizer.get_vocab()
         self.mark_ids = torch.tensor(sorted(vocabulary[mark] for mark in self.control.marks if mark in vocabulary))
@@ -87,15 +99,18 @@ class Collator:
     def __call__(self, rows: Sequence[Mapping[str, Any] | Example]) -> Batch:
         examples = [row if isinstance(row, Example) else read_row(row, f"row {at}") for at, row in enumerate(rows)]
         _check_same_kind(examples, self.train_on)
+        for example in examples:
+            check_pixels(example, self.min_pixels)
         answers = [answer for example in examples for answer in split_pair(example)]  # B of them
         processor, shielded = self.control.shield(self.processor, answers)
         texts, spans = zip(*(render(processor, answer, self.train_on) for answer in shielded), strict=True)
-        features = process(processor, texts, shielded, padding_side="right", with_offsets=True)
+        with nullcontext() if self.caches is None else self.caches.serving(processor, shielded):
+            features = process(processor, texts, shielded, padding_side="right", with_offsets=True)
         offsets = features.pop("offset_mapping")  # (B, T, 2)
         replaced = features.pop("text_replacement_offsets", None) or [[]] * len(answers)
         self._check_processor(texts, offsets, replaced)
         for answer, mask in zip(answers, features["attention_mask"], strict=True):
-            self._check_length(mask, answer)
+            check_length(mask, answer.name, self.max_length)
         ids = features["input_ids"]
         weights = torch.stack(
             [token_weights(*row) for row in zip(offsets, texts, spans, replaced, strict=True)]
@@ -111,6 +126,8 @@ class Collator:
             batch["token_type_ids"] = self.processor.mark_answers(batch, weights != 0)
         batch.images = sum(len(answer.images) + sum(map(len, answer.videos)) for answer in answers)
         batch.rows = [answer.name for answer in answers]
+        if self.caches is not None:
+            batch.pictures = self.caches.pictures(ids, offsets, replaced, answers)
         batch.source_tokens = count_by_source(answers, features["attention_mask"])
         if answers[0].preferred is not None:
             batch["preference"] = torch.tensor([1.0 if answer.preferred else -1.0 for answer in answers])  # (B,)
@@ -141,13 +158,16 @@ class Collator:
             if not records and int(row.max()) > len(text):
                 raise _wrong_processor(self.processor, "expands images without saying where")
 
-    def _check_length(self, attention_mask: torch.Tensor, example: Example) -> None:
-        length = int(attention_mask.sum())
-        if self.max_length is not None and length > self.max_length:
-            raise RowError(
-                f"{example.name}: {length} tokens, more than max_length={self.max_length}. Rows are never cut, since a cut "
-                "through image placeholders cannot be used: raise max_length, or use fewer crops an image."
-            )
+
+def check_length(attention_mask: torch.Tensor, name: str, max_length: int | None) -> None:
+    """Refuse a row of more tokens: (T,), 1 at its tokens."""
+    length = int(attention_mask.sum())
+    if max_length is not None and length > max_length:
+        raise RowError(
+            f"{name}: {length} tokens, more than max_length={max_length}. Rows are never cut, since a cut through image "
+            "placeholders cannot be used: raise max_length, or use fewer crops an image.",
+            "too_long",
+        )
 
 
 def count_by_source(answers: Sequence[Example], attention_mask: torch.Tensor) -> dict[str, int]:
@@ -171,29 +191,25 @@ def _check_labelled(weights: torch.Tensor, answers: Sequence[Example]) -> None:
     for answer, empty in zip(answers, (weights == 0).all(1).tolist(), strict=True):
         if empty:
             raise RowError(
-                f"{answer.name}: no token carries a label, so there is nothing to learn from it; drop the row."
+                f"{answer.name}: no token carries a label, so there is nothing to learn from it; drop the row.",
+                "no_labels",
             )
 
 
 def _check_same_kind(examples: Sequence[Example], train_on: TrainOn) -> None:
     """A loss of pairs takes rows two by two, and one of ordinary rows has no use for a rejected answer."""
     for example in examples:
-        if _kind(example) != _kind(examples[0]):
+        if kind_of(example) != kind_of(examples[0]):
             raise RowError(
-                f"{example.name} is {_kind(example)}, but {examples[0].name} of the same batch is {_kind(examples[0])}; "
-                "train on rows of one kind."
+                f"{example.name} is {kind_of(example)}, but {examples[0].name} of the same batch is {kind_of(examples[0])}; "
+                "train on rows of one kind.",
+                "kind",
             )
     if train_on == "all" and (examples[0].rejected is not None or examples[0].preferred is not None):
         raise RowError(
-            f"{examples[0].name} is {_kind(examples[0])}, but train_on='all' is for ordinary rows: preferences are about "
+            f"{examples[0].name} is {kind_of(examples[0])}, but train_on='all' is for ordinary rows: preferences are about "
             "answers. Leave train_on out."
         )
-
-
-def _kind(example: Example) -> str:
-    if example.rejected is not None:
-        return "a pair (chosen, rejected)"
-    return "an ordinary row (messages)" if example.preferred is None else "an answer with a label (true or false)"
 
 
 def process(
@@ -216,7 +232,9 @@ def process(
         features = processor(text=list(texts), **options)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if len(texts) == 1:
-            raise RowError(f"{examples[0].name}: {type(processor).__name__} cannot read the row: {error}") from error
+            raise RowError(
+                f"{examples[0].name}: {type(processor).__name__} cannot read the row: {error}", "processor"
+            ) from error
         for text, example in zip(texts, examples, strict=True):
             process(processor, [text], [example], padding_side, with_offsets)
         raise  # each row alone is fine
@@ -256,5 +274,6 @@ def _check_single_bos(processor: Any, texts: Sequence[str], examples: Sequence[E
         if count > max(1, text.count(tokenizer.bos_token)):
             raise RowError(
                 f"{example.name}: {type(processor).__name__} wrote {count} {tokenizer.bos_token} into a text that needs one; the "
-                "chat template writes it behind other text, and the tokenizer again in front. Let one of the two write it."
+                "chat template writes it behind other text, and the tokenizer again in front. Let one of the two write it.",
+                "two_bos",
             )

@@ -60,7 +60,7 @@ class ControlTokens:
 
     def shield(self, processor: Any, examples: Sequence[Example]) -> tuple[Any, list[Example]]:
         """Return a processor and examples whose texts hold stand-ins; both as they are where no text holds a control token."""
-        cuts = [[list(self._cuts(message)) for message in example.messages] for example in examples]
+        cuts = [[list(self.cuts(message)) for message in example.messages] for example in examples]
         found = [words for row in cuts for message in row for _, _, words in message]
         if not found:
             return processor, list(examples)
@@ -79,7 +79,7 @@ class ControlTokens:
         ]
         return text_processor(processor, {char: words for words, char in stand_ins.items()}), shielded
 
-    def _cuts(self, message: Message) -> Iterator[tuple[int, Cut, str]]:
+    def cuts(self, message: Message) -> Iterator[tuple[int, Cut, str]]:
         """Yield (block, span, words) of control tokens; one that lies across blocks is cut where the blocks meet."""
         numbered = enumerate(message["content"])
         for kind, run in groupby(numbered, key=lambda item: item[1]["type"]):

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from hfcustom.cache.run import Caches
 from hfcustom.console import show_cut
+from hfcustom.data.checks import kind_of
 from hfcustom.data.collate import Batch
 from hfcustom.data.columns import column_report
 from hfcustom.data.messages import Example
@@ -23,7 +26,7 @@ from hfcustom.data.mixtures import Mixture
 from hfcustom.data.order import step_loader
 from hfcustom.data.packing import Packer
 from hfcustom.data.sources import Examples, RowsWithColumns, as_examples
-from hfcustom.data.steps import Attempts, BadRow, BadRows, StepBatches, StepCollator, TooManyBadRows, agree_on_batches
+from hfcustom.data.steps import Attempts, BadRows, StepBatches, StepCollator, agree_on_batches
 from hfcustom.data.stream_loader import StepStream, StreamLoader
 from hfcustom.data.streams import State, Stream, StreamMixture, check_shards, first_row
 from hfcustom.losses import WeightedLoss, loss_columns, token_columns
@@ -39,15 +42,21 @@ class Feed:
         self.rows = as_rows(rows)
         self.config = config
         self.accelerator = accelerator
+        self.caches: Caches | None = None  # whose images are not decoded
         self.positions: dict[int, State] = {}  # of this rank's loading processes, after the last step trained on
         self.epoch = 0
         self._cut_shown = False
+        self.kind: str | None = None  # of the first row
         if not isinstance(self.rows, Examples):
             self._check_stream(self.rows)
 
     def _check_stream(self, stream: Stream | StreamMixture) -> None:
         if self.config.max_steps is None:
             raise ValueError("The rows are a stream, which has no length, so that max_steps must say when to stop.")
+        if self.config.exclude is not None:
+            raise ValueError(
+                f"exclude={self.config.exclude} has no effect on a stream, whose rows have no fixed names; use on_bad_row=skip."
+            )
         if "epochs" in self.config.sources:
             raise ValueError(f"epochs={self.config.epochs} has no effect on a stream; max_steps says when to stop.")
         for fact in check_shards(stream, self.accelerator.num_processes, self.config.num_workers):
@@ -114,7 +123,7 @@ class Feed:
         """
         config, ranks = self.config, (self.accelerator.process_index, self.accelerator.num_processes)
         skip = config.on_bad_row == "skip"
-        collate = StepCollator(collate_rows, cut[0], skip_bad_rows=skip, packer=packer)
+        collate = StepCollator(collate_rows, cut[0], skip_bad_rows=skip, packer=packer, kind=self.kind)
         if not isinstance(self.rows, Examples):
             stream = StepStream(
                 self.rows,
@@ -128,8 +137,9 @@ class Feed:
                 skip_bad_rows=skip,
             )
             return StreamLoader(stream, config.num_workers)
+        rows = self.rows if self.caches is None else self.caches.lazy_rows(self.rows)
         return step_loader(
-            Attempts(self.rows) if skip else self.rows,
+            usable_rows(rows, config),
             collate,
             steps=steps,
             micro_batch_size=cut[0],
@@ -143,17 +153,27 @@ class Feed:
 
     def first_columns(self, losses: Sequence[WeightedLoss]) -> Mapping[str, Any]:
         """Return the columns of the first row that can be read, and say for each source what becomes of its columns."""
-        skip = self.config.on_bad_row == "skip"
-        first = {name: first_example(rows, skip) for name, rows in self._sources().items()}
+        first = {name: self._first(rows) for name, rows in self._sources().items()}
+        self.kind = kind_of(next(iter(first.values())))
         for name, example in first.items():
             asked = [*loss_columns(losses, example.columns), *token_columns(losses, example.columns)]
             self.accelerator.print(f"{name + ': ' if len(first) > 1 else ''}{column_report(example, asked)}")
         return next(iter(first.values())).columns
 
+    def _first(self, rows: Rows) -> Example:
+        config = self.config if rows is self.rows else replace(self.config, exclude=None)  # the list is of all sources
+        return first_example(rows, config)
+
     def _sources(self) -> dict[str, Rows]:
         if isinstance(self.rows, StreamMixture):
             return dict(self.rows.parts())
         return dict(self.rows.sources) if isinstance(self.rows, Mixture) else {"": self.rows}
+
+    def bad_rows(self, start: int) -> BadRows:
+        """Return the record of rows that are left out, in output_dir/bad_rows.jsonl; a run resumed at `start` goes on with it."""
+        listed = Path(self.config.output_dir) / "bad_rows.jsonl"
+        limits = {"rows_per_step": self.config.batch_size, "resumed_at": start}
+        return BadRows(self.accelerator, self.num_rows, self.config.max_bad_share, listed, **limits)
 
     def next_batches(self, steps: Iterator[StepBatches], bad_rows: BadRows) -> list[Batch]:
         """Return this rank's micro-batches of the next step, as many as every other rank has; none if no row can be used."""
@@ -166,6 +186,7 @@ class Feed:
         if found.epoch > self.epoch:
             self.epoch = found.epoch
             self.accelerator.print(f"The stream has ended and begins again: epoch {self.epoch + 1}.")
+        bad_rows.tell(found.notes)
         if self.config.on_bad_row == "skip":
             bad_rows.take(found.skipped)
         return agree_on_batches(found.batches, self.accelerator)
@@ -209,12 +230,14 @@ def has_buffer(iterable: Any) -> bool:
     return type(iterable).__name__ == "BufferShuffledExamplesIterable" or any(map(has_buffer, inner))
 
 
-def first_example(rows: Rows, skip_bad_rows: bool = False) -> Example:
-    """Return the first row, or the first that can be read if others are skipped; RowError if none can."""
+def usable_rows(rows: Examples, config: TrainConfig) -> Attempts:
+    """Return rows as a run reads them: bad ones skipped where it is told to, excluded ones not read."""
+    return Attempts(rows, skip_bad_rows=config.on_bad_row == "skip", exclude=config.exclude)
+
+
+def first_example(rows: Any, config: TrainConfig) -> Example:
+    """Return the first row that a run can use; RowError if it may skip none and the first cannot be read, or none can."""
+    rows = as_rows(rows)
     if not isinstance(rows, Examples):
-        return first_row(rows, skip_bad_rows)
-    tried = Attempts(rows) if skip_bad_rows else rows
-    found = next((row for row in tried if not isinstance(row, BadRow)), None)
-    if found is None:
-        raise TooManyBadRows(f"None of the {len(tried)} rows can be read; the first says: {tried[0].reason}")
-    return found
+        return first_row(rows, config.on_bad_row == "skip")
+    return usable_rows(rows, config).first()

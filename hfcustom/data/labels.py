@@ -21,7 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from hfcustom.data.control import spell_out, text_blocks
 from hfcustom.data.messages import Example, RowError
-from hfcustom.data.turns import Message, without_weights
+from hfcustom.data.turns import Message, check_trained, turn_weights, without_weights
 
 Span = tuple[int, int]
 WeightedSpan = tuple[int, int, float]  # later ones in a list override earlier ones
@@ -40,15 +40,14 @@ def render(processor: Any, example: Example, train_on: TrainOn = "assistant") ->
     try:
         return _render(processor, example, train_on)
     except TemplateError as error:
-        raise RowError(f"{example.name}: the chat template refuses the row: {error}") from error
+        raise RowError(f"{example.name}: the chat template refuses the row: {error}", "template") from error
 
 
 def _render(processor: Any, example: Example, train_on: TrainOn) -> tuple[str, list[WeightedSpan]]:
     plain = without_weights(example.messages)
     turns = [at for at, message in enumerate(plain) if message["role"] == "assistant"]
-    weights = [message.get("weight", 1.0) for message in example.messages]
-    if train_on == "last":
-        weights = [weight if at == turns[-1] else 0.0 for at, weight in enumerate(weights)] if turns else []
+    check_trained(example.messages, example.name, train_on)
+    weights = turn_weights(example.messages, train_on)
     spans: list[tuple[int, int, int]]  # (message, start, end)
     if GENERATION_MARKER.search(processor.chat_template):
         text, spans = _marked_spans(processor, example, plain, turns)
@@ -62,8 +61,11 @@ def _render(processor: Any, example: Example, train_on: TrainOn) -> tuple[str, l
         if weights[at]:
             weighted += _block_spans(text, start, end, example.messages[at], f"{example.name}, message {at}")
     if not any(end > start and weight > 0 for start, end, weight in weighted):
-        found = "every assistant turn has weight 0" if any(weights[at] == 0 for at in turns) else "no assistant turn"
-        raise RowError(f"{example.name}: {found}, so there is nothing to learn from it.")
+        raise RowError(
+            f"{example.name}: the chat template leaves the assistant's turns out, so there is nothing to learn from it; mend "
+            "the template.",
+            "no_labels",
+        )
     return text, [(0, len(text), 1.0), *weighted] if train_on == "all" else weighted
 
 
@@ -212,7 +214,8 @@ def _mismatch(processor: Any, example: Example, labelled: str, answers: str) -> 
     raise RowError(
         f"{example.name}: with {type(processor).__name__}, the labels are on {labelled!r:.200}, but the answers are "
         f"{answers!r:.200}; the chat template or the tokenizer rewrites them. Put {{% generation %}} markers around exactly what "
-        "the assistant says and the end of its turn."
+        "the assistant says and the end of its turn.",
+        "labels",
     )
 
 

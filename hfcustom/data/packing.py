@@ -234,6 +234,7 @@ def _described(batch: Batch, singles: Sequence[Tensors]) -> Batch:
     """Say of a batch what the collator says of those that it is made of."""
     known = [single for single in singles if isinstance(single, Batch)]
     batch.images = sum(single.images for single in known)
+    batch.pictures = [picture for single in known for picture in single.pictures]
     batch.rows = [name for single in known for name in single.rows]
     batch.source_tokens = dict(sum((Counter(single.source_tokens) for single in known), Counter()))
     return batch

@@ -190,7 +190,8 @@ def _take_caption(row: dict[str, Any], name: str, media: Mapping[str, int]) -> P
     if not isinstance(words, str):
         raise RowError(f"{name}: {keys[0]} is {type(words).__name__}; it must be a string. Write a row for each text.")
     if not words.strip():
-        raise RowError(f"{name}: its {keys[0]} is empty ({words!r}), so it says nothing of its image; drop the row.")
+        reason = f"{name}: its {keys[0]} is empty ({words!r}), so it says nothing of its image; drop the row."
+        raise RowError(reason, "empty_answer")
     messages = [{"role": "user", "content": blocks}, {"role": "assistant", "content": words}]
     return Parsed(check_turns(messages, f"{name}, message"))
 

@@ -8,34 +8,30 @@ since each loss is divided by what the whole step counts.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from transformers.utils import logging
 
+from hfcustom.data.checks import check_kind, kind_of
 from hfcustom.data.collate import Batch
-from hfcustom.data.messages import RowError
+from hfcustom.data.findings import EXCLUDED, Finding, find_excluded, image_notes
+from hfcustom.data.messages import Example, RowError
 from hfcustom.data.packing import Cut, Packer
 from hfcustom.data.sources import Examples
 
 EXIT_BAD_ROWS = 4  # too many rows cannot be used: look at bad_rows.jsonl
 SHOWN = 3  # bad rows in an error message
 STREAM_ROWS = 1000  # of a stream, too few to tell a share from
+logger = logging.get_logger("hfcustom")
 
 
 class TooManyBadRows(RowError):
     """More rows than `max_bad_share` allows cannot be used."""
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be used, and why; the reason begins with the row's name."""
-
-    row: str
-    reason: str
 
 
 @dataclass
@@ -43,7 +39,8 @@ class StepBatches:
     """What one rank trains on in one optimiser step."""
 
     batches: list[Batch]
-    skipped: list[BadRow] = field(default_factory=list)
+    skipped: list[Finding] = field(default_factory=list)
+    notes: list[Finding] = field(default_factory=list)  # about rows that are used: frames that were dropped
     # of a stream: which loading process, where it stands after this, and how often the stream has ended for it
     position: tuple[int, dict[str, Any]] | None = None
     epoch: int = 0
@@ -51,25 +48,43 @@ class StepBatches:
 
 
 class Attempts(Sequence[Any]):
-    """Rows of which a bad one is returned as a BadRow instead of raised, so that a loading process goes on."""
+    """Rows of which a bad one is returned as a Finding instead of raised, so that a loading process goes on.
 
-    def __init__(self, rows: Examples) -> None:
+    Rows that `exclude` lists are not read; without `skip_bad_rows` every other bad one is raised.
+    """
+
+    def __init__(self, rows: Examples, *, skip_bad_rows: bool = True, exclude: str | None = None) -> None:
         self.rows = rows
+        self.skip_bad_rows = skip_bad_rows
+        names = [] if exclude is None else [rows.name_of(at) for at in range(len(rows))]
+        self.excluded: Mapping[int, str] = {} if exclude is None else find_excluded(exclude, names)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
+        if index in self.excluded:
+            return Finding(self.rows.name_of(index), self.excluded[index], EXCLUDED)
         try:
             return self.rows[index]
         except RowError as error:
-            return BadRow(self.rows.name_of(index), str(error))
+            if not self.skip_bad_rows:
+                raise
+            return Finding.of(error, self.rows.name_of(index))
+
+    def first(self) -> Example:
+        """Return the first row that can be used; RowError when there is none."""
+        found: Example | None = next((row for row in self if isinstance(row, Example)), None)
+        if found is None:
+            raise TooManyBadRows(f"None of the {len(self)} rows can be read; the first says: {self[0].reason}")
+        return found
 
 
 class StepCollator:
     """Cut a rank's rows of a step into micro-batches and collate each; `skip_bad_rows` leaves out those it cannot.
 
-    A `packer` cuts them by tokens instead of `micro_batch_size` rows.
+    A `packer` cuts them by tokens instead of `micro_batch_size` rows. Rows of another `kind` than the run's first one (pairs
+    among ordinary rows) are among those that cannot be collated.
     """
 
     def __init__(
@@ -79,29 +94,39 @@ class StepCollator:
         *,
         skip_bad_rows: bool = False,
         packer: Packer | None = None,
+        kind: str | None = None,
     ) -> None:
         self.collate = collate
         self.micro_batch_size = micro_batch_size
         self.skip_bad_rows = skip_bad_rows
         self.packer = packer
+        self.kind = kind
 
     def __call__(self, rows: Sequence[Any]) -> StepBatches:
-        skipped = [row for row in rows if isinstance(row, BadRow)]
-        if self.packer is not None:
-            found = [(row, self._batch([row], skipped)) for row in rows if not isinstance(row, BadRow)]
-            usable = [(row, single) for row, single in found if single is not None]
-            batches, cut = self.packer(self.collate, *([pair[at] for pair in usable] for at in (0, 1)))
-            return StepBatches(batches, skipped, cut=cut)
+        skipped = [row for row in rows if isinstance(row, Finding) and row.code != EXCLUDED]
+        batches, cut = (self._cut(rows, skipped), None) if self.packer is None else self._pack(rows, skipped)
+        bad = {finding.row for finding in skipped}
+        used = [row for row in rows if isinstance(row, Example) and row.name not in bad]
+        return StepBatches(batches, skipped, [note for row in used for note in image_notes(row)], cut=cut)
+
+    def _pack(self, rows: Sequence[Any], skipped: list[Finding]) -> tuple[list[Batch], Cut]:
+        assert self.packer is not None
+        found = [(row, self._batch([row], skipped)) for row in rows if not isinstance(row, Finding)]
+        usable = [(row, single) for row, single in found if single is not None]
+        return self.packer(self.collate, *([pair[at] for pair in usable] for at in (0, 1)))
+
+    def _cut(self, rows: Sequence[Any], skipped: list[Finding]) -> list[Batch]:
         batches = []
         for first in range(0, len(rows), self.micro_batch_size):
-            chunk = [row for row in rows[first : first + self.micro_batch_size] if not isinstance(row, BadRow)]
+            chunk = [row for row in rows[first : first + self.micro_batch_size] if not isinstance(row, Finding)]
             if chunk and (batch := self._batch(chunk, skipped)) is not None:
                 batches.append(batch)
-        return StepBatches(batches, skipped)
+        return batches
 
-    def _batch(self, rows: list[Any], skipped: list[BadRow]) -> Batch | None:
+    def _batch(self, rows: list[Any], skipped: list[Finding]) -> Batch | None:
         """Collate rows; those that cannot be are found one by one and join `skipped`. None when no row is left."""
         try:
+            self._check_kinds(rows)
             return self.collate(rows)
         except RowError:
             if not self.skip_bad_rows:
@@ -109,19 +134,24 @@ class StepCollator:
         usable = [row for row in rows if self._collates(row, skipped)]
         return self.collate(usable) if usable else None
 
-    def _collates(self, row: Any, skipped: list[BadRow]) -> bool:
+    def _collates(self, row: Any, skipped: list[Finding]) -> bool:
         try:
+            self._check_kinds([row])
             self.collate([row])
         except RowError as error:
-            skipped.append(BadRow(row.name, str(error)))
+            skipped.append(Finding.of(error, row.name))
             return False
         return True
+
+    def _check_kinds(self, rows: Sequence[Example]) -> None:
+        for row in rows if self.kind is not None else ():
+            check_kind(row.name, kind_of(row), self.kind)
 
 
 class BadRows:
     """The rows of a run that were left out, known to every rank; each is named once, and too many of them stop the run.
 
-    `path` gets a line of JSON a row: {"row": ..., "reason": ...}. A resumed run knows the rows that stand there. Of a stream,
+    `path` gets a line of JSON a row (hfcustom/data/findings.py). A resumed run knows the rows that stand there. Of a stream,
     which has no number of rows, the share is of those that were read, of at least STREAM_ROWS.
     """
 
@@ -142,6 +172,7 @@ class BadRows:
         self.max_share = max_share
         self.path = path
         self.reasons: dict[str, str] = {}  # by row
+        self._told: set[tuple[str, str]] = set()
         if resumed_at and path.is_file():
             for line in path.read_text().splitlines():
                 row = json.loads(line)
@@ -150,19 +181,26 @@ class BadRows:
         if not resumed_at and accelerator.is_main_process:
             path.unlink(missing_ok=True)
 
-    def take(self, skipped: Sequence[BadRow]) -> None:
+    def tell(self, notes: Sequence[Finding]) -> None:
+        """Say once what was left out of a row that is used."""
+        for note in notes:
+            if (note.row, note.field) not in self._told:
+                self._told.add((note.row, note.field))
+                logger.warning(note.reason)
+
+    def take(self, skipped: Sequence[Finding]) -> None:
         """Add the rows that the ranks have left out of a step; every rank has to call it. TooManyBadRows ends the run."""
         self.steps += 1
         everyone = gather_object(list(skipped)) if self.accelerator.num_processes > 1 else skipped
-        new = {row.row: row.reason for row in everyone if row.row not in self.reasons}
+        new = {row.row: row for row in everyone if row.row not in self.reasons}
         if not new:
             return
-        self.reasons |= new
+        self.reasons |= {name: row.reason for name, row in new.items()}
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
-                file.writelines(json.dumps({"row": row, "reason": reason}) + "\n" for row, reason in new.items())
-            for reason in new.values():
-                self.accelerator.print(f"left out: {reason}")
+                file.writelines(row.to_json() + "\n" for row in new.values())
+            for row in new.values():
+                self.accelerator.print(f"left out: {row.reason}")
         read = self.steps * self.rows_per_step
         num_rows = max(read, STREAM_ROWS) if self.num_rows is None else self.num_rows
         if len(self.reasons) > self.max_share * num_rows or len(self.reasons) >= min(num_rows, self.num_rows or read):

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from hfcustom.data.findings import Finding
 from hfcustom.data.messages import RowError
-from hfcustom.data.steps import BadRow, StepBatches
+from hfcustom.data.steps import StepBatches
 from hfcustom.data.streams import Share, State, Stream, StreamMixture
 from hfcustom.signals import ignore_stop_signals
 
@@ -65,7 +66,7 @@ class StepStream(IterableDataset[Any]):
         except RowError as error:
             if not self.skip_bad_rows:
                 raise
-            return BadRow(cursor.last_name(), str(error))
+            return Finding.of(error, cursor.last_name())
 
 
 class StreamLoader:

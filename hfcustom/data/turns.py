@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hfcustom.naming import unknown
+from hfcustom.naming import printable, unknown
 
 ROLES = ("assistant", "system", "user")
 BLOCKS = ("image", "text", "video")
@@ -22,7 +22,11 @@ Turn = tuple[str, Message]  # where it stands, for every message about it, and t
 
 
 class RowError(ValueError):
-    """A row that cannot be used; the message names the row, the field and the cure."""
+    """A row that cannot be used; the message names the row, the field and the cure, `code` the reason in one word."""
+
+    def __init__(self, message: str, code: str = "form") -> None:
+        super().__init__(printable(message))
+        self.code = code
 
 
 def check_turns(messages: Sequence[Any], where: str) -> list[Turn]:
@@ -33,7 +37,7 @@ def check_turns(messages: Sequence[Any], where: str) -> list[Turn]:
 def _check_turn(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping) or message.get("role") not in ROLES:
         role = message.get("role") if isinstance(message, Mapping) else message
-        raise RowError(f"{where}: {unknown('role', role, ROLES)}")
+        raise RowError(f"{where}: {unknown('role', role, ROLES)}", "role")
     turn = {"role": message["role"], "content": _blocks(message, where)}
     if message.get("weight") is not None:  # Arrow fills missing keys with None
         turn["weight"] = _check_weight(message["weight"], turn["role"], where)
@@ -53,7 +57,7 @@ def _blocks(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     if isinstance(content, str) or _is_integer(content):
         return [{"type": "text", "text": _text(content, f"{where}: content")}]
     if not isinstance(content, list | tuple):
-        raise RowError(f"{where}: content is {_shown(content)}; it must be a string or a list of blocks.")
+        raise RowError(f"{where}: content is {_shown(content)}; it must be a string or a list of blocks.", "content")
     return [_block(block, f"{where}, block {at}") for at, block in enumerate(content)]
 
 
@@ -66,7 +70,7 @@ def _block(block: Any, where: str) -> dict[str, Any]:
             block["type"] = "text"
     kind = block.get("type") if isinstance(block, Mapping) else block
     if kind not in BLOCKS:
-        raise RowError(f"{where}: {unknown('block type', kind, BLOCKS)}")
+        raise RowError(f"{where}: {unknown('block type', kind, BLOCKS)}", "block")
     if kind == "text":
         block["text"] = _text(block.get("text"), f"{where}: a text block's 'text'")
     return dict(block)
@@ -75,14 +79,15 @@ def _block(block: Any, where: str) -> dict[str, Any]:
 def _text(value: Any, where: str) -> str:
     """Return words as a string; of numbers only whole ones have one spelling."""
     if not isinstance(value, str) and not _is_integer(value):
-        raise RowError(f"{where} is {_shown(value)}; it must be a string.")
+        raise RowError(f"{where} is {_shown(value)}; it must be a string.", "content")
     text = str(value)
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RowError(
             f"{where} holds {text[error.start]!a} at character {error.start}, half of a letter (a lone surrogate), which no "
-            "tokenizer can read; repair the text, or drop the row."
+            "tokenizer can read; repair the text, or drop the row.",
+            "surrogate",
         ) from None
     return text
 
@@ -104,8 +109,27 @@ def check_answers(messages: Sequence[Message], where: str) -> None:
         if not any(block["type"] == "text" and block["text"].strip() for block in message["content"]):
             raise RowError(
                 f"{where} {at}: the assistant's answer is {_wordless(message)}, so there is nothing to learn from it; fill it "
-                "in, give the message weight 0 so that it is not trained on, or drop the row."
+                "in, give the message weight 0 so that it is not trained on, or drop the row.",
+                "empty_answer",
             )
+
+
+def turn_weights(messages: Sequence[Message], train_on: str) -> list[float]:
+    """Return the weight of each message; of "last", the assistant's turns before the last weigh nothing."""
+    turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    weights = [message.get("weight", 1.0) for message in messages]
+    if train_on == "last":
+        weights = [weight if at == turns[-1] else 0.0 for at, weight in enumerate(weights)] if turns else []
+    return weights
+
+
+def check_trained(messages: Sequence[Message], name: str, train_on: str = "assistant") -> None:
+    """Refuse a row of which no turn is trained on."""
+    weights = turn_weights(messages, train_on)
+    turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    if not any(weights[at] > 0 for at in turns):
+        found = "every assistant turn has weight 0" if turns else "no assistant turn"
+        raise RowError(f"{name}: {found}, so there is nothing to learn from it.", "no_labels")
 
 
 def _wordless(message: Message) -> str:
@@ -182,7 +206,8 @@ def place_media(
         if left:
             raise RowError(
                 f"{name}: {len(media[kind])} {kind}s, but only {len(media[kind]) - len(left)} {{'type': '{kind}'}} blocks use "
-                f"them; put a block where each {kind} belongs."
+                f"them; put a block where each {kind} belongs.",
+                "image_count",
             )
     return messages, sources
 
@@ -193,5 +218,8 @@ def _source(block: dict[str, Any], pending: list[Any], given: int, where: str) -
     if inline:
         return inline[0]
     if not pending:
-        raise RowError(f"{where}: more {{'type': '{kind}'}} blocks than the row's {given} {kind}s; list every {kind}.")
+        raise RowError(
+            f"{where}: more {{'type': '{kind}'}} blocks than the row's {given} {kind}s; list every {kind}.",
+            "image_count",
+        )
     return pending.pop(0)

@@ -61,7 +61,8 @@ def tiny_config() -> CustomSiglipConfig:
 
 
 def _siglip(vision: dict[str, Any], width: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
-    text = {"hidden_size": width, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    text: dict[str, Any] = {"hidden_size": width, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    text |= {"bos_token_id": None, "eos_token_id": 1}  # transformers' defaults, CLIP's, are beyond this vocabulary
     return {"vision_config": vision, "text_config": {**text, "num_attention_heads": heads, "projection_size": width}}
 
 

@@ -63,6 +63,7 @@ class CustomChameleonForConditionalGeneration(CustomVLM, ChameleonForConditional
     config_class = CustomChameleonConfig
     processor_class = CustomChameleonProcessor
     placeholder_field = "image_seq_length"
+    no_feature_cache = "image features are embeddings of the language model's vocabulary"
     no_pictures = "features become discrete codes, to which a second tower has nothing to add"
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:

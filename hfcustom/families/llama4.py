@@ -69,6 +69,7 @@ class CustomLlama4ForConditionalGeneration(CustomVLM, Llama4ForConditionalGenera
 
     config_class = CustomLlama4Config
     processor_class = CustomLlama4Processor
+    no_connector_cache = "in this family the connector runs outside get_image_features"
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -106,6 +107,17 @@ class CustomLlama4ForConditionalGeneration(CustomVLM, Llama4ForConditionalGenera
         if call.get("pixel_values") is not None:
             call["pixel_values"] = call["pixel_values"].to(self.vision_model.dtype)
         return call
+
+    def _expand_multimodal_outputs(
+        self, input_ids: torch.Tensor, mm_encoder_output: Any, expand_size: int = 1, inputs_embeds: Any = None
+    ) -> Any:
+        """Deal the tiles of each row to its beams; stock (transformers 5.23.0) does so with a pooler_output alone, and raises."""
+        image, token = mm_encoder_output.get("image"), int(self.config.image_token_id)
+        if image is not None:
+            tokens = torch.eq(input_ids, token).sum(1)  # (B,)
+            rows = image.last_hidden_state.split((tokens // self.tokens_per_crop()).tolist())  # (tiles, N, D) each
+            image.last_hidden_state = torch.cat([row.repeat(expand_size, 1, 1) for row in rows])
+        return mm_encoder_output
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features before the pixel shuffle, which the tower does itself, and keep its rotary table complex."""

@@ -107,6 +107,7 @@ class CustomMllamaForConditionalGeneration(CustomVLM, MllamaForConditionalGenera
     lacks = {
         "placeholders": "image tokens are keys and values of cross-attention layers; the text has one mark an image"
     }
+    no_feature_cache = "images reach the language model as keys and values of layers of their own, not as tokens"
     no_packing = "cross-attention shows the text before a row's first image the images of every row"
     no_pictures = "the tower is given slots for tiles, empty ones among them"
     no_frames = "neighbouring crops are the slots for one image's tiles, empty ones among them"

@@ -85,7 +85,9 @@ class CausalAttention(nn.Module):
         )
         q, k = rotate(q, rotation), rotate(k, rotation)
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer)  # (B, groups, S, D/heads)
+            k, v = past_key_values.update(k, v, self.layer)
+            used = past_key_values.get_seq_length(self.layer) if mask is None else mask.shape[-1]
+            k, v = k[:, :, :used], v[:, :, :used]  # (B, groups, S, D/heads); a cache of fixed size has empty places
         causal, dropout = mask is None and q.shape[2] > 1, self.attention_dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=True)  # like q
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, D)

@@ -74,6 +74,7 @@ class NanoVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,  # (B, T, D)
         pixel_values: torch.Tensor | None = None,  # (P, C, H, W)
+        mm_encoder_outputs: Any = None,  # what get_image_features made of them for generate(), which deals it to its beams
         labels: torch.Tensor | None = None,  # (B, T), -100 where nothing is to be learned
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,  # the last so many, or these; 0 is all
@@ -83,8 +84,11 @@ class NanoVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if asked := [name for name, value in kwargs.items() if name.startswith("output_") and value]:
             raise ValueError(f"{', '.join(asked)}: NanoVLM does not record it; a forward hook on a block shows it.")
         embeddings = self.decoder.token_embedding(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
-        if pixel_values is not None:
-            embeddings = self.merge(self.get_image_features(pixel_values).pooler_output, input_ids, embeddings)
+        images = (mm_encoder_outputs or {}).get("image")
+        if images is None and pixel_values is not None:
+            images = self.get_image_features(pixel_values)
+        if images is not None:
+            embeddings = self.merge(images.pooler_output, input_ids, embeddings)
         if past_key_values is None and (self.config.text_config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache()
         outputs = self.decoder(
