@@ -119,6 +119,9 @@ def doctor(argv: Sequence[str]) -> int:
     """Prove on a small copy that a model is in effect, correct and loads elsewhere; exit code 1 where a check failed."""
     parser = argparse.ArgumentParser(prog="hfcustom doctor", description=doctor.__doc__)
     parser.add_argument("target", nargs="?", help="a family, a folder or hub id, or my_file.py:MyModel")
+    parser.add_argument(
+        "--custom", metavar="FILE.py:CLASS", help="import this first: the class that wrote the folder, if it is yours"
+    )
     parser.add_argument("--check", nargs="+", metavar="NAME", help="run these checks only")
     parser.add_argument("--list", action="store_true", help="list the checks and what each expects")
     parser.add_argument("--json", action="store_true", help="print JSON; progress goes to the error stream")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from zoo import DRAWN, ZOO
 
 import hfcustom
 from hfcustom import cli
+from hfcustom.doctor.child import import_class
 from hfcustom.doctor.command import line_of, write_page
 from hfcustom.doctor.examine import examine
-from hfcustom.doctor.finding import CHECKS, Finding
+from hfcustom.doctor.finding import CHECKS, Finding, Skipped
+from hfcustom.doctor.travel import file_of
+from hfcustom.naming import load_object
+from hfcustom.registry import REGISTERED
 from hfcustom.testing import check_model
 
 SLOW = ("clean_process", "trainers", "compiled")  # run where they are what is tested
@@ -134,6 +139,48 @@ def test_a_checkpoint_brings_its_own_connector_and_loss(internvl: Family, tmp_pa
     internvl.model(loss="dpo").save_pretrained(tmp_path)
     (finding,) = examine(str(tmp_path), ["overrides"])
     assert finding.measured == "loss: not examined, the loss 'dpo' wants preference, which made-up rows have not"
+
+
+def test_a_checkpoint_of_ones_own_class_names_its_file(
+    internvl: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "owned.py").write_text(HEALTHY.replace("Healthy", "Owned"))
+    owned = load_object(f"{tmp_path / 'owned.py'}:Owned")
+    internvl.model(owned).save_pretrained(tmp_path)
+    REGISTERED.pop("owned")
+    assert cli.main(["doctor", str(tmp_path), "--check", "parity"]) == 2
+    assert "--custom my_file.py:MyModel" in capsys.readouterr().err
+    REGISTERED["owned"] = owned
+    assert (
+        cli.main(["doctor", str(tmp_path), "--check", "gradients", "--custom", f"{tmp_path / 'owned.py'}:Owned"]) == 0
+    )
+    assert "new 2 of 2" in capsys.readouterr().out
+
+
+def test_a_class_without_a_file_or_module_of_its_own_does_not_travel(internvl: Family) -> None:
+    class Inside(internvl.model_class):  # type: ignore[misc, name-defined]
+        pass
+
+    inside = hfcustom.register(Inside)
+    (finding,) = examine(inside, ["clean_process"])
+    assert finding.status == "skipped" and "inside a function" in finding.measured
+    inside.__qualname__, inside.__module__ = "Inside", "builtins"  # as in a notebook
+    with pytest.raises(Skipped, match="defined in no file"):
+        file_of(inside)
+
+
+def test_the_clean_process_imports_a_package_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "zoo_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "beside.py").write_text("FOUND = 1")
+    (package / "inner.py").write_text("from .beside import FOUND")
+    monkeypatch.syspath_prepend(tmp_path)
+    import_class("zoo_package.inner", package / "inner.py")
+    assert sys.modules["zoo_package.inner"].FOUND == 1
+    (tmp_path / "found_alone.py").write_text("FOUND = 2")
+    import_class("nowhere.found_alone", tmp_path / "found_alone.py")
+    assert sys.modules["found_alone"].FOUND == 2
 
 
 def test_a_misspelt_method_is_told_its_name(internvl: Family) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hfcustom.doctor.examine import examine
 from hfcustom.doctor.finding import CHECKS, Finding
+from hfcustom.naming import load_object
 from hfcustom.report import Report
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -24,6 +25,8 @@ def show_doctor(options: argparse.Namespace) -> int:
     out = sys.stderr if options.json else sys.stdout
     findings = []
     try:
+        if options.custom:
+            load_object(options.custom, "model")
         for finding in examine(options.target, options.check or ()):
             findings.append(finding)
             print(line_of(finding), file=out, flush=True)

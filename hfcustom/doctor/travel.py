@@ -73,12 +73,12 @@ def clean_process(patient: Patient) -> str:
     """Save, and load in another interpreter."""
     if "<locals>" in patient.model_class.__qualname__:
         raise Skipped("the class is defined inside a function, which no other process can import; move it to a file")
+    plan = {"file": str(file_of(patient.model_class)), "module": patient.model_class.__module__}
     model, folder = patient.model(), patient.folder / "travels"
     model.save_pretrained(folder)
     patient.processor.save_pretrained(folder)
     inputs = inputs_of(patient.batch([1, 2]))
     save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, folder / "inputs.safetensors")
-    plan = {"file": str(_file_of(patient.model_class)), "module": patient.model_class.__module__}
     (folder / "plan.json").write_text(json.dumps(plan))
     said = _run(folder)
     with torch.no_grad():
@@ -93,8 +93,12 @@ def clean_process(patient: Patient) -> str:
     return measured
 
 
-def _file_of(model_class: type) -> Path:
-    return Path(inspect.getfile(model_class)).resolve()
+def file_of(model_class: type) -> Path:
+    """Return the file that defines a class; Skipped for one that is in none."""
+    try:
+        return Path(inspect.getfile(model_class)).resolve()
+    except (OSError, TypeError):  # a notebook, or an interpreter's prompt
+        raise Skipped("the class is defined in no file, which another process could import; move it to one") from None
 
 
 def _run(folder: Path) -> dict[str, Any]:
