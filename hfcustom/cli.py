@@ -115,7 +115,27 @@ def lens(argv: Sequence[str]) -> int:
     return show_lens(options)
 
 
+def doctor(argv: Sequence[str]) -> int:
+    """Prove on a small copy that a model is in effect, correct and loads elsewhere; exit code 1 where a check failed."""
+    parser = argparse.ArgumentParser(prog="hfcustom doctor", description=doctor.__doc__)
+    parser.add_argument("target", nargs="?", help="a family, a folder or hub id, or my_file.py:MyModel")
+    parser.add_argument(
+        "--custom", metavar="FILE.py:CLASS", help="import this first: the class that wrote the folder, if it is yours"
+    )
+    parser.add_argument("--check", nargs="+", metavar="NAME", help="run these checks only")
+    parser.add_argument("--list", action="store_true", help="list the checks and what each expects")
+    parser.add_argument("--json", action="store_true", help="print JSON; progress goes to the error stream")
+    parser.add_argument("--html", metavar="FILE.html", help="write a page")
+    options = parser.parse_args(argv)
+    if (options.target is None) == (not options.list):
+        parser.error("name a target: a family, a folder or hub id, or my_file.py:MyModel; or give --list")
+    from hfcustom.doctor.command import show_doctor
+
+    return show_doctor(options)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "doctor": doctor,
     "families": families,
     "frames": frames,
     "lens": lens,

@@ -22,6 +22,7 @@ SMALL = {
     "make quickstart": "--max-steps 3 --lora-steps 2 --train-rows 24 --held-out-rows 6 --batch-size 4",
     "make test": "tests/test_naming.py -q -n 0",
     "accelerate launch recipes/finetune.py": "--max-steps 2 --batch-size 2",
+    "hfcustom doctor": "--check parity overrides",  # all: tests/test_doctor.py
     "hfcustom families": "",
     "hfcustom preflight": "",
     "hfcustom frames": "",
@@ -98,6 +99,7 @@ def run_here(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Run a recipe's file as accelerate launch does, or a console script's entry point, in this process."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_file", raising=False)  # another test's folder
     if words[:2] == ["accelerate", "launch"]:
         monkeypatch.setattr(sys, "argv", words[2:])
         runpy.run_path(words[2], run_name="__main__")
@@ -122,9 +124,9 @@ def test_the_file_tree_is_true() -> None:
         listed.add("/".join(folders))
     missing = [path for path in listed if not (ROOT / path).exists()]
     assert not missing, f"README.md lists what is not there: {missing}"
-    sources = [path for folder in ("", "data/", "losses/") for path in ROOT.glob(f"hfcustom/{folder}*.py")]
+    sources = [path for folder in ("", "data/", "doctor/", "losses/") for path in ROOT.glob(f"hfcustom/{folder}*.py")]
     unlisted = {path.relative_to(ROOT).as_posix() for path in sources} - listed
-    unlisted -= {"hfcustom/data/__init__.py", "hfcustom/losses/__init__.py"}
+    unlisted -= {f"hfcustom/{folder}/__init__.py" for folder in ("data", "doctor", "losses")}
     assert not unlisted, f"README.md does not list {sorted(unlisted)}"
 
 

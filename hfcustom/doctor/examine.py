@@ -1,0 +1,109 @@
+"""From a target to its findings: a family, a checkpoint, or a class in a file of the user's -> Finding, ..."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.utils import logging
+
+from hfcustom.base import CustomVLM
+from hfcustom.custom_model import check_registered
+from hfcustom.doctor.finding import CHECKS, Finding
+from hfcustom.doctor.patient import Patient, family_class_of
+from hfcustom.families import class_of, family_names, load_family, missing_packages
+from hfcustom.naming import load_object, unknown
+from hfcustom.registry import REGISTERED
+
+SUBJECTS = ("identity", "travel", "learning", "batches", "generation", "numerics", "adapters", "trainers")
+for subject in SUBJECTS:
+    importlib.import_module(f"hfcustom.doctor.{subject}")
+
+Target = str | type[CustomVLM]
+
+
+def examine(target: Target, checks: Sequence[str] = ()) -> Iterator[Finding]:
+    """Run checks on a small copy of a target, all of them unless some are named; yield each finding when it is there.
+
+    ValueError for an unknown check; ValueError, TypeError, ImportError or FileNotFoundError for what is no target.
+    """
+    for name in checks:
+        if name not in CHECKS:
+            raise ValueError(unknown("check", name, CHECKS))
+    model_class, settings = find_target(target)
+    with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
+        with quiet():
+            patient = _admit(model_class, Path(folder), settings)
+        for name in checks or CHECKS:
+            with quiet():
+                finding = CHECKS[name](patient)
+            yield finding
+
+
+def _admit(model_class: type[CustomVLM], folder: Path, settings: dict[str, Any]) -> Patient:
+    """Return the patient; ValueError for a class that is not registered, or that cannot be built small."""
+    try:
+        patient = Patient(model_class, folder, settings)
+        model = patient.model()
+    except Exception as error:  # whatever a user's __init__ raises
+        raise ValueError(
+            f"{model_class.__name__} cannot be built with the sizes of its family's tiny config ({type(error).__name__}: "
+            f"{error}). Read sizes from the config in __init__, and keep no number of one checkpoint in it."
+        ) from error
+    check_registered(model)
+    return patient
+
+
+def find_target(target: Target) -> tuple[type[CustomVLM], dict[str, Any]]:
+    """Return the class that a target means, and what its checkpoint's config says of the class's own fields."""
+    if isinstance(target, type):
+        return _checked(target), {}
+    if ".py:" in target:
+        return _checked(load_object(target, "model")), {}
+    if target in family_names():
+        load_family(target)
+        return _checked(REGISTERED[f"custom_{target}"]), {}
+    if Path(target).is_dir() or "/" in target:
+        model_class = _checked(class_of(target))
+        return model_class, own_settings(model_class, target)
+    cure = "Or name a checkpoint's folder, a hub id (owner/name), or your class: my_file.py:MyModel."
+    raise ValueError(unknown("family", target, family_names(), cure))
+
+
+def _checked(model_class: Any) -> type[CustomVLM]:
+    if not (isinstance(model_class, type) and issubclass(model_class, CustomVLM)):
+        raise TypeError(f"{model_class!r} is no custom vision-language model: a subclass of a family of hfcustom.")
+    name = family_class_of(model_class).__module__.rpartition(".")[2]
+    if missing := missing_packages(name):
+        raise ImportError(f"The family {name!r} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    return model_class
+
+
+def own_settings(model_class: Any, checkpoint: str) -> dict[str, Any]:
+    """Return connector, loss and the fields that a class adds to its stock parent's config, as a checkpoint has them."""
+    stored = PretrainedConfig.get_config_dict(checkpoint)[0]
+    own = model_class.config_class().to_dict().keys() - model_class.stock_class().config_class().to_dict().keys()
+    return {name: stored[name] for name in sorted(own) if stored.get(name) is not None}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what models, trainers and libraries print to themselves; one thread, which a tiny model is fastest with."""
+    threads, level = torch.get_num_threads(), logging.get_verbosity()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        torch.set_num_threads(threads)
