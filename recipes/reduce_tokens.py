@@ -2,7 +2,7 @@
 
     python recipes/reduce_tokens.py
 
-Offline, about 7 minutes on one CPU core: the same InternVL reads grids of scanned digits with all of its 16 image tokens, and
+Offline, about 5 minutes on one CPU core: the same InternVL reads grids of scanned digits with all of its 16 image tokens, and
 with connectors that leave 4 of them or 1, each from the same start, for as many steps. Scores by generation on scans that no
 training has seen. Writes outputs/reduce_tokens/result.png (accuracy against tokens, and against time) and results.json.
 """
