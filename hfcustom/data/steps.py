@@ -144,7 +144,7 @@ class StepCollator:
         return True
 
     def _check_kinds(self, rows: Sequence[Example]) -> None:
-        for row in rows:
+        for row in rows if self.kind is not None else ():
             check_kind(row.name, kind_of(row), self.kind)
 
 
