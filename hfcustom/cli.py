@@ -20,6 +20,17 @@ def families(argv: Sequence[str]) -> int:
     return show_families(options.names, as_json=options.json)
 
 
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    """Add what training knows of the same names: how its rows are read, and which of their tokens are trained on."""
+    add = parser.add_argument
+    add("--split", help="split of the rows where there are several; by default train")
+    add("--max-frames", type=int, default=8, help="frames of a video that are seen (default: 8)")
+    add("--frame-method", default="uniform", help="which frames those are (default: uniform)")
+    add("--video-as-images", action="store_true", help="give the frames of a video to the model as images")
+    add("--train-on", choices=("assistant", "last", "all"), default="assistant", help="as in training")
+    add("--allowed-tokens", nargs="+", default=[], metavar="TOKEN", help="as in training")
+
+
 def preflight(argv: Sequence[str]) -> int:
     """Check rows before a run: what training would refuse, duplicates, leaks, lengths; writes bad_rows.jsonl."""
     parser = argparse.ArgumentParser(
@@ -29,8 +40,10 @@ def preflight(argv: Sequence[str]) -> int:
         "such rows; 4 more rows than --max-bad-share are bad, so that it would stop even then; 2 wrong usage; 7 interrupted, go "
         "on with --resume. `recipes/finetune.py --exclude bad_rows.jsonl` leaves out the rows with errors.",
     )
-    parser.add_argument("data", help="rows: a .jsonl file, a folder of `datasets`, or a name on the hub")
-    parser.add_argument("--split", help="split of the rows where there are several; by default train")
+    parser.add_argument(
+        "data", help="rows: a file, a folder, a name on the hub, or a JSON mapping of several to weights"
+    )
+    _add_rows(parser)
     reader = parser.add_mutually_exclusive_group()
     reader.add_argument(
         "--model", help="folder or hub id whose processor reads the rows: tokens, labels, tiles, lengths"
@@ -40,8 +53,6 @@ def preflight(argv: Sequence[str]) -> int:
     parser.add_argument("--eval-split", help="split of the held-out rows where there are several; by default train")
     parser.add_argument("--max-length", type=int, help="longest row in tokens; needs --model or --family")
     parser.add_argument("--min-pixels", type=int, default=16, help="fewest pixels of an image (default: 16)")
-    parser.add_argument("--train-on", choices=("assistant", "last", "all"), default="assistant", help="as in training")
-    parser.add_argument("--allowed-tokens", nargs="+", default=[], metavar="TOKEN", help="as in training")
     parser.add_argument("--captions", action="store_true", help="rows of an image and its text, for CLIP or SigLIP")
     parser.add_argument("--batch-size", type=int, default=8, help="rows of the costliest batch (default: 8)")
     parser.add_argument("--max-bad-share", type=float, default=0.01, help="as in training (default: 0.01)")
@@ -89,13 +100,11 @@ def frames(argv: Sequence[str]) -> int:
 def lens(argv: Sequence[str]) -> int:
     """Show what the model sees of a row: tokens, roles, tiles, labels; exit code 1 for a label on an image token."""
     parser = argparse.ArgumentParser(prog="hfcustom lens", description=lens.__doc__)
-    parser.add_argument(
-        "data", nargs="?", help="rows: a .jsonl file, a folder, a name; or spell one out with --question"
-    )
+    parser.add_argument("data", nargs="?", help="rows: a file, a folder, a name; or spell one out with --question")
+    _add_rows(parser)
     reader = parser.add_mutually_exclusive_group(required=True)
     reader.add_argument("--model", help="folder or hub id whose processor reads the rows")
     reader.add_argument("--family", help="a family, with its published image settings and a small tokenizer")
-    parser.add_argument("--split", help="split of the rows where there are several; by default train")
     parser.add_argument("--row", type=int, nargs="+", default=[0], help="rows to show, counted from 0 (default: 0)")
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures of a row that is spelled out")
     parser.add_argument("--question", default="", help="what the user says in a row that is spelled out")

@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hfcustom.data.collate import Collator
+from hfcustom.data.columns import TOKEN_WEIGHTS
+from hfcustom.data.labels import TrainOn
 from hfcustom.data.messages import Example, RowError, read_row
 from hfcustom.data.sources import load_rows
+from hfcustom.data.token_checks import load_processor
 from hfcustom.data.view import Token, View, view_row
 from hfcustom.families import class_of, family_names, load_family
 from hfcustom.mrope import MRopeImages
 from hfcustom.naming import load_object
+from hfcustom.options import json_if_it_looks_so
 from hfcustom.registry import REGISTERED
 
 COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "": "white"}
@@ -37,7 +43,7 @@ def show_lens(options: argparse.Namespace) -> int:
     """Show rows as `hfcustom lens` was asked to; return 0, 1 for labels where none may be, 2 for what cannot be shown."""
     try:
         views = [view for look in _looks(options) for view in look()]
-    except (FileNotFoundError, ImportError, RowError, ValueError) as error:
+    except (OSError, ImportError, RowError, ValueError) as error:
         print(f"hfcustom lens: {error}", file=sys.stderr)
         return EXIT_USAGE
     if options.json:
@@ -60,8 +66,10 @@ def show_lens(options: argparse.Namespace) -> int:
 
 def _looks(options: argparse.Namespace) -> list[Callable[[], list[View]]]:
     """Return a call for each row, and each model or family, that is asked for."""
+    _check(options)
     processor, place = _reader(options.model, options.family)
     collate = load_object(options.collate, "collator")(processor) if options.collate else None
+    own = partial(_collator, train_on=options.train_on, allowed_tokens=options.allowed_tokens)
     looks = [(row, processor, place, collate) for row in options.row]
     if options.compare is not None and options.compare.isdigit():
         looks.append((int(options.compare), processor, place, collate))
@@ -69,11 +77,24 @@ def _looks(options: argparse.Namespace) -> list[Callable[[], list[View]]]:
         family = options.compare if options.compare in family_names() else None
         other = _reader(None if family else options.compare, family)
         looks += [(row, *other, None) for row in options.row]
+    looks = [(row, reader, place, collate or own(reader)) for row, reader, place, collate in looks]
     read = _rows(options)
     return [
         lambda row=row, reader=reader, place=place, collate=collate: view_row(reader, read(row), collate, place)  # type: ignore[misc]
         for row, reader, place, collate in looks
     ]
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.collate and (options.train_on != "assistant" or options.allowed_tokens):
+        raise ValueError(
+            "--train-on and --allowed-tokens have no effect with --collate, which chooses the labels itself"
+        )
+
+
+def _collator(processor: Any, train_on: TrainOn, allowed_tokens: Sequence[str]) -> Collator:
+    """Return the collator of a training run, which has all the weights of a row in its batch."""
+    return Collator(processor, columns=(TOKEN_WEIGHTS,), train_on=train_on, allowed_tokens=allowed_tokens)
 
 
 def _rows(options: argparse.Namespace) -> Callable[[int], Example]:
@@ -84,7 +105,13 @@ def _rows(options: argparse.Namespace) -> Callable[[int], Example]:
         user = {"role": "user", "content": [*images, {"type": "text", "text": options.question}]}
         spelled = {"messages": [user, {"role": "assistant", "content": options.answer}], "images": paths}
         return lambda row: read_row(spelled, "the row of the command line", Path("/"))
-    rows = load_rows(options.data, options.split)
+    rows = load_rows(
+        json_if_it_looks_so(options.data),
+        options.split,
+        max_frames=options.max_frames,
+        frame_method=options.frame_method,
+        video_as_images=options.video_as_images,
+    )
 
     def read(row: int) -> Example:
         if not 0 <= row < len(rows):
@@ -100,7 +127,7 @@ def _reader(model: str | None, family: str | None) -> tuple[Any, Callable[[Any],
     if family is not None:
         module = load_family(family)
         model_class: Any = REGISTERED[f"custom_{family}"]
-        return module.published_processor(), _places(model_class, module.tiny_config())
+        return load_processor(None, family)[0], _places(model_class, module.tiny_config())
     if model is None:
         raise ValueError("Name a model (--model folder-or-hub-id) or a family (--family internvl).")
     model_class = class_of(model)

@@ -141,7 +141,7 @@ def _typed(
         kind = hints[key]
         try:
             if isinstance(value, str) and _allows(kind, dict):
-                value = _json_if_it_looks_so(value)
+                value = json_if_it_looks_so(value)
             if isinstance(value, bool) and not _allows(kind, bool):  # pydantic would read true as 1
                 raise ConfigError("input should not be true or false")
             typed[key] = TypeAdapter(kind).validate_python(value)
@@ -171,7 +171,9 @@ def _allows(kind: Any, wanted: type) -> bool:
     return wanted in (kind, typing.get_origin(kind))
 
 
-def _json_if_it_looks_so(value: str) -> Any:
+def json_if_it_looks_so(value: str) -> Any:
+    """Return the mapping that a word spells in JSON, another word as it is; ConfigError for what is no JSON."""
+    """Return the mapping that a word of the command line spells in JSON, any other word as it is; ConfigError for bad JSON."""
     if not value.lstrip().startswith("{"):
         return value
     try:

@@ -25,7 +25,7 @@ from rich.table import Table
 from hfcustom.data.checks import check_kind
 from hfcustom.data.findings import SHOWN, Finding
 from hfcustom.data.scan import EVAL, TRAIN, Place, RowFacts, RowReader, ScanOptions, ScanState, run_chunks
-from hfcustom.data.sources import Examples, load_rows
+from hfcustom.data.sources import Examples
 from hfcustom.data.turns import RowError
 from hfcustom.naming import printable
 
@@ -38,7 +38,7 @@ def run_preflight(options: argparse.Namespace) -> int:
     """Check rows as `hfcustom preflight` was asked to; return its exit code."""
     try:
         return _preflight(options)
-    except (FileNotFoundError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError) as error:
         print(f"hfcustom preflight: {error}", file=sys.stderr)
         return EXIT_USAGE
 
@@ -46,9 +46,7 @@ def run_preflight(options: argparse.Namespace) -> int:
 def _preflight(options: argparse.Namespace) -> int:
     _check(options)
     scanned = _scan_options(options)
-    sets = {TRAIN: load_rows(options.data, options.split)}
-    if options.eval_data is not None:
-        sets[EVAL] = load_rows(options.eval_data, options.eval_split)
+    sets = scanned.load_sets()
     state = _open_state(options, scanned, sets)
     done = False
     try:
@@ -122,6 +120,9 @@ def _scan_options(options: argparse.Namespace) -> ScanOptions:
         "min_pixels",
         "train_on",
         "captions",
+        "max_frames",
+        "frame_method",
+        "video_as_images",
     )
     given = {name: vars(options)[name] for name in names}
     return ScanOptions(**given, allowed_tokens=tuple(options.allowed_tokens))
@@ -382,14 +383,19 @@ def _print(summary: dict[str, Any]) -> None:
         for name, found in summary["numbers"].items()
     ]
     out.print(_table(("", "total", "median", "95 %", "most"), spread))
-    batch = summary["costliest_batch"]
+    out.print(_costliest_line(summary["costliest_batch"]))
+    out.print(f"Every finding is in {summary['output']}.")
+
+
+def _costliest_line(batch: dict[str, Any]) -> str:
+    if not batch["rows"]:
+        return "There is no batch of usable rows."
     size = "tokens" if "tokens" in batch else "characters"
     tiles = f" as {batch['tiles']} tiles" if batch["tiles"] is not None else ""
-    out.print(
+    return (
         f"costliest batch of {len(batch['rows'])}: {batch[f'padded_{size}']:,} {size} with padding, {batch['images']} images"
         f"{tiles}; {printable(_few(batch['rows']))}"
     )
-    out.print(f"Every finding is in {summary['output']}.")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:

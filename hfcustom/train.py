@@ -7,11 +7,12 @@ loss is divided by its count over all of them, so that the cut changes neither l
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -196,7 +197,9 @@ def _checked(model: nn.Module, config: TrainConfig, evaluate: Evaluate | None) -
     if (evaluate is None) != (config.eval_steps is None):
         raise ValueError(f"eval_steps={config.eval_steps} and evaluate={evaluate} have an effect only together.")
     check_caches(model, config)
-    return replace(config, precision=choose_precision(model, config))
+    chosen = copy.copy(config)  # replace() would forget where its options came from
+    chosen.precision = choose_precision(model, config)
+    return chosen
 
 
 def train_step(

@@ -102,9 +102,12 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+from accelerate.utils import set_seed
+
 import hfcustom
 from hfcustom import console
 from hfcustom.data.feed import first_example
+from hfcustom.data.messages import split_answer
 from hfcustom.data.steps import EXIT_BAD_ROWS, TooManyBadRows
 from hfcustom.families import class_of
 from hfcustom.losses import import_losses
@@ -175,6 +178,9 @@ def main(config: FinetuneConfig) -> None:
     if config.eval_data:
         held_out = hfcustom.load_rows(config.eval_data, config.eval_split, **videos)
         held_out = [held_out[at] for at in range(min(config.eval_rows, len(held_out)))]
+        for example in held_out:
+            split_answer(example)  # a row that cannot be scored is an error here, not after the training
+    set_seed(config.seed)  # of new modules and LoRA matrices
     model, processor = load_model(config)
     model = choose_what_trains(model, config)
 

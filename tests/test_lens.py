@@ -142,6 +142,24 @@ def lens(*arguments: str) -> int:
     return cli.main(["lens", *arguments])
 
 
+def test_rows_are_read_as_the_options_of_training_say(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture().save("clip.gif", save_all=True, append_images=[picture(seed) for seed in range(1, 5)])
+    content = [{"type": "video"}, {"type": "text", "text": "What? <end_of_turn>"}]
+    row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A cat."}]}
+    Path("videos.jsonl").write_text(json.dumps(row | {"videos": ["clip.gif"]}) + "\n")
+    mixture = '{"videos.jsonl": 0.5, "rows.jsonl": 0.5}'
+    options = ["--train-on", "all", "--video-as-images", "--max-frames", "3", "--allowed-tokens", "<end_of_turn>"]
+    assert (
+        lens(mixture, "--family", "gemma3", "--json", *options) == 0
+    )  # whose published settings lack a chat template
+    (view,) = json.loads(capsys.readouterr().out)
+    assert {token["image"] for token in view["tokens"] if token["kind"] == "image"} == {0, 1, 2}
+    assert {token["role"] for token in view["tokens"] if token["label"] is not None} == {"user", "assistant"}
+    assert sum(token["text"] == "<end_of_turn>" for token in view["tokens"]) == 3  # one of them typed
+    assert lens("rows.jsonl", "--family", "nano", "--collate", "lens_collators.py:none", "--train-on", "all") == 2
+    assert "have no effect with --collate" in capsys.readouterr().err
+
+
 def test_a_row_is_shown_with_its_totals(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lens("rows.jsonl", "--family", "internvl", "--row", "0", "1") == 0
     shown = capsys.readouterr().out

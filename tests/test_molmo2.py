@@ -12,6 +12,7 @@ from conversations import with_markers
 
 from hfcustom.connectors import AveragePool
 from hfcustom.families import missing_packages
+from hfcustom.families.molmo2 import POOLED
 
 pytestmark = pytest.mark.skipif(bool(missing_packages("molmo2")), reason="works with torchvision only")
 
@@ -75,3 +76,11 @@ def test_crops_of_an_image_are_reduced_together(molmo2: Family) -> None:
 def test_no_label_is_beyond_the_head(molmo2: Family) -> None:
     batch = molmo2.batch([2, 0, 1])
     assert int(batch["input_ids"].max()) >= molmo2.model().lm_head.out_features > int(batch["labels"].max())
+
+
+def test_images_beside_videos_are_refused_with_the_cure(molmo2: Family) -> None:
+    with pytest.raises(ValueError, match="images or videos in one micro-batch, not both: set video_as_images=True"):
+        molmo2.processor(text=["<|image|>", "<|video|>"], images=[[picture()]], videos=[[picture(), picture()]])
+    kinds = [{name: torch.zeros(1, 4, 3), pooled: torch.zeros(2, 4).long()} for name, pooled in POOLED.items()]
+    with pytest.raises(ValueError, match="without packing where no row has both"):
+        molmo2.model_class.merge_images(kinds)

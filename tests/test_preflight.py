@@ -239,6 +239,23 @@ def test_with_a_processor_tokens_tiles_and_the_costliest_batch_are_known(
     assert [code for _, _, code in findings() if "duplicate" not in code] == ["control_token", "too_long"]
 
 
+def test_mixtures_and_videos_are_read_as_training_is_told_to(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frames = [picture(seed) for seed in range(4)]
+    frames[0].save("clip.gif", save_all=True, append_images=frames[1:])
+    rows = good_rows(2)
+    rows[1] = {
+        "messages": [{"role": "user", "content": [{"type": "video"}]}, rows[1]["messages"][1]],
+        "videos": ["clip.gif"],
+    }
+    write(folder / "more.jsonl", rows)
+    mixture = '{"rows.jsonl": 0.5, "more.jsonl": 0.5}'
+    code, summary = preflight(capsys, mixture, "--family", "nano")
+    assert code == 4 and summary["rows"]["bad"] == 1 and "videos" in summary["reasons"][0]["example"]
+    code, summary = preflight(capsys, mixture, "--family", "nano", "--video-as-images", "--max-frames", "3")
+    assert (code, summary["rows"]["bad"], summary["rows"]["train"]) == (0, 0, 72)
+    assert preflight(capsys, '{"rows.jsonl": ', "--family", "nano")[0] == 2
+
+
 def test_rows_of_an_image_and_its_text_are_read_as_an_encoder_does(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,8 +14,10 @@ import pytest
 import torch
 from conftest import RECIPES, ROOT, Family, chat_row
 from kinds import family_of_each_kind  # noqa: F401
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from hfcustom.data.turns import RowError
 from hfcustom.options import ConfigError, read
 from hfcustom.parts import find_parts
 
@@ -180,6 +182,7 @@ MISTAKES = {
     "custom form": (["--custom", "MyModel"], "'MyModel' is not of the form path/to/file.py:Name"),
     "custom file": (["--custom", "nowhere.py:MyModel"], "there is no file .*nowhere.py"),
     "vision lr": (["--freeze", "vision", "--vision-lr", "1e-5"], "vision_lr=1e-05 has no effect"),
+    "epochs of a stream": (["--streaming", "--epochs", "2"], "epochs=2.0 has no effect on a stream"),
     "occupied": (["--batch-size", "3", "--micro-batch-size", "2"], "batch_size=3 rows cannot be shared"),
 }
 
@@ -219,3 +222,21 @@ def test_a_checkpoint_of_no_family_is_named(tmp_path: Path, internvl: Family) ->
     (folder / "stock" / "config.json").write_text(json.dumps({**config, "model_type": "intern_vll"}))
     with pytest.raises(ValueError, match="Unknown model_type 'intern_vll'. Did you mean 'internvl'"):
         finetune(folder)
+
+
+def test_the_seed_is_that_of_new_weights_too(internvl: Family, tmp_path: Path) -> None:
+    folder = stock_checkpoint(internvl, tmp_path)
+    first, again, other = (
+        load_file(finetune(folder, "--lora", "--overwrite", "--seed", seed) / "model/adapter_model.safetensors")
+        for seed in ("0", "0", "1")
+    )
+    assert all(torch.equal(weight, again[name]) for name, weight in first.items())
+    assert not any(torch.equal(weight, other[name]) for name, weight in first.items())
+
+
+def test_rows_that_cannot_be_scored_are_refused_before_training(internvl: Family, tmp_path: Path) -> None:
+    folder = stock_checkpoint(internvl, tmp_path)
+    (folder / "judged.jsonl").write_text('{"prompt": "Is it?", "completion": "No.", "label": false}')
+    with pytest.raises(RowError, match="label is False"):
+        finetune(folder, "--eval-data", str(folder / "judged.jsonl"))
+    assert not (folder / "out").exists()

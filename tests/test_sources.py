@@ -170,13 +170,17 @@ FOLDERS = [saved_dataset, saved_splits, parquet_files, jsonl_files, image_folder
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("make", FOLDERS)
-def test_a_folder_gives_the_same_rows_however_it_was_written(make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_folder_gives_the_same_rows_however_it_was_written(
+    make: Any, relative: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     split, name = make(tmp_path / "digits")
     single = make is saved_dataset
     if single:
         with pytest.raises(ValueError, match=r"digits has no splits, so split='train' has no effect; leave it out"):
             load_rows(str(tmp_path / "digits"), "train")
-    rows = load_rows(str(tmp_path / "digits"), None if single else split)
+    rows = load_rows("digits" if relative else str(tmp_path / "digits"), None if single else split)
     assert [row.name for row in rows] == [name.format(at, at + 1) for at in (0, 1)]
     assert [answer_of(row) for row in rows] == ["Number 0.", "Number 1."]
     assert [image.tobytes() for image in rows[0].images] == [picture(3).tobytes()]

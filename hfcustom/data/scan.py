@@ -26,6 +26,8 @@ from hfcustom.data.findings import Finding
 from hfcustom.data.messages import Example
 from hfcustom.data.sources import Examples, load_rows
 from hfcustom.data.turns import RowError, without_weights
+from hfcustom.data.video_frames import VIDEO_DEFAULTS
+from hfcustom.options import json_if_it_looks_so
 
 CHUNK = 32  # rows that are handed to a process, and written, at once
 TRAIN, EVAL = "train", "eval"
@@ -47,6 +49,21 @@ class ScanOptions:
     train_on: str = "assistant"
     allowed_tokens: tuple[str, ...] = ()
     captions: bool = False  # rows of an image and its text, for a contrastive encoder
+    max_frames: int = VIDEO_DEFAULTS.max_frames
+    frame_method: str = VIDEO_DEFAULTS.method
+    video_as_images: bool = False
+
+    def load_sets(self) -> dict[str, Examples]:
+        """Return the rows to train on and, where there are some, those held out; errors as `load_rows`."""
+        videos: dict[str, Any] = {
+            "max_frames": self.max_frames,
+            "frame_method": self.frame_method,
+            "video_as_images": self.video_as_images,
+        }
+        sets = {TRAIN: load_rows(json_if_it_looks_so(self.data), self.split, **videos)}
+        if self.eval_data is not None:
+            sets[EVAL] = load_rows(self.eval_data, self.eval_split, **videos)
+        return sets
 
 
 @dataclass
@@ -72,9 +89,7 @@ class RowReader:
     """Read rows of the sets as training does, each image once, and note what they are; `collate` is None without a model."""
 
     def __init__(self, options: ScanOptions) -> None:
-        self.sets = {TRAIN: load_rows(options.data, options.split)}
-        if options.eval_data is not None:
-            self.sets[EVAL] = load_rows(options.eval_data, options.eval_split)
+        self.sets = options.load_sets()
         self.collate = None
         self.check: Callable[[Example], object] = partial(
             check_row, train_on=options.train_on, min_pixels=options.min_pixels

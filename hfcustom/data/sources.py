@@ -7,6 +7,7 @@ without a length in hfcustom/data/streams.py, several sources with weights in hf
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -162,7 +163,7 @@ def find_files(source: str, split: str | None) -> list[RowFile] | None:
         )
     if not path.is_dir() or (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return None
-    return files_of_folder(path, split)
+    return files_of_folder(Path(os.path.abspath(path)), split)  # `datasets` gives absolute paths of its files
 
 
 def no_split(source: str, split: str | None) -> None:

@@ -92,7 +92,9 @@ def view_row(
 
     Raises RowError for a row that cannot be used, ValueError for a collator that returns no input_ids or labels.
     """
-    batch = (collate or Collator(processor, columns=(TOKEN_WEIGHTS,)))([example])
+    collate = collate or Collator(processor, columns=(TOKEN_WEIGHTS,))
+    control = collate.control if isinstance(collate, Collator) else ControlTokens(processor)
+    batch = collate([example])
     for name in ("input_ids", "labels"):
         if name not in batch:
             raise ValueError(f"The collator returned {', '.join(batch) or 'nothing'}, but no {name}.")
@@ -102,7 +104,11 @@ def view_row(
             f"The collator made {len(batch['input_ids'])} rows of one; give one that keeps rows apart, without packing."
         )
     positions = _positions(batch) if place is None else place(batch)  # (1 or 3, B, T)
-    return [_view(processor, answer, batch, at, positions[:, at]) for at, answer in enumerate(answers)]
+    meanings = [_meaning(processor, control, answer) for answer in answers]
+    return [
+        _view(processor, answer, meaning, batch, at, positions[:, at])
+        for at, (answer, meaning) in enumerate(zip(answers, meanings, strict=True))
+    ]
 
 
 @dataclass
@@ -118,8 +124,14 @@ class _Meaning:
     marks: frozenset[int]
 
 
-def _view(processor: Any, example: Example, batch: Mapping[str, torch.Tensor], at: int, places: torch.Tensor) -> View:
-    meaning = _meaning(processor, example)
+def _view(
+    processor: Any,
+    example: Example,
+    meaning: _Meaning,
+    batch: Mapping[str, torch.Tensor],
+    at: int,
+    places: torch.Tensor,
+) -> View:
     ids, labels = batch["input_ids"][at].tolist(), batch["labels"][at].tolist()
     mask = batch["attention_mask"][at].tolist() if "attention_mask" in batch else [1] * len(ids)
     weights = batch[TOKEN_WEIGHTS][at].tolist() if TOKEN_WEIGHTS in batch else [1.0] * len(ids)
@@ -155,8 +167,7 @@ def _view(processor: Any, example: Example, batch: Mapping[str, torch.Tensor], a
     return view
 
 
-def _meaning(processor: Any, example: Example) -> _Meaning:
-    control = ControlTokens(processor)
+def _meaning(processor: Any, control: ControlTokens, example: Example) -> _Meaning:
     reader, (shielded,) = control.shield(processor, [example])
     plain = [
         {"role": turn["role"], "content": [_bare(block) for block in turn["content"]]} for turn in shielded.messages
