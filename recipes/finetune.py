@@ -107,8 +107,8 @@ from accelerate.utils import set_seed
 import hfcustom
 from hfcustom import console
 from hfcustom.data.feed import first_example
-from hfcustom.data.messages import split_answer
-from hfcustom.data.steps import EXIT_BAD_ROWS, TooManyBadRows
+from hfcustom.data.messages import RowError, split_answer
+from hfcustom.data.steps import EXIT_BAD_ROWS
 from hfcustom.families import class_of
 from hfcustom.losses import import_losses
 from hfcustom.naming import load_object
@@ -192,7 +192,7 @@ def main(config: FinetuneConfig) -> None:
     try:
         console.show_start(model, processor, first_example(rows, config), config)
         result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
-    except TooManyBadRows as error:
+    except RowError as error:  # it names the row, where and the cure
         console.out.print(f"finetune.py: {error}")
         raise SystemExit(EXIT_BAD_ROWS) from error
     result.exit_if_interrupted()

@@ -74,7 +74,8 @@ import hfcustom
 from hfcustom import console
 from hfcustom.data.digits import digit_captions
 from hfcustom.data.feed import first_example
-from hfcustom.data.steps import EXIT_BAD_ROWS, TooManyBadRows
+from hfcustom.data.messages import RowError
+from hfcustom.data.steps import EXIT_BAD_ROWS
 from hfcustom.encoders import class_of, clip
 from hfcustom.naming import load_object
 from hfcustom.train import process_state
@@ -132,7 +133,7 @@ def main(config: FinetuneEncoderConfig) -> dict[str, float]:
     try:
         console.show_start(model, processor, first_example(rows, config), config)
         result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
-    except TooManyBadRows as error:
+    except RowError as error:  # it names the row, where and the cure
         console.out.print(f"finetune_encoder.py: {error}")
         raise SystemExit(EXIT_BAD_ROWS) from error
     result.exit_if_interrupted()

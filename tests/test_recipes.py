@@ -240,3 +240,15 @@ def test_rows_that_cannot_be_scored_are_refused_before_training(internvl: Family
     with pytest.raises(RowError, match="label is False"):
         finetune(folder, "--eval-data", str(folder / "judged.jsonl"))
     assert not (folder / "out").exists()
+
+
+def test_a_bad_row_ends_with_its_name_and_a_code_of_its_own(
+    internvl: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stock_checkpoint(internvl, tmp_path)
+    with (folder / "rows.jsonl").open("a") as file:
+        file.write('\n{"messages": [{"role": "user", "content": "no answer"}]}')
+    with pytest.raises(SystemExit, match="4"):
+        finetune(folder, "--max-steps", "3")
+    assert "finetune.py: rows.jsonl, line 5: no assistant turn" in capsys.readouterr().out
+    finetune(folder, "--on-bad-row", "skip", "--max-bad-share", "0.5")
