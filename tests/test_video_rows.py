@@ -14,9 +14,11 @@ from transformers.utils import is_torchvision_available
 
 from hfcustom.data.collate import Collator
 from hfcustom.data.messages import RowError, read_row
+from hfcustom.data.packing import pack_rows
 from hfcustom.data.video_frames import VideoOptions
 from hfcustom.families import family_names, load_family
 from hfcustom.losses import IGNORE
+from hfcustom.packed import why_not_packed
 from hfcustom.registry import REGISTERED
 
 FRAMES = [picture(seed, (56, 56)) for seed in range(8)]
@@ -155,6 +157,21 @@ def test_a_video_reaches_the_model_and_carries_no_label(name: str, families: dic
             Collator(processor)(short)
     else:
         assert model(**Collator(processor)(short)).logits.isfinite().all()
+
+
+@pytest.mark.skipif(not is_torchvision_available(), reason="videos need torchvision")
+@pytest.mark.parametrize("name", [name for name in family_names() if reads_videos(name)])
+def test_packed_rows_with_videos_equal_separate_ones(name: str, families: dict[str, Family]) -> None:
+    family = families[name]
+    model, collate = family.model(), Collator(with_videos(family))
+    rows = [row(FRAMES), row(answer="A dog."), row(FRAMES[::-1], answer="A hen.")]
+    singles = [collate([read_row(each, f"row {at}")]) for at, each in enumerate(rows)]
+    if reason := why_not_packed(model):
+        pytest.skip(f"not packed: {reason}")
+    with torch.no_grad():
+        separate = torch.cat([model(**single, return_logits=True).logits[0] for single in singles])  # (T, V)
+        packed = model(**pack_rows(singles, type(model).merge_images), return_logits=True).logits[0]
+    torch.testing.assert_close(packed, separate, rtol=1e-5, atol=2e-6)
 
 
 def test_a_family_without_videos_and_a_template_without_them_say_what_to_do(families: dict[str, Family]) -> None:
