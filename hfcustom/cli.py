@@ -27,6 +27,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     add("--max-frames", type=int, default=8, help="frames of a video that are seen (default: 8)")
     add("--frame-method", default="uniform", help="which frames those are (default: uniform)")
     add("--video-as-images", action="store_true", help="give the frames of a video to the model as images")
+    add("--image-root", metavar="DIR", help="where the images are, if not below the folder of the rows")
     add("--train-on", choices=("assistant", "last", "all"), default="assistant", help="as in training")
     add("--allowed-tokens", nargs="+", default=[], metavar="TOKEN", help="as in training")
 

@@ -111,6 +111,7 @@ def _rows(options: argparse.Namespace) -> Callable[[int], Example]:
         max_frames=options.max_frames,
         frame_method=options.frame_method,
         video_as_images=options.video_as_images,
+        image_root=options.image_root,
     )
 
     def read(row: int) -> Example:

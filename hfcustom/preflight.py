@@ -123,6 +123,7 @@ def _scan_options(options: argparse.Namespace) -> ScanOptions:
         "max_frames",
         "frame_method",
         "video_as_images",
+        "image_root",
     )
     given = {name: vars(options)[name] for name in names}
     return ScanOptions(**given, allowed_tokens=tuple(options.allowed_tokens))

@@ -33,6 +33,7 @@ class FinetuneConfig(TrainConfig):
     shuffle_buffer: Annotated[int, "rows of a stream that are shuffled among each other, with the order of shards"] = 0
     max_frames: Annotated[int, "frames of a video that are seen"] = 8
     frame_method: Annotated[str, "which frames those are, a method of `hfcustom frames`"] = "uniform"
+    image_root: Annotated[str | None, "folder below which images are read; by default that of the rows"] = None
     video_as_images: Annotated[bool, "give the frames of a video to the model as images"] = False
     eval_data: Annotated[str | None, "held-out rows, answered by generation every eval_steps and at the end"] = None
     eval_split: Annotated[str | None, "split of the held-out rows where there are several; by default train"] = None
@@ -170,7 +171,7 @@ def choose_what_trains(model: Any, config: FinetuneConfig) -> Any:
 def main(config: FinetuneConfig) -> None:
     console.out.quiet = not process_state().is_main_process  # every fact is printed once, not once a rank
     videos: dict[str, Any] = {
-        name: getattr(config, name) for name in ("max_frames", "frame_method", "video_as_images")
+        name: getattr(config, name) for name in ("max_frames", "frame_method", "video_as_images", "image_root")
     }
     streams = {"streaming": config.streaming, "shuffle_buffer": config.shuffle_buffer}
     rows = hfcustom.load_rows(config.data, config.split, **streams, **videos)

@@ -29,6 +29,7 @@ class FinetuneEncoderConfig(TrainConfig):
     model: Annotated[str, "folder or hub id of the checkpoint; by default a small CLIP from nothing"] = ""
     data: Annotated[str, "rows of an image and its text; by default scanned digits"] = ""
     split: Annotated[str | None, "split of the rows where there are several; by default train"] = None
+    image_root: Annotated[str | None, "folder below which images are read; by default that of the rows"] = None
     eval_data: Annotated[str | None, "held-out rows, retrieved every eval_steps and at the end"] = None
     eval_split: Annotated[str | None, "split of the held-out rows where there are several; by default train"] = None
     eval_rows: Annotated[int, "held-out rows to retrieve among"] = 1000
@@ -116,8 +117,12 @@ def load_data(config: FinetuneEncoderConfig) -> tuple[Any, Any]:
     """Return rows to train on, and held-out rows or None."""
     if not config.data:
         return digit_captions(TRAIN_ROWS), digit_captions(config.eval_rows, "held_out")
-    held_out = config.eval_data and hfcustom.load_rows(config.eval_data, config.eval_split)
-    return hfcustom.load_rows(config.data, config.split), held_out and held_out[: config.eval_rows]
+    held_out = config.eval_data and hfcustom.load_rows(
+        config.eval_data, config.eval_split, image_root=config.image_root
+    )
+    return hfcustom.load_rows(config.data, config.split, image_root=config.image_root), held_out and held_out[
+        : config.eval_rows
+    ]
 
 
 def main(config: FinetuneEncoderConfig) -> dict[str, float]:

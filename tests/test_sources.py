@@ -13,8 +13,10 @@ import pytest
 from conftest import picture
 from source_files import TEXT_ROW, answer_of, encode, write_jsonl
 
+from hfcustom.data.feed import first_example
 from hfcustom.data.messages import RowError
 from hfcustom.data.sources import Examples, load_rows
+from hfcustom.train_config import TrainConfig
 
 BLOCK = {"type": datasets.Value("string"), "text": datasets.Value("string")}
 FEATURES = datasets.Features(
@@ -316,3 +318,28 @@ def test_examples_of_a_list_and_of_a_dataset(as_dataset: bool) -> None:
     assert rows[0].images[0].tobytes() == picture(1).tobytes()
     again = Examples(rows)
     assert again[1] == rows[1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_images_may_lie_below_another_folder_if_it_is_named(tmp_path: Path, streaming: bool, mixed: bool) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "coco").mkdir()
+    picture(3).save(tmp_path / "coco" / "a.png")
+    picture(4).save(tmp_path / "b.png")
+    rows = [
+        {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "Yes."}], "image": name}
+        for name in ("a.png", "../b.png")
+    ]
+    file = tmp_path / "rows" / "llava.json"
+    file.write_text(json.dumps(rows))
+    source = {str(file): 1.0} if mixed else str(file)
+    found = load_rows(source, image_root=tmp_path / "coco", streaming=streaming)
+    assert first_example(found, TrainConfig()).images[0].tobytes() == picture(3).tobytes()
+    with pytest.raises(RowError, match="'a.png' is no file below .*rows"):
+        first_example(load_rows(source, streaming=streaming), TrainConfig())
+    if not streaming:
+        with pytest.raises(RowError, match="'../b.png' lies outside .*coco.*image_root"):
+            found[1]
+    with pytest.raises(FileNotFoundError, match="image_root='.*nowhere' is no folder"):
+        load_rows(source, image_root=tmp_path / "nowhere")

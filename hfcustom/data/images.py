@@ -94,10 +94,14 @@ def resolve_path(source: str, root: Path | None) -> Path:
         ) from error
     if not path.is_relative_to(root):
         raise ImageError(
-            f"Image {source!r:.200} lies outside {root}, the folder of its data set; move it below.", "outside"
+            f"Image {source!r:.200} lies outside {root}, the folder of its data set; move it below, or name the folder of the "
+            "images as image_root.",
+            "outside",
         )
     if not is_file:
-        raise FileNotFoundError(f"Image {source!r:.200} is no file below {root}.")
+        raise FileNotFoundError(
+            f"Image {source!r:.200} is no file below {root}; the folder of the images can be named as image_root."
+        )
     return path
 
 

@@ -52,6 +52,7 @@ class ScanOptions:
     max_frames: int = VIDEO_DEFAULTS.max_frames
     frame_method: str = VIDEO_DEFAULTS.method
     video_as_images: bool = False
+    image_root: str | None = None
 
     def load_sets(self) -> dict[str, Examples]:
         """Return the rows to train on and, where there are some, those held out; errors as `load_rows`."""
@@ -59,6 +60,7 @@ class ScanOptions:
             "max_frames": self.max_frames,
             "frame_method": self.frame_method,
             "video_as_images": self.video_as_images,
+            "image_root": self.image_root,
         }
         sets = {TRAIN: load_rows(json_if_it_looks_so(self.data), self.split, **videos)}
         if self.eval_data is not None:

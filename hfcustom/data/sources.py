@@ -110,18 +110,20 @@ def load_rows(
     max_frames: int = VIDEO_DEFAULTS.max_frames,
     frame_method: str = VIDEO_DEFAULTS.method,
     video_as_images: bool = False,
+    image_root: str | Path | None = None,
 ) -> Any:
     """Return the rows of a file, a folder, a data set's name on the hub, or a mixture {source: weight} of them.
 
     A file is .jsonl, .json with one list, .csv, .parquet or .tar (WebDataset); a folder holds such files, or images with
     metadata, or is what `datasets` saved or can read. `split` is for sources that have several, "train" where none is given.
-    Image paths are read below the file's (or folder's) own folder only. With `streaming` rows come in the order of the files,
+    Image paths are read below the file's (or folder's) own folder only, or below `image_root` where that is given. With `streaming` rows come in the order of the files,
     shuffled within `shuffle_buffer` of them, and nothing is read ahead of need; fit() then wants max_steps. Of a video
     `max_frames` frames are seen, chosen by `frame_method` (`hfcustom frames`), as images if `video_as_images`. Raises FileNotFoundError for a path that does not exist and
     ValueError for an unknown split, a split of a source that has none, or a source without rows.
     """
     from hfcustom.data import mixtures, streams
 
+    root = None if image_root is None else check_root(image_root)
     video = VideoOptions(max_frames, frame_method, video_as_images)
     if shuffle_buffer < 0 or (shuffle_buffer and not streaming):
         raise ValueError(
@@ -132,12 +134,31 @@ def load_rows(
         names = mixtures.short_names(weights)
         weights = {names[each]: weight for each, weight in weights.items()}
         if streaming:
-            parts = {name: streams.open_stream(each, split, shuffle_buffer, video) for each, name in names.items()}
+            parts = {
+                name: look_below(root, streams.open_stream(each, split, shuffle_buffer, video))
+                for each, name in names.items()
+            }
             return streams.StreamMixture(parts, weights)
-        return mixtures.Mixture({name: load_source(each, split, video) for each, name in names.items()}, weights)
+        sources = {name: look_below(root, load_source(each, split, video)) for each, name in names.items()}
+        return mixtures.Mixture(sources, weights)
     if streaming:
-        return streams.open_stream(str(source), split, shuffle_buffer, video)
-    return load_source(str(source), split, video)
+        return look_below(root, streams.open_stream(str(source), split, shuffle_buffer, video))
+    return look_below(root, load_source(str(source), split, video))
+
+
+def check_root(image_root: str | Path) -> Path:
+    """Return the folder below which images are read; FileNotFoundError where there is none."""
+    root = Path(image_root).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"image_root={str(image_root)!r} is no folder; give the one that holds the images.")
+    return root
+
+
+def look_below(root: Path | None, rows: Any) -> Any:
+    """Have the images and videos of rows read below another folder than their own; None leaves it at that."""
+    if root is not None:
+        rows.root = root
+    return rows
 
 
 def load_source(source: str, split: str | None, video: VideoOptions) -> Examples:
