@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import pickle
 from pathlib import Path
@@ -177,8 +178,8 @@ def test_a_processor_that_makes_numbers_of_bytes_gets_floats(internvl: Family, t
             features["pixel_values"] = [torch.as_tensor(crop).float() * 2 for crop in features["pixel_values"]]
             return features
 
-    stock = internvl.processor
-    processor = Scales(stock.image_processor, stock.tokenizer, image_seq_length=4, chat_template=stock.chat_template)
+    processor = copy.copy(internvl.processor)
+    processor.__class__ = Scales
     caches = Caches(ImageCache(ShardStore(tmp_path, "images", 1e12)))
     found = Collator(processor, caches=caches)([chat_row(1)])
     assert found.levels is None and caches.images is not None and not caches.images.gives_levels
