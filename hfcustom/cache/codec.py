@@ -164,6 +164,9 @@ def table_of(found: Any) -> int | None:
     if found["is"] == "array":
         pictures = found["form"] == "levels" and found["view"] == "pictures"
         return int(found["table"]) if pictures else None
+    if found["is"] in ("list", "tuple"):
+        tables = {table_of(item) for item in found["of"]}
+        return tables.pop() if len(tables) == 1 else None
     return table_of(found["of"]) if found["is"] in ("tensor", "stack") else None
 
 
