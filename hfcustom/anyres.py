@@ -108,7 +108,9 @@ class AnyresProcessor(ConnectedProcessor):
 
     def base_tokens(self, image_inputs: dict[str, Any]) -> int:
         """Return the tokens of a base view before the connector."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say how many tokens a base view has: define base_tokens()."
+        )
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """Return the placeholders of an image: stock's count, with the base view as the connector reduces it."""

@@ -45,11 +45,13 @@ class CustomModel(PreTrainedModel):
     @staticmethod
     def check_loss(spec: Any) -> None:
         """Raise ValueError for a loss that is not known."""
-        raise NotImplementedError
+        raise NotImplementedError("CustomVLM and CustomDualEncoder know their own losses; inherit one of them.")
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Return (module path, hook registrar, method, options) for each seam that hangs on a module."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} names no borders for seams; inherit CustomVLM or CustomDualEncoder."
+        )
 
     def seam_methods(self) -> list[tuple[str, str, str]]:
         """Return (module path, its method, the method called instead) for seams that lie inside no part's border."""

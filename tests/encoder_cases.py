@@ -89,3 +89,12 @@ def naive_loss(name: str, images: torch.Tensor, texts: torch.Tensor, scale: Any,
             for j, logit in enumerate(logits):
                 total = total + torch.log1p(torch.exp(-logit if i == j else logit))
     return total / len(images)
+
+
+def step(model: Any, batch: dict[str, torch.Tensor], **options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Run forward and backward in training mode; return the outputs and every gradient."""
+    model.train()
+    outputs = model(**batch, return_loss=True, **options)
+    outputs.loss.backward()
+    model.eval()
+    return outputs, gradients(model)

@@ -65,7 +65,7 @@ class Clip:
 
     def read(self, step: int = 1) -> Iterator[Image.Image]:
         """Yield every `step`-th frame, from the first, as an upright RGB picture."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say how its frames are read: define read().")
 
     def own_times(self) -> np.ndarray | None:
         """Return the seconds that the source itself states, (F,); None where it states none."""
