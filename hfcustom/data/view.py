@@ -191,14 +191,13 @@ def _meaning(processor: Any, control: ControlTokens, example: Example) -> _Meani
     if not written and len(alone) == len(example.images):  # one token a picture, which nothing was written for
         images = [alone.index(at) if at in alone else None for at in range(len(ids))]
     vocabulary = processor.tokenizer.get_vocab()
-    known = {name: frozenset(vocabulary[t] for t in tokens if t in vocabulary) for name, tokens in _names(control)}
     placeholders = frozenset([written.most_common(1)[0][0]] if written else set(processor.image_token_ids) - {None})
     videos = frozenset(set(processor.video_token_ids) - {None})
-    return _Meaning(ids, _fill(roles), images, placeholders, videos, known["control"], known["marks"])
-
-
-def _names(control: ControlTokens) -> list[tuple[str, set[str]]]:
-    return [("control", control.tokens), ("marks", control.marks)]
+    known, marks = (
+        frozenset(vocabulary[token] for token in tokens if token in vocabulary)
+        for tokens in (control.tokens, control.marks)
+    )
+    return _Meaning(ids, _fill(roles), images, placeholders, videos, known, marks)
 
 
 def _bare(block: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,7 +290,7 @@ def _share_crops(num_crops: int, placeholders: Sequence[int]) -> list[int]:
 
 def _deal(crops: list[Image.Image], shares: Sequence[int], num_images: int) -> list[list[Image.Image]]:
     if not shares:
-        return [crops] + [[] for _ in range(num_images - 1)] if num_images == 1 else [[] for _ in range(num_images)]
+        return [crops] if num_images == 1 else [[] for _ in range(num_images)]
     rest = iter(crops)
     return [[next(rest) for _ in range(share)] for share in shares]
 
