@@ -55,7 +55,9 @@ def _of_dpo(patient: Patient) -> str:
     """Take a step over pairs; the loss is trl's, so what is looked for is the class's forward."""
     import trl
 
-    options = _arguments(patient.folder / "dpo", trl.DPOConfig, **TRL_OPTIONS, max_length=None)
+    options = _arguments(
+        patient.folder / "dpo", trl.DPOConfig, **TRL_OPTIONS, max_length=None, router_aux_loss_coef=0.0
+    )
     calls: list[int] = []
     model = patient.variant(patient.model(), {"forward": _counted(patient, calls)}, loss="cross_entropy")
     trainer = _build_dpo(patient, model, options)
