@@ -1,0 +1,81 @@
+"""The batch that a plan is made for: the longest of the rows that were given, or one of so many tokens and image crops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+
+import hfcustom
+from hfcustom.costliest import costliest_batch, crops_of
+from hfcustom.data.collate import Batch
+from hfcustom.data.feed import first_example, usable_rows
+from hfcustom.data.packing import make_packer
+from hfcustom.data.sources import Examples
+from hfcustom.train import make_collator, split_batch
+
+FILLER = "seven red balloons "
+MOST_IMAGES = 64
+
+
+def planned_batch(core: Any, processor: Any, config: Any) -> Batch:
+    """Return the micro-batch of one GPU; ValueError for a shape that cannot be made, RowError for rows of no use."""
+    micro_batch_size, _ = split_batch(config, config.gpus)
+    if config.tokens is not None:
+        return shaped_batch(core, processor, config, micro_batch_size)
+    names = ("max_frames", "frame_method", "video_as_images", "image_root")
+    rows = hfcustom.load_rows(config.data, config.split, **{name: vars(config)[name] for name in names})
+    assert isinstance(rows, Examples)
+    collate = make_collator(core, processor, config, first_example(rows, config).columns)
+    return costliest_batch(
+        usable_rows(rows, config), collate, micro_batch_size, make_packer(core, config), config.scan_rows
+    )
+
+
+def shaped_batch(core: Any, processor: Any, config: Any, micro_batch_size: int) -> Batch:
+    """Return rows of exactly `config.tokens` tokens each, with the fewest images that make `config.crops` crops."""
+    if config.packing:
+        micro_batch_size = 1  # whose tokens are those of a pack
+    collate = make_collator(core, processor, config, {})
+    width, height = config.picture_size()
+    picture = Image.effect_noise((width, height), 64).convert("RGB")
+    images = next((n for n in range(MOST_IMAGES + 1) if _crops(collate, picture, n) >= config.crops), None)
+    if images is None:
+        raise ValueError(
+            f"crops={config.crops} would take more than {MOST_IMAGES} images of {config.image_size} a row; choose fewer crops, "
+            "or a larger image_size."
+        )
+    needed = _row(picture, images, 0)
+    shortest = collate([needed])["input_ids"].shape[1]
+    if shortest > config.tokens:
+        raise ValueError(
+            f"tokens={config.tokens}, but a row with {images} images of {config.image_size} takes {shortest} already; choose "
+            "more tokens, fewer crops, or a smaller image_size."
+        )
+    words = config.tokens - shortest  # of which each is at least a token
+    batch: Batch = collate([_row(picture, images, words)] * micro_batch_size)
+    length = batch["input_ids"].shape[1]
+    for name, tensor in batch.items():
+        if tensor.shape[:2] == (micro_batch_size, length):
+            batch[name] = tensor[:, : config.tokens].contiguous()
+    return batch
+
+
+def _crops(collate: Any, picture: Image.Image, images: int) -> int:
+    return crops_of(collate([_row(picture, images, 0)]))
+
+
+def _row(picture: Image.Image, images: int, words: int) -> dict[str, Any]:
+    """Return a row whose answer, which comes last, is long."""
+    content: list[dict[str, Any]] = [*[{"type": "image"}] * images, {"type": "text", "text": "What is this?"}]
+    answer = "It is" + FILLER * words
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "images": [picture] * images}
+
+
+def batch_tokens(batch: Batch) -> dict[str, int]:
+    """Return what a batch holds: rows, the tokens of each with padding, image crops, supervised tokens."""
+    rows, length = batch["input_ids"].shape[:2]
+    labels = batch.get("labels", torch.empty(0))
+    return {"rows": rows, "tokens": length, "crops": crops_of(batch), "supervised": int((labels >= 0).sum())}

@@ -1,0 +1,81 @@
+"""hfcustom plan: read the options, measure, try changes, and print one screen or JSON."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest import mock
+
+from hfcustom.options import ConfigError
+from hfcustom.plan.config import Recipe, read_plan
+
+EXIT_USAGE, EXIT_CONFIG = 2, 3
+
+
+def run_plan(argv: Sequence[str], description: str) -> int:
+    """Plan as the command line asks; return 0, 1 where the GPU that was named is too small, 2 or 3 for a mistake."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    try:
+        config, recipe = read_plan(argv, description)
+    except ConfigError as error:
+        print(f"hfcustom plan: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    with _on_cpu(), TemporaryDirectory(prefix="hfcustom-plan-") as folder:
+        try:
+            return _plan(config, recipe, Path(folder))
+        except (OSError, ImportError, ValueError, AttributeError) as error:
+            print(f"hfcustom plan: {error}", file=sys.stderr)
+            return EXIT_USAGE
+
+
+@contextmanager
+def _on_cpu() -> Iterator[None]:
+    """Leave this machine's GPUs, where there are some, to others; and training's start-up facts unsaid."""
+    from hfcustom.console import out
+
+    quiet, loggers = out.quiet, [logging.getLogger(name) for name in ("hfcustom", "bitsandbytes")]
+    levels = [logger.level for logger in loggers]
+    with mock.patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"}):
+        out.quiet = True
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            out.quiet = quiet
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _plan(config: Any, recipe: Recipe, folder: Path) -> int:
+    from hfcustom.plan.advice import advise
+    from hfcustom.plan.batches import planned_batch
+    from hfcustom.plan.measure import Measured, measure
+    from hfcustom.plan.published import settle_model
+    from hfcustom.plan.report import progress, show
+    from hfcustom.plan.sharding import check_sharding, share_of
+
+    model = settle_model(config, folder)
+    with progress(config.json) as tell:
+
+        def measured_with(changed: Any) -> Measured:
+            return measure(changed, recipe.build, planned_batch)
+
+        tell("the run as it is")
+        measured = measured_with(config)
+        check_sharding(measured, config.shard)
+        share = share_of(measured, config.gpus, config.shard)
+        memory = config.gpu_memory()
+        fits = None if memory is None else share.needed <= memory * 2**30
+        wanted = not fits if config.advice == "auto" else config.advice == "always"
+        advice = advise(config, measured, measured_with, tell) if wanted else []
+    show(config, model, measured, share, advice)
+    return 1 if fits is False else 0
