@@ -103,9 +103,7 @@ def test_what_the_backward_pass_never_reaches_is_an_error_at_the_first_step(inte
     model = internvl.model()
     hfcustom.freeze(model, "connector")
     model.model.multi_modal_projector = Dropped(model.model.multi_modal_projector)
-    with pytest.raises(
-        ValueError, match=r"The part 'new' .*\(2 tensors, .*spare.weight first.* but has no gradient"
-    ):
+    with pytest.raises(ValueError, match=r"The part 'new' .*\(2 tensors, .*spare.weight first.* but has no gradient"):
         train(model, internvl, tmp_path, uneven_rows(), max_steps=1)
 
 
