@@ -69,17 +69,8 @@ def lora(
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    if wrapped_by_peft(model):
-        raise ValueError("This model has an adapter already; merge it (merge_adapter), or train that one further.")
     part_map = find_parts(model)
-    parts = check_parts(parts, part_map.present())
-    if not parts:
-        raise ValueError(f"lora() names no part; this model has {', '.join(part_map.present())}.")
-    full = (*check_parts(train, part_map.present()), *(["new"] if "new" in part_map.present() else []))
-    if both := set(parts) & set(full):
-        raise ValueError(
-            f"{', '.join(sorted(both))} cannot have LoRA and be trained in full at once; name it in one place."
-        )
+    parts, full = _adapted_and_full(model, part_map, parts, train)
     if experts and dora:
         raise ValueError("dora=True and experts=True exclude each other in peft; choose one.")
     ranks = _by_part("rank", rank, parts)
@@ -87,15 +78,12 @@ def lora(
     targets = _linear_names(model, part_map, parts)
     stacked = _expert_names(model, part_map, parts) if experts else []
     saved = _modules_to_save(model, part_map, dict.fromkeys(full))
-    patterns = {
-        part: _pattern([name for name in (*targets, *stacked) if part_map.find(name) == part]) for part in parts[1:]
-    }
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM if unwrap(model).can_generate() else None,
         r=ranks[parts[0]],
         lora_alpha=alphas[parts[0]],
-        rank_pattern={patterns[part]: ranks[part] for part in parts[1:] if ranks[part] != ranks[parts[0]]},
-        alpha_pattern={patterns[part]: alphas[part] for part in parts[1:] if alphas[part] != alphas[parts[0]]},
+        rank_pattern=_other_parts(ranks, [*targets, *stacked], part_map),
+        alpha_pattern=_other_parts(alphas, [*targets, *stacked], part_map),
         use_rslora=rslora,
         use_dora=dora,
         lora_dropout=dropout,
@@ -111,9 +99,26 @@ def lora(
     return wrapped
 
 
+def _adapted_and_full(
+    model: Any, part_map: PartMap, parts: str | Iterable[str], train: str | Iterable[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return which parts get LoRA and which are trained in full beside them; ValueError where that cannot be."""
+    if wrapped_by_peft(model):
+        raise ValueError("This model has an adapter already; merge it (merge_adapter), or train that one further.")
+    parts = check_parts(parts, part_map.present())
+    if not parts:
+        raise ValueError(f"lora() names no part; this model has {', '.join(part_map.present())}.")
+    full = (*check_parts(train, part_map.present()), *(["new"] if "new" in part_map.present() else []))
+    if both := set(parts) & set(full):
+        raise ValueError(
+            f"{', '.join(sorted(both))} cannot have LoRA and be trained in full at once; name it in one place."
+        )
+    return parts, full
+
+
 def _by_part(name: str, given: int | Mapping[str, int], parts: tuple[str, ...]) -> dict[str, int]:
     """Return one number for each part that gets LoRA; ValueError for others than those, and for what is no positive number."""
-    numbers = dict(given) if isinstance(given, Mapping) else dict.fromkeys(parts, given)
+    numbers: dict[str, int] = dict(given) if isinstance(given, Mapping) else dict.fromkeys(parts, given)
     if numbers.keys() != set(parts):
         raise ValueError(
             f"lora() {name}={given!r} names {', '.join(numbers) or 'no part'}, but {', '.join(parts)} get LoRA; name a number "
@@ -122,7 +127,17 @@ def _by_part(name: str, given: int | Mapping[str, int], parts: tuple[str, ...]) 
     for part, number in numbers.items():
         if number < 1:
             raise ValueError(f"lora() {name}={number!r} of {part} must be positive.")
-    return numbers
+    return {part: numbers[part] for part in parts}
+
+
+def _other_parts(numbers: Mapping[str, int], names: list[str], part_map: PartMap) -> dict[str, int]:
+    """Return peft's pattern for each part whose number is not that of the first."""
+    first, *others = numbers
+    return {
+        _pattern([name for name in names if part_map.find(name) == part]): numbers[part]
+        for part in others
+        if numbers[part] != numbers[first]
+    }
 
 
 def _frozen_inside_new(model: nn.Module) -> set[str]:
