@@ -15,6 +15,8 @@ import pytest
 import torch
 from conftest import ROOT, Family, picture
 
+from hfcustom.options import read
+
 DOCUMENTS = ("README.md", "README_customize_hf_models.md")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CHECKPOINT = "OpenGVLab/InternVL3-1B-hf"  # the name that the documents use; here a folder of that name
@@ -113,6 +115,14 @@ def run_here(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     (script,) = entry_points(group="console_scripts", name=words[0])
     monkeypatch.setattr(sys, "argv", words)
     assert script.load()() == 0
+
+
+@pytest.mark.parametrize("text", [text for kind, text in blocks(DOCUMENTS[1]) if kind == "yaml"])
+def test_config_files_of_the_guide_are_sound(text: str, tmp_path: Path) -> None:
+    from finetune import FinetuneConfig
+
+    (tmp_path / "run.yaml").write_text(text)
+    assert read(FinetuneConfig, None, ["--config", str(tmp_path / "run.yaml")]).in_stages()
 
 
 def test_the_guide_needs_no_command_or_language_that_is_not_tested() -> None:
