@@ -27,6 +27,7 @@ from hfcustom import checkpoint
 from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import Caches, check_caches, open_caches, serving, use_caches
 from hfcustom.console import TrainLog, out
+from hfcustom.costliest import Trial
 from hfcustom.coverage import every_part_learns
 from hfcustom.custom_model import CustomModel, check_registered
 from hfcustom.data.captions import CaptionCollator
@@ -102,7 +103,7 @@ def fit(
     """
     config, rows = _checked(model, config, evaluate), as_rows(rows)
     accelerator = make_accelerator(config)
-    micro_batch_size, accumulation = split_batch(config, accelerator.num_processes)
+    cut = split_batch(config, accelerator.num_processes)
     feed = Feed(rows, config, accelerator)
     max_steps = feed.max_steps
     core = unwrap(model)
@@ -114,9 +115,9 @@ def fit(
     start = state.resume() if config.resume else state.begin()
     feed.caches = open_caches(model, processor, config, accelerator)
     collate = make_collator(core, processor, config, feed.first_columns(weighted), feed.caches)
-    steps = iter(
-        feed.loader(collate, range(start, max_steps), (micro_batch_size, accumulation), make_packer(core, config))
-    )
+    trial = Trial(model, optimizer, feed, copy.copy(collate), accelerator, config)
+    cut, packer = trial.settle(cut, make_packer(core, config))
+    steps = iter(feed.loader(collate, range(start, max_steps), cut, packer))
     bad_rows = feed.bad_rows(start)
     state.restore_rng()  # after the iterator exists: making one draws random numbers
     model.train()

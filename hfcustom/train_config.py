@@ -45,6 +45,13 @@ class TrainConfig:
         "bf16 computes under autocast and keeps trained weights in float32; by default bf16 if any weight is 16-bit",
     ] = None
     gradient_checkpointing: Annotated[bool, "recompute layers in the backward pass to save memory"] = False
+    try_costliest: Annotated[
+        bool | None,
+        "run the costliest batch first, without a step, so that memory runs out at once or never; by default on a GPU",
+    ] = None
+    auto_micro_batch: Annotated[
+        bool, "halve the micro-batches until the costliest fits; steps keep their rows, losses and gradients"
+    ] = False
     max_length: Annotated[int | None, "longest row in tokens; a longer one is an error that names it"] = None
     train_on: Annotated[
         Literal["assistant", "last", "all"],
@@ -114,6 +121,10 @@ class TrainConfig:
                 not (self.packing and self.micro_batch_size is not None),
                 f"micro_batch_size={self.micro_batch_size} and packing exclude each other: pack_tokens says how large a "
                 "micro-batch is",
+            ),
+            (
+                self.try_costliest is not False or not self.auto_micro_batch,
+                "auto_micro_batch has no effect with try_costliest=False, which does not try what fits",
             ),
             (self.max_cache_gb > 0, f"max_cache_gb={self.max_cache_gb} must be positive"),
             (

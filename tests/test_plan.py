@@ -15,7 +15,7 @@ from conftest import KINDS, Family
 from test_recipes import stock_checkpoint
 
 from hfcustom.parts import unwrap
-from hfcustom.plan.batches import planned_batch
+from hfcustom.plan.batches import planned_batches
 from hfcustom.plan.config import Recipe, load_recipe, read_plan
 from hfcustom.plan.measure import Measured, measure
 from hfcustom.plan.state import memory_by_part, named_memory
@@ -39,7 +39,7 @@ def planned(folder: Path, *options: str) -> tuple[Any, Recipe]:
 
 
 def of_plan(config: Any, recipe: Recipe) -> Measured:
-    return measure(config, recipe.build, planned_batch)
+    return measure(config, recipe.build, planned_batches)
 
 
 class RealRun:
@@ -49,7 +49,7 @@ class RealRun:
         config = copy.copy(config)
         self.model, processor = recipe.build(config)
         core = unwrap(self.model)
-        batch = planned_batch(core, processor, config)
+        batch, *_ = planned_batches(core, processor, config)
         config.precision = choose_precision(self.model, config)
         accelerator = make_accelerator(config)
         set_up(self.model, config, accelerator)
@@ -95,11 +95,11 @@ def most(sizes: list[int]) -> int:
 
 def check(config: Any, recipe: Recipe) -> float:
     """Compare a plan with the real run; return the peak's error."""
-    plan, real = of_plan(config, recipe), RealRun(config, recipe)
+    first = measure(config, recipe.build, lambda *given: planned_batches(*given)[:1])
+    plan, real = first, RealRun(config, recipe)
     assert list(map(astuple, plan.parts)) == list(map(astuple, memory_by_part(real.model, real.optimizer)))
     assert plan.total("gradients") == sum(real.gradients.values())
-    own = {parameter.data_ptr(): parameter for parameter in unwrap(real.model).parameters()}.values()
-    assert plan.trainable == sum(parameter.numel() for parameter in own if parameter.requires_grad)
+    assert plan.trainable == sum(parameter.numel() for parameter in real.model.parameters() if parameter.requires_grad)
     error = plan.peak / real.peak - 1
     print(f"ERROR {plan.class_name} {error:+.4f}")
     assert abs(error) < 0.15

@@ -8,29 +8,29 @@ import torch
 from PIL import Image
 
 import hfcustom
-from hfcustom.costliest import costliest_batch, crops_of
+from hfcustom.costliest import batch_size, costliest_batches
 from hfcustom.data.collate import Batch
-from hfcustom.data.feed import first_example, usable_rows
+from hfcustom.data.feed import first_example
 from hfcustom.data.packing import make_packer
 from hfcustom.data.sources import Examples
+from hfcustom.data.steps import Attempts
 from hfcustom.train import make_collator, split_batch
 
 FILLER = "seven red balloons "
 MOST_IMAGES = 64
 
 
-def planned_batch(core: Any, processor: Any, config: Any) -> Batch:
-    """Return the micro-batch of one GPU; ValueError for a shape that cannot be made, RowError for rows of no use."""
+def planned_batches(core: Any, processor: Any, config: Any) -> list[Batch]:
+    """Return the costliest micro-batches of one GPU; ValueError for a shape that cannot be made, RowError for rows of no use."""
     micro_batch_size, _ = split_batch(config, config.gpus)
     if config.tokens is not None:
-        return shaped_batch(core, processor, config, micro_batch_size)
+        return [shaped_batch(core, processor, config, micro_batch_size)]
     names = ("max_frames", "frame_method", "video_as_images", "image_root")
     rows = hfcustom.load_rows(config.data, config.split, **{name: vars(config)[name] for name in names})
     assert isinstance(rows, Examples)
     collate = make_collator(core, processor, config, first_example(rows, config).columns)
-    return costliest_batch(
-        usable_rows(rows, config), collate, micro_batch_size, make_packer(core, config), config.scan_rows
-    )
+    usable = Attempts(rows, skip_bad_rows=True, exclude=config.exclude)
+    return costliest_batches(usable, collate, micro_batch_size, make_packer(core, config), config.scan_rows)
 
 
 def shaped_batch(core: Any, processor: Any, config: Any, micro_batch_size: int) -> Batch:
@@ -63,7 +63,7 @@ def shaped_batch(core: Any, processor: Any, config: Any, micro_batch_size: int) 
 
 
 def _crops(collate: Any, picture: Image.Image, images: int) -> int:
-    return crops_of(collate([_row(picture, images, 0)]))
+    return batch_size(collate([_row(picture, images, 0)])).crops
 
 
 def _row(picture: Image.Image, images: int, words: int) -> dict[str, Any]:
@@ -78,4 +78,4 @@ def batch_tokens(batch: Batch) -> dict[str, int]:
     """Return what a batch holds: rows, the tokens of each with padding, image crops, supervised tokens."""
     rows, length = batch["input_ids"].shape[:2]
     labels = batch.get("labels", torch.empty(0))
-    return {"rows": rows, "tokens": length, "crops": crops_of(batch), "supervised": int((labels >= 0).sum())}
+    return {"rows": rows, "tokens": length, "crops": batch_size(batch).crops, "supervised": int((labels >= 0).sum())}

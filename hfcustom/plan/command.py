@@ -57,7 +57,7 @@ def _on_cpu() -> Iterator[None]:
 
 def _plan(config: Any, recipe: Recipe, folder: Path) -> int:
     from hfcustom.plan.advice import advise
-    from hfcustom.plan.batches import planned_batch
+    from hfcustom.plan.batches import planned_batches
     from hfcustom.plan.measure import Measured, measure
     from hfcustom.plan.published import settle_model
     from hfcustom.plan.report import progress, show
@@ -67,7 +67,7 @@ def _plan(config: Any, recipe: Recipe, folder: Path) -> int:
     with progress(config.json) as tell:
 
         def measured_with(changed: Any) -> Measured:
-            return measure(changed, recipe.build, planned_batch)
+            return measure(changed, recipe.build, planned_batches)
 
         tell("the run as it is")
         measured = measured_with(config)

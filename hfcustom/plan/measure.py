@@ -20,13 +20,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 from hfcustom.data.collate import Batch
 from hfcustom.parts import unwrap
 from hfcustom.plan.batches import batch_tokens
-from hfcustom.plan.simulation import Ledger, Simulation, simulate
+from hfcustom.plan.simulation import Ledger, simulate
 from hfcustom.plan.state import PartMemory, memory_by_part, named_memory
 from hfcustom.plan.weights import without_weights
+from hfcustom.sharding import block_classes
 from hfcustom.train import choose_precision, make_accelerator, make_optimizer, set_up, split_batch, train_step
 
 Build = Callable[[Any], tuple[Any, Any]]  # config -> model, processor
-MakeBatch = Callable[[Any, Any, Any], Batch]  # core, processor, config -> a micro-batch
+MakeBatches = Callable[[Any, Any, Any], list[Batch]]  # core, processor, config -> micro-batches, of which any may cost most
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,19 @@ class Measured:
         return sum(int(vars(part)[what]) for part in self.parts)
 
 
-def measure(config: Any, build: Build, make_batch: MakeBatch) -> Measured:
+def measure(config: Any, build: Build, make_batches: MakeBatches) -> Measured:
     """Run a step of a planned run on a simulated device; errors as the recipe's own, and those of the batch."""
     config = copy.copy(config)
     config.trackers, config.cache_images, config.cache_features = [], None, None
-    with simulate() as (simulation, ledger):
+    with simulate() as ledger:
         with without_weights():
             model, processor = build(config)
         with _disable_current_modes():
-            batch = make_batch(unwrap(model), processor, config)
-        return _run(model, batch, config, simulation, ledger)
+            batches = make_batches(unwrap(model), processor, config)
+        return _run(model, batches, config, ledger)
 
 
-def _run(model: Any, batch: Batch, config: Any, simulation: Simulation, ledger: Ledger) -> Measured:
+def _run(model: Any, batches: list[Batch], config: Any, ledger: Ledger) -> Measured:
     core = unwrap(model)
     config.precision = choose_precision(model, config)
     accelerator = make_accelerator(config)
@@ -80,24 +81,17 @@ def _run(model: Any, batch: Batch, config: Any, simulation: Simulation, ledger: 
     prepared, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     prepared.train()
     core.loss_step = 0
-    _make_state(optimizer)
-    own: dict[str, list[torch.Tensor]] = {"weights": [tensor for _, tensor in named_memory(core)]}
-    own["weights"] += [tensor for other in core.companions.values() for _, tensor in named_memory(other)]
-    own["optimizer"] = [value for values in optimizer.state.values() for value in values.values()]
-    for name, value in batch.items():
-        batch[name] = simulation.without_values(value) if value.is_floating_point() else value
-    own["batch"] = list(batch.values())
-    for kind, tensors in own.items():
-        for tensor in tensors:
-            if isinstance(tensor, torch.Tensor):
-                ledger.mark(tensor, kind)
+    kept = [tensor for model in (core, *core.companions.values()) for _, tensor in named_memory(model)]
+    for tensor in kept:
+        ledger.mark(tensor, "weights")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda own: ledger.mark(own.grad, "gradients"))
-    gc.collect()
-    ledger.forget_peak()
     accumulation = 2 if config.packing else min(2, split_batch(config, config.gpus)[1])
-    train_step(prepared, [batch] * accumulation, optimizer, accelerator, config)
+    most = max(
+        (_step(prepared, optimizer, [batch] * accumulation, accelerator, config, ledger) for batch in batches),
+        key=lambda step: sum(step.at_peak.values()),
+    )
     return Measured(
         class_name=type(core).__name__,
         precision=config.precision,
@@ -105,36 +99,59 @@ def _run(model: Any, batch: Batch, config: Any, simulation: Simulation, ledger: 
         parts=memory_by_part(model, optimizer),
         parameters=[_bytes_of(parameter, optimizer) for parameter in model.parameters()],
         largest_unit=_largest_unit(core, optimizer),
-        batch=batch_tokens(batch),
+        batch=most.batch,
         micro_batches=accumulation,
-        peak=ledger.peak,
-        at_peak={kind: size for kind, size in ledger.at_peak.items() if size},
-        activations=ledger.most.get("activations", 0),
+        peak=sum(most.at_peak.values()),
+        at_peak={kind: size for kind, size in most.at_peak.items() if size},
+        activations=most.activations,
     )
 
 
-def _make_state(optimizer: Any) -> None:
-    """Have an optimiser make its state, as its first step does."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
+@dataclass(frozen=True)
+class Step:
+    """What one training step took."""
+
+    batch: dict[str, int]
+    at_peak: dict[str, int]
+    activations: int
+
+
+def _step(model: Any, optimizer: Any, batches: list[Batch], accelerator: Any, config: Any, ledger: Ledger) -> Step:
+    """Run a step; its peak is that of a run that goes on, in which the optimiser's state is there from the start."""
+    for tensor in batches[0].values():
+        ledger.mark(tensor, "batch")
+    gc.collect()
+    ledger.forget_peak()
+    before: dict[str, int] = {}
+    most: dict[str, int] = {}
+
+    def at_step(*_: Any) -> None:
+        before.update(ledger.at_peak)
+        most.update(ledger.most)
+        ledger.forget_peak()
+
+    hook = optimizer.optimizer.register_step_pre_hook(at_step)
+    train_step(model, batches, optimizer, accelerator, config)
+    hook.remove()
+    for values in optimizer.state.values():
+        for value in values.values():
+            if isinstance(value, torch.Tensor):
+                ledger.mark(value, "optimizer")
+    before["optimizer"] = ledger.alive["optimizer"]
+    at_peak = max((before, ledger.at_peak), key=lambda kinds: sum(kinds.values()))
+    return Step(batch_tokens(batches[0]), at_peak, max(most.get("activations", 0), ledger.most.get("activations", 0)))
 
 
 def _bytes_of(parameter: nn.Parameter, optimizer: Any) -> ParameterBytes:
     size = parameter.numel() * parameter.element_size()
     state = optimizer.state.get(parameter, {})
     held = sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, torch.Tensor))
-    return ParameterBytes(
-        parameter.shape[0] if parameter.ndim else 1, size, size if parameter.requires_grad else 0, held
-    )
+    return ParameterBytes(parameter.shape[0] if parameter.ndim else 1, size, size if held else 0, held)
 
 
 def _largest_unit(core: Any, optimizer: Any) -> ParameterBytes:
     """Return what is gathered at once: blocks that transformers says must stay whole, and the rest around them."""
-    whole = set(core._no_split_modules or ())
-    blocks = [module for module in core.modules() if type(module).__name__ in whole]
+    blocks = [module for module in core.modules() if type(module).__name__ in block_classes(core)]
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     units = [list(block.parameters()) for block in blocks]
     units.append([parameter for parameter in core.parameters() if id(parameter) not in inside])

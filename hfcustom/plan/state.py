@@ -36,7 +36,7 @@ class PartMemory:
 
 
 def memory_by_part(model: Any, optimizer: torch.optim.Optimizer | None = None) -> list[PartMemory]:
-    """Count a model as it is trained: gradients of what is trainable in their dtype, and the state that the optimiser has."""
+    """Count a model as it is trained, after a step: the optimiser's state, and a gradient for whatever has such a state."""
     core = unwrap(model)
     part_map = find_parts(model)
     rows = {part: PartMemory(part) for part in part_map.present()}
@@ -54,7 +54,7 @@ def memory_by_part(model: Any, optimizer: torch.optim.Optimizer | None = None) -
         if isinstance(tensor, nn.Parameter) and size:
             dtypes.setdefault(part, set()).add(str(tensor.dtype).removeprefix("torch."))
             owners[id(tensor)] = part
-            row.gradients += size if tensor.requires_grad else 0
+            row.gradients += size if optimizer is not None and optimizer.state.get(tensor) else 0
     for parameter, values in optimizer.state.items() if optimizer is not None else ():
         row = rows[owners[id(parameter)]]
         row.optimizer += sum(_new_bytes(value, seen) for value in values.values() if isinstance(value, torch.Tensor))
