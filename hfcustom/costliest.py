@@ -133,7 +133,9 @@ class Trial:
         if not self.wanted():
             return cut, packer
         if not isinstance(self.feed.rows, Examples):
-            self.accelerator.print("try_costliest: rows of a stream cannot be looked up, so its costliest batch is not tried.")
+            self.accelerator.print(
+                "try_costliest: rows of a stream cannot be looked up, so its costliest batch is not tried."
+            )
             return cut, packer
         while True:
             batches = costliest_batches(self._rows(), self.collate, cut[0], packer, ROWS_TRIED)
@@ -148,7 +150,9 @@ class Trial:
                 raise NoMemoryError(self._message(batch))
             cut, packer = smaller
             size = f"{cut[0]} x {cut[1]} rows" if packer is None else f"packs of {packer.tokens:,} tokens"
-            self.accelerator.print(f"auto_micro_batch: {describe_batch(batch)} do not fit; going on with {size} a step and process.")
+            self.accelerator.print(
+                f"auto_micro_batch: {describe_batch(batch)} do not fit; going on with {size} a step and process."
+            )
 
     def _rows(self) -> Attempts:
         assert isinstance(self.feed.rows, Examples)
@@ -184,7 +188,10 @@ class Trial:
         ballast = torch.empty(self._missing_state(), dtype=torch.uint8, device=device)
         plan = plan_step(core, batches, self.accelerator)
         for micro, batch in enumerate(batches):
-            with self.accelerator.no_sync(self.model), serving(core, batch):  # a rank without memory keeps nobody waiting
+            with (
+                self.accelerator.no_sync(self.model),
+                serving(core, batch),
+            ):  # a rank without memory keeps nobody waiting
                 loss = self.model(**on_device(batch, device), **plan[micro]).loss
                 self.accelerator.backward(loss)
         del ballast
@@ -247,7 +254,11 @@ def advice_for(trial: Trial) -> str:
 def plan_command(trial: Trial) -> list[str] | None:
     """Return `hfcustom plan` with this program's own options; None where the program is no recipe."""
     program = Path(sys.argv[0])
-    if program.suffix != ".py" or not program.is_file() or "def load_model(" not in program.read_text(encoding="utf-8"):
+    if (
+        program.suffix != ".py"
+        or not program.is_file()
+        or "def load_model(" not in program.read_text(encoding="utf-8")
+    ):
         return None
     command = ["plan", str(program), *sys.argv[1:], "--advice", "always"]
     accelerator = trial.accelerator

@@ -25,7 +25,9 @@ from hfcustom.data.steps import Attempts
 from hfcustom.data.turns import RowError
 from hfcustom.train_config import TrainConfig
 
-ROWS = [chat_row(images, at, turns) for at, (images, turns) in enumerate([(1, 1), (0, 9), (3, 2), (1, 2), (0, 1), (2, 1)])]
+ROWS = [
+    chat_row(images, at, turns) for at, (images, turns) in enumerate([(1, 1), (0, 9), (3, 2), (1, 2), (0, 1), (2, 1)])
+]
 
 
 def config(folder: Path, **options: Any) -> TrainConfig:
@@ -33,7 +35,9 @@ def config(folder: Path, **options: Any) -> TrainConfig:
     return TrainConfig(output_dir=str(folder), **{**fixed, **options})
 
 
-def train(family: Family, folder: Path, dropout: float = 0.1, **options: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train(
+    family: Family, folder: Path, dropout: float = 0.1, **options: Any
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     model = family.model()
     for module in model.modules():
         if "attention_dropout" in vars(module):

@@ -9,11 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from hfcustom.options import ConfigError
 from hfcustom.plan.config import Recipe, read_plan
+
+if TYPE_CHECKING:
+    from hfcustom.plan.report import Plan
 
 EXIT_USAGE, EXIT_CONFIG = 2, 3
 
@@ -56,14 +59,30 @@ def _on_cpu() -> Iterator[None]:
 
 
 def _plan(config: Any, recipe: Recipe, folder: Path) -> int:
+    """Plan each stage of a recipe that has some; return the exit code."""
+    import json
+
+    from hfcustom.plan.published import settle_model
+    from hfcustom.plan.report import show, to_json
+
+    model = settle_model(config, folder)
+    plans = {name: _plan_one(stage, recipe, model) for name, stage in recipe.stages(config).items()}
+    if config.json:
+        found = {name: to_json(plan) for name, plan in plans.items()}
+        print(json.dumps(found if len(found) > 1 else next(iter(found.values())), indent=2))
+    else:
+        for name, plan in plans.items():
+            show(plan, f"stage {name}" if len(plans) > 1 else "")
+    return int(any(plan.fits is False for plan in plans.values()))
+
+
+def _plan_one(config: Any, recipe: Recipe, model: str) -> Plan:
     from hfcustom.plan.advice import advise
     from hfcustom.plan.batches import planned_batches
     from hfcustom.plan.measure import Measured, measure
-    from hfcustom.plan.published import settle_model
-    from hfcustom.plan.report import progress, show
+    from hfcustom.plan.report import Plan, progress
     from hfcustom.plan.sharding import check_sharding, share_of
 
-    model = settle_model(config, folder)
     with progress(config.json) as tell:
 
         def measured_with(changed: Any) -> Measured:
@@ -72,10 +91,7 @@ def _plan(config: Any, recipe: Recipe, folder: Path) -> int:
         tell("the run as it is")
         measured = measured_with(config)
         check_sharding(measured, config.shard)
-        share = share_of(measured, config.gpus, config.shard)
-        memory = config.gpu_memory()
-        fits = None if memory is None else share.needed <= memory * 2**30
-        wanted = not fits if config.advice == "auto" else config.advice == "always"
-        advice = advise(config, measured, measured_with, tell) if wanted else []
-    show(config, model, measured, share, advice)
-    return 1 if fits is False else 0
+        plan = Plan(config, model, measured, share_of(measured, config.gpus, config.shard))
+        if not plan.fits if config.advice == "auto" else config.advice == "always":
+            plan.advice = advise(config, measured, measured_with, tell)
+    return plan

@@ -50,7 +50,8 @@ class PlanFields:
     memory: Annotated[float | None, "GiB of a GPU"] = None
     gpu: Annotated[str, f"a GPU by name: {', '.join(GPUS)}"] = ""
     advice: Annotated[
-        Literal["auto", "always", "never"], "try what could be changed; auto: unless the plan fits the GPU that is named"
+        Literal["auto", "always", "never"],
+        "try what could be changed; auto: unless the plan fits the GPU that is named",
     ] = "auto"
     json: Annotated[bool, "print JSON"] = False
 
@@ -74,7 +75,9 @@ class PlanFields:
             (not (self.family and given.model != self.family), f"family={self.family} and model exclude each other"),
         ]
         for name in ("crops", "image_size"):
-            rules.append((self.tokens is not None or name not in given.sources, f"{name} has no effect without tokens"))
+            rules.append(
+                (self.tokens is not None or name not in given.sources, f"{name} has no effect without tokens")
+            )
         problems = [message for holds, message in rules if not holds]
         try:
             self.picture_size()
@@ -125,11 +128,20 @@ class Recipe:
         model, processor = self.load_model(config)
         return (self.choose_what_trains(model, config) if self.choose_what_trains else model), processor
 
+    def stages(self, config: Any) -> dict[str, Any]:
+        """Return the config of each stage by its name; of the one training there is under no name."""
+        given = vars(config).get("stages")
+        if not given:
+            return {"": config}
+        return {stage["name"]: each for stage, each in zip(given, config.in_stages(), strict=True)}
+
 
 def load_recipe(path: str | None) -> Recipe:
     """Import a recipe, recipes/finetune.py unless one is named; ConfigError for a file that is none."""
     beside = Path(__file__).resolve().parents[2] / "recipes" / "finetune.py"
-    file = next((file for file in ([Path(path)] if path else [Path("recipes/finetune.py"), beside]) if file.is_file()), None)
+    file = next(
+        (file for file in ([Path(path)] if path else [Path("recipes/finetune.py"), beside]) if file.is_file()), None
+    )
     if file is None:
         cure = "check the path." if path else "name one: hfcustom plan path/to/finetune.py ..."
         raise ConfigError(f"There is no recipe {path or 'recipes/finetune.py'}; {cure}")
@@ -157,6 +169,8 @@ def read_plan(argv: Sequence[str], description: str) -> tuple[Any, Recipe]:
         elif word.endswith(".py") and recipe is None:
             recipe = word
         else:
-            raise ConfigError(f"{word!r} is no recipe (a .py file) and no class (my_file.py:MyModel); a checkpoint is --model {word}")
+            raise ConfigError(
+                f"{word!r} is no recipe (a .py file) and no class (my_file.py:MyModel); a checkpoint is --model {word}"
+            )
     found = load_recipe(recipe)
     return read(plan_config_of(found.config_class), description, argv), found

@@ -27,7 +27,9 @@ from hfcustom.sharding import block_classes
 from hfcustom.train import choose_precision, make_accelerator, make_optimizer, set_up, split_batch, train_step
 
 Build = Callable[[Any], tuple[Any, Any]]  # config -> model, processor
-MakeBatches = Callable[[Any, Any, Any], list[Batch]]  # core, processor, config -> micro-batches, of which any may cost most
+MakeBatches = Callable[
+    [Any, Any, Any], list[Batch]
+]  # core, processor, config -> micro-batches, of which any may cost most
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,8 @@ def _bytes_of(parameter: nn.Parameter, optimizer: Any) -> ParameterBytes:
 
 def _largest_unit(core: Any, optimizer: Any) -> ParameterBytes:
     """Return what is gathered at once: blocks that transformers says must stay whole, and the rest around them."""
-    blocks = [module for module in core.modules() if type(module).__name__ in block_classes(core)]
+    whole = block_classes(core)
+    blocks = [module for module in core.modules() if type(module).__name__ in whole]
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     units = [list(block.parameters()) for block in blocks]
     units.append([parameter for parameter in core.parameters() if id(parameter) not in inside])

@@ -28,7 +28,9 @@ def settle_model(config: Any, folder: Path) -> str:
     """
     if config.family:
         if config.family in encoder_names():
-            raise ValueError(f"family={config.family} is a contrastive encoder; plan it with recipes/finetune_encoder.py --model.")
+            raise ValueError(
+                f"family={config.family} is a contrastive encoder; plan it with recipes/finetune_encoder.py --model."
+            )
         name, id = config.family, next(iter(load_family(config.family).CHECKPOINTS))
     elif config.model == PLANNED:
         name = family_class_of(load_object(config.custom, "custom model")).__module__.rpartition(".")[2]
@@ -56,7 +58,9 @@ def _find(id: str) -> str:
     known = {checkpoint: name for name in family_names() for checkpoint in load_family(name).CHECKPOINTS}
     if id not in known:
         cure = "Give a folder that holds its config.json and processor, or --family."
-        raise ValueError(f"{id} cannot be read from here, and its sizes are not known. {unknown('checkpoint', id, known, cure)}")
+        raise ValueError(
+            f"{id} cannot be read from here, and its sizes are not known. {unknown('checkpoint', id, known, cure)}"
+        )
     return known[id]
 
 

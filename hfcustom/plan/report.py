@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -35,26 +34,44 @@ def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(f"planning: {text}")
 
 
-def show(config: Any, model: str, measured: Measured, share: Share, advice: Sequence[Advice]) -> None:
+@dataclass
+class Plan:
+    """A plan to print."""
+
+    config: Any
+    model: str  # in words
+    measured: Measured
+    share: Share
+    advice: list[Advice] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> dict[float, bool]:
+        """GiB of a GPU -> whether the run fits: of the GPU that was named, or of all that there are."""
+        memory = self.config.gpu_memory()
+        sizes = SIZES if memory is None else (memory,)
+        return {size: self.share.needed <= size * 2**30 for size in sizes}
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the run fits the GPU that was named; None where none was."""
+        return None if self.config.gpu_memory() is None else all(self.verdict.values())
+
+
+def show(plan: Plan, title: str = "") -> None:
     """Print a plan."""
-    memory = config.gpu_memory()
-    sizes = SIZES if memory is None else (memory,)
-    verdict = {size: share.needed <= size * 2**30 for size in sizes}
-    if config.json:
-        print(json.dumps(to_json(config, model, measured, share, advice, verdict), indent=2))
-        return
     out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     if not out.is_terminal:
         out.width = 120
-    out.print(f"{measured.class_name}: {model}")
-    out.print(_facts(config, measured))
-    out.print(_parts(measured))
-    out.print(_peak(config, measured, share))
-    for size, fits in verdict.items():
-        left = size * 2**30 - share.needed
-        out.print(f"  {size:>6g} GiB: {'fits' if fits else 'does not fit'}, {_size(abs(left))} {'left' if fits else 'too much'}")
-    if advice:
-        out.print(_advice(advice, sizes))
+    out.print(f"{title + ', ' if title else ''}{plan.measured.class_name}: {plan.model}")
+    out.print(_facts(plan.config, plan.measured))
+    out.print(_parts(plan.measured))
+    out.print(_peak(plan.config, plan.measured, plan.share))
+    for size, fits in plan.verdict.items():
+        left = size * 2**30 - plan.share.needed
+        words = ("fits", "left") if fits else ("does not fit", "too much")
+        out.print(f"  {size:>6g} GiB: {words[0]}, {_size(abs(left))} {words[1]}")
+    if plan.advice:
+        out.print(_advice(plan.advice, list(plan.verdict)))
     out.print(ESTIMATE)
 
 
@@ -115,21 +132,19 @@ def _size(size: int | float) -> str:
     return f"{size / 2**10:,.1f} KiB"
 
 
-def to_json(
-    config: Any, model: str, measured: Measured, share: Share, advice: Sequence[Advice], verdict: dict[float, bool]
-) -> dict[str, Any]:
+def to_json(plan: Plan) -> dict[str, Any]:
     """Return a plan as plain values; sizes are in bytes."""
-    facts = asdict(measured)
+    facts = asdict(plan.measured)
     for name in ("parameters", "largest_unit"):
         del facts[name]
     return {
-        "model": model,
-        "gpus": config.gpus,
-        "shard": config.shard,
+        "model": plan.model,
+        "gpus": plan.config.gpus,
+        "shard": plan.config.shard,
         **facts,
-        "per_gpu": {**asdict(share), "needed": share.needed},
-        "fits": {f"{size:g}": fits for size, fits in verdict.items()},
-        "advice": [asdict(item) for item in advice],
+        "per_gpu": {**asdict(plan.share), "needed": plan.share.needed},
+        "fits": {f"{size:g}": fits for size, fits in plan.verdict.items()},
+        "advice": [asdict(item) for item in plan.advice],
         "exact": list(COLUMNS),
         "estimated": ["activations", "exchange", "peak", "needed"],
     }

@@ -38,7 +38,9 @@ def share_of(measured: Measured, gpus: int, scheme: str) -> Share:
     weights = measured.total("weights") + measured.total("adapters")
     gradients, optimizer = measured.total("gradients"), measured.total("optimizer")
     if scheme == "none":
-        buckets = gradients if gpus > 1 else 0  # DistributedDataParallel copies gradients, unless they are views of them
+        buckets = (
+            gradients if gpus > 1 else 0
+        )  # DistributedDataParallel copies gradients, unless they are views of them
         held = measured.at_peak.get("weights", 0) + measured.at_peak.get("optimizer", 0)
         held += measured.at_peak.get("gradients", 0)
         return Share(weights, gradients, optimizer, buckets, measured.peak - held, measured.peak + buckets)
@@ -66,5 +68,3 @@ def check_sharding(measured: Measured, scheme: str) -> None:
             f"shard={scheme} cannot cut weights that bitsandbytes has packed ({', '.join(part.part for part in packed)}); choose "
             "zero2 or none, or leave load_in out."
         )
-
-

@@ -29,7 +29,9 @@ def without_weights() -> Iterator[None]:
     preprocess = HfQuantizer.preprocess_model
 
     def preprocess_plain(quantizer: HfQuantizer, *args: Any, **kwargs: Any) -> Any:
-        with _disable_current_modes():  # its classes cannot hold a FakeTensor; on the meta device they are made as ever
+        with (
+            _disable_current_modes()
+        ):  # its classes cannot hold a FakeTensor; on the meta device they are made as ever
             return preprocess(quantizer, *args, **kwargs)
 
     with ExitStack() as patches:
@@ -82,6 +84,11 @@ def _fill(model: Any, state_dict: Any, files: Any, load_config: Any) -> tuple[Lo
 
 
 def _finish(model: Any, load_config: Any, info: LoadStateDictInfo) -> LoadStateDictInfo:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:  # torch.tensor() makes those past the dispatcher
+                make = torch.empty if buffer.is_floating_point() else torch.zeros
+                module._buffers[name] = make(buffer.shape, dtype=buffer.dtype)
     model.tie_weights(missing_keys=set(), recompute_mapping=False)
     return info
 
