@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from hfcustom import loading, parts, seams
 from hfcustom.card import write_beside
+from hfcustom.hub import PUSHED, push_folder
 
 
 class CustomModel(PreTrainedModel):
@@ -113,10 +115,25 @@ class CustomModel(PreTrainedModel):
         """
         check_registered(self)
         kwargs.setdefault("save_original_format", False)
+        push = (
+            {name: kwargs.pop(name) for name in PUSHED if name in kwargs} if kwargs.pop("push_to_hub", False) else None
+        )
         super().save_pretrained(save_directory, *args, **kwargs)
         main = kwargs.get("is_main_process", args[0] if args else True)
         if self.should_save_on_this_rank(main):
             write_beside(self, Path(save_directory))
+            if push is not None:
+                push_folder(save_directory, push.pop("repo_id", Path(save_directory).resolve().name), **push)
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: Any = "50GB", **options: Any) -> Any:  # type: ignore[override]
+        """Upload the weights, the change card and hfcustom.json; a README.md that somebody wrote on the hub stays.
+
+        `options` are those of `hfcustom.hub.push_folder`: private, revision, token, commit_message, create_pr, and so on.
+        Returns what the hub said of the commit.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return push_folder(folder, repo_id, **options)
 
 
 def check_registered(model: CustomModel) -> None:
