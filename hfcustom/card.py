@@ -22,7 +22,7 @@ from yaml import YAMLError
 from hfcustom import changes, sentinel
 from hfcustom.card_text import as_dict, as_list, plain, render
 from hfcustom.parts import find_parts, part_table, unwrap
-from hfcustom.record import public, versions, write_record, write_text
+from hfcustom.record import is_hub_name, public, versions, write_record, write_text
 
 logger = logging.get_logger("hfcustom")
 
@@ -201,14 +201,14 @@ def module_of(model_class: type) -> str:
 def metadata(facts: Mapping[str, Any]) -> ModelCardData:
     """Return the YAML head that the hub reads."""
     origin, runs = facts["origin"] or {}, facts["training"]
-    datasets = sorted(
-        {name for run in runs for name in as_list(as_dict(run.get("data")).get("hub")) if isinstance(name, str)}
-    )
+    named = [name for run in runs for name in as_list(as_dict(run.get("data")).get("hub"))]
+    datasets = sorted({name for name in named if is_hub_name(name)})
+    base = origin.get("name")
     lora = any(run.get("lora") for run in runs)
     results = evaluation_results(facts)
     task = "zero-shot-image-classification" if facts["encoder"] else "image-text-to-text"
     return ModelCardData(
-        base_model=plain(origin.get("name")) if origin.get("hub") else None,
+        base_model=base if origin.get("hub") and is_hub_name(base) else None,
         library_name="peft" if facts["adapter"] else "transformers",
         pipeline_tag=task,
         tags=["hfcustom", facts["model_type"].replace("_", "-"), *(["lora"] if lora else [])],
@@ -226,7 +226,7 @@ def evaluation_results(facts: Mapping[str, Any]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=task,
-            dataset_type=plain(item.get("data")).lower() or "rows",
+            dataset_type=re.sub(r"[^a-z0-9./_-]+", "-", plain(item.get("data")).lower()) or "rows",
             dataset_name=plain(item.get("data")) or "rows",
             dataset_split=plain(item["split"]) if item.get("split") else None,
             metric_type=plain(name),

@@ -126,6 +126,11 @@ def is_path(text: str) -> bool:
     return ".py:" in text or (("/" in text or "\\" in text) and os.path.exists(text))
 
 
+def is_hub_name(value: Any) -> bool:
+    """Whether a value can be the name of a repository."""
+    return isinstance(value, str) and HUB_NAME.fullmatch(value) is not None
+
+
 @cache
 def versions() -> dict[str, str]:
     """Return the versions of what a model is made with."""
@@ -248,7 +253,7 @@ def data_facts(config: TrainConfig, feed: Feed) -> dict[str, Any]:
     weights = feed.weights or {options.get("data") or "rows in memory": 1.0}
     return {
         "sources": [{"name": public(name), "weight": weight} for name, weight in weights.items()],
-        "hub": [name for name in weights if "/" in name and HUB_NAME.fullmatch(name) and not is_path(name)],
+        "hub": [name for name in weights if "/" in name and is_hub_name(name) and not is_path(name)],
         "rows": feed.num_rows,
         "split": options.get("split"),
         "fingerprint": hashlib.sha256(own.encode()).hexdigest()[:16] if re.search("[0-9a-f]{16}", own) else None,

@@ -346,6 +346,12 @@ def test_strings_of_data_are_only_text(internvl: Family, tmp_path: Path) -> None
     }
     model.training_runs = [run, {}, {"parts": 1, "lora": 2, "data": 3, "settings": 4, "results": 5, "quantization": 6}]
     text = saved(model, tmp_path)
+    data = metadata_load(tmp_path / "README.md")
+    assert "base_model" not in data and "datasets" not in data, "which the hub would refuse"
+    model.training_runs = [{"results": [{"data": "Scanned Digits, read", "values": {"f1": 1.0}}]}]
+    saved(model, tmp_path / "named")
+    (result,) = metadata_load(tmp_path / "named" / "README.md")["model-index"][0]["results"]
+    assert result["dataset"] == {"name": "Scanned Digits, read", "type": "scanned-digits-read"}
     assert "<script" not in text.partition("\n---\n")[2]
     assert text.count("<!-- hfcustom:end -->") == text.partition("\n---\n")[0].count("<!-- hfcustom:end -->") + 1
     assert "\x1b" not in text
