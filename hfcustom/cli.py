@@ -28,6 +28,8 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     add("--frame-method", default="uniform", help="which frames those are (default: uniform)")
     add("--video-as-images", action="store_true", help="give the frames of a video to the model as images")
     add("--image-root", metavar="DIR", help="where the images are, if not below the folder of the rows")
+    add("--image-hosts", nargs="+", default=[], metavar="HOST", help="hosts from which images at URLs are fetched")
+    add("--image-downloads", metavar="DIR", help="where those are kept; by default hfcustom/images in HF_HOME")
     add("--train-on", choices=("assistant", "last", "all"), default="assistant", help="as in training")
     add("--allowed-tokens", nargs="+", default=[], metavar="TOKEN", help="as in training")
 

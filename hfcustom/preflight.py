@@ -124,9 +124,11 @@ def _scan_options(options: argparse.Namespace) -> ScanOptions:
         "frame_method",
         "video_as_images",
         "image_root",
+        "image_downloads",
     )
     given = {name: vars(options)[name] for name in names}
-    return ScanOptions(**given, allowed_tokens=tuple(options.allowed_tokens))
+    given |= {name: tuple(vars(options)[name]) for name in ("allowed_tokens", "image_hosts")}
+    return ScanOptions(**given)
 
 
 def _workers(asked: int | None, sets: dict[str, Examples]) -> int:
@@ -147,7 +149,7 @@ def _open_state(options: argparse.Namespace, scanned: ScanOptions, sets: dict[st
             f"{path} holds a scan that was interrupted; go on with --resume, or forget it with --overwrite."
         )
     state = ScanState(path)
-    facts = {**vars(scanned), "allowed_tokens": list(scanned.allowed_tokens)}
+    facts = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(scanned).items()}
     for part, data in ((TRAIN, scanned.data), (EVAL, scanned.eval_data)):
         facts |= {f"{part}_rows": len(sets[part]) if part in sets else 0, f"{part}_file": _stamp(data)}
     if different := state.describe(facts):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from hfcustom.data.hosts import host_problems
 from hfcustom.options import parse
 from hfcustom.train_config import TrainConfig
 
@@ -34,6 +35,12 @@ class FinetuneConfig(TrainConfig):
     max_frames: Annotated[int, "frames of a video that are seen"] = 8
     frame_method: Annotated[str, "which frames those are, a method of `hfcustom frames`"] = "uniform"
     image_root: Annotated[str | None, "folder below which images are read; by default that of the rows"] = None
+    image_hosts: Annotated[
+        list[str], "hosts from which images at URLs are fetched: cdn.example.org, *.example.org for those below it"
+    ] = field(default_factory=list)
+    image_downloads: Annotated[
+        str | None, "folder where fetched images are kept for good; by default hfcustom/images in HF_HOME"
+    ] = None
     video_as_images: Annotated[bool, "give the frames of a video to the model as images"] = False
     eval_data: Annotated[str | None, "held-out rows, answered by generation every eval_steps and at the end"] = None
     eval_split: Annotated[str | None, "split of the held-out rows where there are several; by default train"] = None
@@ -95,7 +102,8 @@ class FinetuneConfig(TrainConfig):
         ]
         for name in ("lora_parts", "lora_rank", "lora_dropout"):
             rules.append((self.lora or name not in self.sources, f"{name} has no effect without --lora"))
-        return super().problems() + [message for holds, message in rules if not holds]
+        wrong = host_problems(self.image_hosts, self.image_downloads)
+        return super().problems() + wrong + [message for holds, message in rules if not holds]
 
 
 if __name__ == "__main__":
@@ -170,14 +178,13 @@ def choose_what_trains(model: Any, config: FinetuneConfig) -> Any:
 
 def main(config: FinetuneConfig) -> None:
     console.out.quiet = not process_state().is_main_process  # every fact is printed once, not once a rank
-    videos: dict[str, Any] = {
-        name: getattr(config, name) for name in ("max_frames", "frame_method", "video_as_images", "image_root")
-    }
+    media = ("max_frames", "frame_method", "video_as_images", "image_root", "image_hosts", "image_downloads")
+    read: dict[str, Any] = {name: getattr(config, name) for name in media}
     streams = {"streaming": config.streaming, "shuffle_buffer": config.shuffle_buffer}
-    rows = hfcustom.load_rows(config.data, config.split, **streams, **videos)
+    rows = hfcustom.load_rows(config.data, config.split, **streams, **read)
     held_out = None
     if config.eval_data:
-        held_out = hfcustom.load_rows(config.eval_data, config.eval_split, **videos)
+        held_out = hfcustom.load_rows(config.eval_data, config.eval_split, **read)
         held_out = [held_out[at] for at in range(min(config.eval_rows, len(held_out)))]
         for example in held_out:
             split_answer(example)  # a row that cannot be scored is an error here, not after the training

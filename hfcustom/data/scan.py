@@ -53,6 +53,8 @@ class ScanOptions:
     frame_method: str = VIDEO_DEFAULTS.method
     video_as_images: bool = False
     image_root: str | None = None
+    image_hosts: tuple[str, ...] = ()
+    image_downloads: str | None = None
 
     def load_sets(self) -> dict[str, Examples]:
         """Return the rows to train on and, where there are some, those held out; errors as `load_rows`."""
@@ -61,6 +63,8 @@ class ScanOptions:
             "frame_method": self.frame_method,
             "video_as_images": self.video_as_images,
             "image_root": self.image_root,
+            "image_hosts": self.image_hosts,
+            "image_downloads": self.image_downloads,
         }
         sets = {TRAIN: load_rows(json_if_it_looks_so(self.data), self.split, **videos)}
         if self.eval_data is not None:
