@@ -182,7 +182,7 @@ MISTAKES = {
     "custom form": (["--custom", "MyModel"], "'MyModel' is not of the form path/to/file.py:Name"),
     "custom file": (["--custom", "nowhere.py:MyModel"], "there is no file .*nowhere.py"),
     "vision lr": (["--freeze", "vision", "--vision-lr", "1e-5"], "vision_lr=1e-05 has no effect"),
-    "epochs of a stream": (["--streaming", "--epochs", "2"], "epochs=2.0 has no effect on a stream"),
+    "epochs of a stream": (["--streaming", "--epochs", "2"], "epochs=2.0 has no effect beside max_steps="),
     "occupied": (["--batch-size", "3", "--micro-batch-size", "2"], "batch_size=3 rows cannot be shared"),
 }
 
