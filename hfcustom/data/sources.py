@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 from transformers.utils import logging
 
 from hfcustom.data.downloads import make_downloads
+from hfcustom.data.findings import Finding
 from hfcustom.data.fingerprint import files_fingerprint, rows_fingerprint
 from hfcustom.data.images import Fetch
 from hfcustom.data.messages import Example, read_row
 from hfcustom.data.parquet import ParquetRows, leave_encoded
 from hfcustom.data.row_files import KINDS, FileRows, RowFile, card_patterns, files_of_folder
+from hfcustom.data.turns import RowError
 from hfcustom.data.video_frames import VIDEO_DEFAULTS, VideoOptions
 from hfcustom.data.webdataset import IMAGES
 from hfcustom.naming import unknown
@@ -71,11 +73,17 @@ class Examples(Sequence[Example]):
 
 
 class RowsWithColumns(Examples):
-    """Rows read when asked for, with columns added; `columns` holds these, by name, to be stored beside the rows."""
+    """Rows read when asked for, with columns added; `columns` holds these, by name, to be stored beside the rows.
 
-    def __init__(self, rows: Sequence[Any], columns: Mapping[str, Sequence[Any]]) -> None:
+    Rows in `bad` raise what was found there as RowError, as rows that cannot be used do; their values count for nothing.
+    """
+
+    def __init__(
+        self, rows: Sequence[Any], columns: Mapping[str, Sequence[Any]], bad: Mapping[int, Finding] | None = None
+    ) -> None:
         self.rows: Examples = as_examples(rows)
         self.columns = dict(columns)
+        self.bad = dict(bad or {})
         for name, values in self.columns.items():
             if len(values) != len(self.rows):
                 raise ValueError(
@@ -85,6 +93,8 @@ class RowsWithColumns(Examples):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
+        if (found := self.bad.get(range(len(self))[index])) is not None:
+            raise RowError(found.reason, found.code)
         example = self.rows[index]
         own = {name: values[index] for name, values in self.columns.items()}
         return replace(example, columns={**example.columns, **own})
