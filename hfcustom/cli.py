@@ -52,7 +52,7 @@ def preflight(argv: Sequence[str]) -> int:
         "--model", help="folder or hub id whose processor reads the rows: tokens, labels, tiles, lengths"
     )
     reader.add_argument("--family", help="a family, with its published image settings and a small tokenizer")
-    parser.add_argument("--eval", dest="eval_data", metavar="FILE", help="held-out rows, which training must not hold")
+    parser.add_argument("--eval", dest="eval_data", metavar="DATA", help="held-out rows, which training must not hold")
     parser.add_argument("--eval-split", help="split of the held-out rows where there are several; by default train")
     parser.add_argument("--max-length", type=int, help="longest row in tokens; needs --model or --family")
     parser.add_argument("--min-pixels", type=int, default=16, help="fewest pixels of an image (default: 16)")

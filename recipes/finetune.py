@@ -42,7 +42,10 @@ class FinetuneConfig(TrainConfig):
         str | None, "folder where fetched images are kept for good; by default hfcustom/images in HF_HOME"
     ] = None
     video_as_images: Annotated[bool, "give the frames of a video to the model as images"] = False
-    eval_data: Annotated[str | None, "held-out rows, answered by generation every eval_steps and at the end"] = None
+    eval_data: Annotated[
+        str | dict[str, float] | None,
+        "held-out rows, answered by generation every eval_steps and at the end; named as those of data",
+    ] = None
     eval_split: Annotated[str | None, "split of the held-out rows where there are several; by default train"] = None
     eval_rows: Annotated[int, "held-out rows to answer"] = 200
     max_new_tokens: Annotated[int, "longest answer in tokens"] = 64
@@ -116,8 +119,9 @@ from accelerate.utils import set_seed
 import hfcustom
 from hfcustom import console
 from hfcustom.data.feed import first_example
-from hfcustom.data.messages import RowError, split_answer
+from hfcustom.data.messages import RowError
 from hfcustom.data.steps import EXIT_BAD_ROWS
+from hfcustom.evaluate import first_rows, match_by_source
 from hfcustom.families import class_of
 from hfcustom.losses import import_losses
 from hfcustom.naming import load_object
@@ -185,17 +189,14 @@ def main(config: FinetuneConfig) -> None:
     held_out = None
     if config.eval_data:
         held_out = hfcustom.load_rows(config.eval_data, config.eval_split, **read)
-        held_out = [held_out[at] for at in range(min(config.eval_rows, len(held_out)))]
-        for example in held_out:
-            split_answer(example)  # a row that cannot be scored is an error here, not after the training
+        held_out = first_rows(held_out, config.eval_rows)  # a row that cannot be scored is an error here already
     set_seed(config.seed)  # of new modules and LoRA matrices
     model, processor = load_model(config)
     model = choose_what_trains(model, config)
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
         options = {"max_new_tokens": config.max_new_tokens, "allowed_tokens": config.allowed_tokens}
-        answers = hfcustom.generate_answers(model, processor, held_out, **options)
-        return {"exact_match": hfcustom.exact_match(answers)}
+        return match_by_source(hfcustom.generate_answers(model, processor, held_out, **options))
 
     try:
         console.show_start(model, processor, first_example(rows, config), config)
@@ -205,9 +206,8 @@ def main(config: FinetuneConfig) -> None:
         raise SystemExit(EXIT_BAD_ROWS) from error
     result.exit_if_interrupted()
     if held_out:
-        console.show_table(
-            ("held-out rows", "exact match"), [(len(held_out), evaluate(model, result.step)["exact_match"])]
-        )
+        matches = evaluate(model, result.step)
+        console.show_table(("held-out rows", *matches), [(len(held_out), *matches.values())])
     console.out.print(f"The model is in {result.model_dir}.")
     if config.merge and process_state().is_main_process:
         folder = Path(config.output_dir) / "merged"

@@ -68,7 +68,7 @@ class ScanOptions:
         }
         sets = {TRAIN: load_rows(json_if_it_looks_so(self.data), self.split, **videos)}
         if self.eval_data is not None:
-            sets[EVAL] = load_rows(self.eval_data, self.eval_split, **videos)
+            sets[EVAL] = load_rows(json_if_it_looks_so(self.eval_data), self.eval_split, **videos)
         return sets
 
 
