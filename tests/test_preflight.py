@@ -193,9 +193,9 @@ def test_the_exit_code_says_whether_training_would_stop(folder: Path, capsys: py
 def test_held_out_rows_may_be_a_mixture(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(folder / "rows.jsonl", good_rows(4))
     for name in ("a", "b"):
-        write(folder / f"{name}.jsonl", [*good_rows(1), "no row"])
+        write(folder / f"{name}.jsonl", [*good_rows(2), "no row"])
     code, summary = preflight(capsys, "rows.jsonl", "--eval", '{"a.jsonl": 1, "b.jsonl": 2}')
-    assert code == 1 and summary["rows"] == {"train": 4, "eval": 4, "bad": 0, "bad_eval": 2}
+    assert code == 1 and summary["rows"] == {"train": 4, "eval": 6, "bad": 0, "bad_eval": 2}
 
 
 def test_warnings_name_what_training_takes_as_it_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
