@@ -88,6 +88,16 @@ def test_what_is_kept_needs_no_network(site: Site, tmp_path: Path, monkeypatch: 
         downloads(site.url("other.png"))
 
 
+def test_a_process_asks_for_what_failed_no_second_time(site: Site, tmp_path: Path) -> None:
+    downloads = kept(site, tmp_path)
+    told = []
+    for _ in range(2):
+        with pytest.raises(ImageError, match="status 404") as caught:
+            downloads(site.url("gone.png"))
+        told.append((str(caught.value), caught.value.code))
+    assert told[0] == told[1] and site.paths() == ["/gone.png"]
+
+
 @pytest.mark.parametrize("damage", ["picture", "record", "gone"])
 def test_a_damaged_file_is_fetched_again(damage: str, site: Site, tmp_path: Path) -> None:
     downloads = kept(site, tmp_path)
@@ -276,3 +286,22 @@ def test_training_on_addresses_equals_training_on_files(
         assert result.step == 4
     assert all((weights["own"][key] == value).all() for key, value in weights["web"].items())
     assert site.paths().count("/ok.png") == 1
+
+
+def test_a_run_goes_on_without_the_network_as_if_nothing_had_been(
+    families: dict[str, Family], site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading processes and epochs share the folder; a run resumed offline ends like one that was not interrupted."""
+    family = families["internvl"]
+    rows = rows_at(site, tmp_path, *(row(at, site.url(f"ok.png?{at}")) for at in range(4)))
+    ends = []
+    for name, stops in {"whole": [4], "resumed": [2, 4]}.items():
+        for stop in stops:
+            model = family.model()
+            fixed = {"batch_size": 2, "num_workers": 2, "schedule": "constant", "resume": stop > stops[0]}
+            config = hfcustom.TrainConfig(output_dir=str(tmp_path / name), max_steps=stop, **fixed)  # type: ignore[arg-type]
+            hfcustom.fit(model, family.processor, rows, config)
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        ends.append(model.state_dict())
+    assert all((ends[1][key] == value).all() for key, value in ends[0].items())
+    assert sorted(site.paths()) == [f"/ok.png?{at}" for at in range(4)]

@@ -15,7 +15,7 @@ import re
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers.utils import logging
@@ -23,6 +23,7 @@ from transformers.utils import logging
 from hfcustom.data.hosts import Host, check_hosts, check_url, host_problems
 from hfcustom.data.images import ImageError, decode_image
 
+MAX_FAILED = 10_000  # that a process remembers
 HEX = re.compile("[0-9a-f]{64}")
 logger = logging.get_logger("hfcustom")
 
@@ -33,6 +34,7 @@ class Downloads:
 
     hosts: tuple[Host, ...]
     folder: Path
+    failed: dict[str, tuple[str, str]] = field(default_factory=dict, compare=False, repr=False)  # message and code
 
     def __call__(self, url: str) -> bytes:
         """Return the bytes of a picture, from the folder where it is there; ImageError where it cannot be had."""
@@ -41,7 +43,16 @@ class Downloads:
         record = self.folder / "addresses" / key[:2] / f"{key}.json"
         with _using(self.folder):
             data = self._kept(record)
-        return self._fetched(url, record, key) if data is None else data
+        if data is not None:
+            return data
+        if key in self.failed:  # a dead host costs its time once a process
+            raise ImageError(*self.failed[key])
+        try:
+            return self._fetched(url, record, key)
+        except ImageError as error:
+            if len(self.failed) < MAX_FAILED:
+                self.failed[key] = str(error), error.code
+            raise
 
     def _kept(self, record: Path) -> bytes | None:
         try:
