@@ -237,6 +237,16 @@ def test_a_server_that_is_not_there_is_said() -> None:
             fetch(f"{host}/a.png", check_hosts([host]))
 
 
+def test_a_connection_that_is_gone_at_once_is_one_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(httpcore2.NetworkStream):
+        def get_extra_info(self, info: str) -> Any:
+            raise OSError("transport endpoint is not connected")
+
+    monkeypatch.setattr(module, "connect", lambda *_: Gone())
+    with pytest.raises(ImageError, match="in 3 attempts: transport endpoint is not connected"):
+        fetch("https://127.0.0.1/a.png", check_hosts(["127.0.0.1"]))
+
+
 @pytest.mark.parametrize("path", ["endless.png", "bad_length.png"])
 def test_no_more_is_read_than_the_limit(path: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_BYTES", 200_000)

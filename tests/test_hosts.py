@@ -130,7 +130,7 @@ def test_what_is_no_host_is_an_error_with_the_cure(entry: str) -> None:
     ) as caught:
         check_hosts(["good.example.org", entry])
     assert repr(entry) in str(caught.value)
-    assert host_problems([entry], None) == [str(caught.value)]
+    assert host_problems([entry, "good.example.org", entry], None) == [str(caught.value)] * 2
 
 
 def test_one_string_is_no_list() -> None:

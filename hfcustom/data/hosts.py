@@ -56,11 +56,13 @@ def host_problems(image_hosts: Sequence[str], image_downloads: str | None) -> li
     """Return what is wrong with these two options, in words."""
     if image_downloads is not None and not image_hosts:
         return [f"image_downloads={image_downloads!r} has no effect without image_hosts"]
-    try:
-        check_hosts(image_hosts)
-    except ValueError as error:
-        return [str(error)]
-    return []
+    found = []
+    for entry in image_hosts:
+        try:
+            _entry(entry)
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
 def _entry(entry: str) -> Host:
