@@ -150,20 +150,12 @@ def _open_state(options: argparse.Namespace, scanned: ScanOptions, sets: dict[st
         )
     state = ScanState(path)
     facts = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(scanned).items()}
-    for part, data in ((TRAIN, scanned.data), (EVAL, scanned.eval_data)):
-        facts |= {f"{part}_rows": len(sets[part]) if part in sets else 0, f"{part}_file": _stamp(data)}
+    for part, rows in sets.items():
+        facts |= {f"{part}_rows": len(rows), f"{part}_content": rows.fingerprint()}
     if different := state.describe(facts):
         state.close(delete=False)
         raise ValueError(f"{path} is of another scan: {'; '.join(different)}. Start afresh with --overwrite.")
     return state
-
-
-def _stamp(data: str | None) -> list[int]:
-    """Return a file's size and time, so that a scan does not go on with another file."""
-    if data is None or not Path(data).is_file():
-        return []
-    found = Path(data).stat()
-    return [found.st_size, found.st_mtime_ns]
 
 
 # ---- the scan -------------------------------------------------------------------------------------------------------

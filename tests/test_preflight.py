@@ -308,6 +308,21 @@ def test_an_interrupted_scan_goes_on_where_it_stopped(
     assert len(asked) == 80 and len(set(asked)) == 72  # the eight before the interruption are read again
 
 
+@pytest.mark.parametrize("data", ["rows.jsonl", ".", '{"rows.jsonl": 1}'])
+def test_an_interrupted_scan_does_not_go_on_with_other_rows(
+    data: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: RowReader, place: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RowReader, "__call__", interrupt)
+    assert main(["preflight", data, "--workers", "0", "--output", "out/bad.jsonl"]) == 7
+    content = Path("rows.jsonl").read_text()
+    Path("rows.jsonl").write_text(content.replace("Is it 3?", "Is it 8?"))
+    assert main(["preflight", data, "--resume", "--workers", "0", "--output", "out/bad.jsonl"]) == 2
+    assert "is of another scan: train_content was" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
