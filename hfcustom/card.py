@@ -134,14 +134,15 @@ def add_results(
     folder: str | Path,
     results: Mapping[str, float],
     *,
-    data: str,
+    data: str | Mapping[str, float],
     split: str | None = None,
     rows: int | None = None,
 ) -> None:
     """Put what an evaluation found into a saved folder's card and record, and into what the model will be saved with."""
     core, folder = unwrap(model), Path(folder)
+    name = public(data) if isinstance(data, str) else ", ".join(public(source) for source in data)
     found = {
-        "data": public(data),
+        "data": name,
         "split": split,
         "rows": rows,
         "values": {str(k): float(v) for k, v in results.items()},

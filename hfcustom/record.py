@@ -41,6 +41,7 @@ SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 LOCAL = frozenset(  # options that say where, not what; and those that stand elsewhere in the record
     "output_dir resume overwrite trackers num_workers keep_checkpoints log_steps save_steps eval_steps cache_images "
     "cache_features max_cache_gb image_root push_to_hub hub_revision hub_public eval_data eval_split eval_rows max_new_tokens "
+    "image_hosts image_downloads "
     "model custom data split loss connector merge stages lora lora_parts lora_rank lora_alpha lora_kind lora_experts "
     "lora_dropout train_full load_in precision sources max_steps epochs batch_size".split()
 )

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from hfcustom.data.hosts import host_problems
 from hfcustom.options import ConfigError, parse, with_values
 from hfcustom.train_config import HubOptions, TrainConfig
 
@@ -48,8 +49,17 @@ class FinetuneConfig(HubOptions, TrainConfig):
     max_frames: Annotated[int, "frames of a video that are seen"] = 8
     frame_method: Annotated[str, "which frames those are, a method of `hfcustom frames`"] = "uniform"
     image_root: Annotated[str | None, "folder below which images are read; by default that of the rows"] = None
+    image_hosts: Annotated[
+        list[str], "hosts from which images at URLs are fetched: cdn.example.org, *.example.org for those below it"
+    ] = field(default_factory=list)
+    image_downloads: Annotated[
+        str | None, "folder where fetched images are kept for good; by default hfcustom/images in HF_HOME"
+    ] = None
     video_as_images: Annotated[bool, "give the frames of a video to the model as images"] = False
-    eval_data: Annotated[str | None, "held-out rows, answered by generation every eval_steps and at the end"] = None
+    eval_data: Annotated[
+        str | dict[str, float] | None,
+        "held-out rows, answered by generation every eval_steps and at the end; named as those of data",
+    ] = None
     eval_split: Annotated[str | None, "split of the held-out rows where there are several; by default train"] = None
     eval_rows: Annotated[int, "held-out rows to answer"] = 200
     max_new_tokens: Annotated[int, "longest answer in tokens"] = 64
@@ -146,6 +156,7 @@ class FinetuneConfig(HubOptions, TrainConfig):
             (not (self.lora and self.train), "train has no effect with --lora, which trains what lora_parts name"),
             (not (self.lora and self.last_layers), "last_layers has no effect with --lora"),
             (not (self.freeze and self.train), f"freeze={self.freeze} and train={self.train} exclude each other"),
+            (self.eval_rows > 0, f"eval_rows={self.eval_rows} must be positive"),
             (self.max_frames > 0, f"max_frames={self.max_frames} must be positive"),
             (self.shuffle_buffer >= 0, f"shuffle_buffer={self.shuffle_buffer} must not be negative"),
             (self.streaming or not self.shuffle_buffer, "shuffle_buffer has no effect without --streaming"),
@@ -153,7 +164,8 @@ class FinetuneConfig(HubOptions, TrainConfig):
         ]
         for name in ("lora_parts", "lora_rank", "lora_alpha", "lora_kind", "lora_experts", "lora_dropout"):
             rules.append((self.lora or name not in self.sources, f"{name} has no effect without --lora"))
-        return super().problems() + self.hub_problems() + [message for holds, message in rules if not holds]
+        wrong = self.hub_problems() + host_problems(self.image_hosts, self.image_downloads)
+        return super().problems() + wrong + [message for holds, message in rules if not holds]
 
 
 if __name__ == "__main__":
@@ -165,8 +177,9 @@ import hfcustom
 from hfcustom import console
 from hfcustom.card import add_results
 from hfcustom.data.feed import first_example
-from hfcustom.data.messages import RowError, split_answer
+from hfcustom.data.messages import RowError
 from hfcustom.data.steps import EXIT_BAD_ROWS
+from hfcustom.evaluate import first_rows, match_by_source
 from hfcustom.families import class_of
 from hfcustom.hub import check_upload, upload_result
 from hfcustom.losses import import_losses
@@ -240,18 +253,13 @@ def choose_what_trains(model: Any, config: FinetuneConfig) -> Any:
 
 def load_data(config: FinetuneConfig) -> tuple[Any, Any]:
     """Return rows to train on, and held-out rows or None; a row that cannot be scored is an error here already."""
-    videos: dict[str, Any] = {
-        name: getattr(config, name) for name in ("max_frames", "frame_method", "video_as_images", "image_root")
-    }
+    media = ("max_frames", "frame_method", "video_as_images", "image_root", "image_hosts", "image_downloads")
+    read: dict[str, Any] = {name: getattr(config, name) for name in media}
     streams = {"streaming": config.streaming, "shuffle_buffer": config.shuffle_buffer}
-    rows = hfcustom.load_rows(config.data, config.split, **streams, **videos)
+    rows = hfcustom.load_rows(config.data, config.split, **streams, **read)
     if not config.eval_data:
         return rows, None
-    held_out = hfcustom.load_rows(config.eval_data, config.eval_split, **videos)
-    held_out = [held_out[at] for at in range(min(config.eval_rows, len(held_out)))]
-    for example in held_out:
-        split_answer(example)
-    return rows, held_out
+    return rows, first_rows(hfcustom.load_rows(config.eval_data, config.eval_split, **read), config.eval_rows)
 
 
 def main(config: FinetuneConfig) -> None:
@@ -279,8 +287,7 @@ def run(config: FinetuneConfig) -> Path:
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
         options = {"max_new_tokens": config.max_new_tokens, "allowed_tokens": config.allowed_tokens}
-        answers = hfcustom.generate_answers(model, processor, held_out, **options)
-        return {"exact_match": hfcustom.exact_match(answers)}
+        return match_by_source(hfcustom.generate_answers(model, processor, held_out, **options))
 
     try:
         console.show_start(model, processor, first_example(rows, config), config)
@@ -290,13 +297,11 @@ def run(config: FinetuneConfig) -> Path:
         raise SystemExit(EXIT_BAD_ROWS) from error
     result.exit_if_interrupted()
     if held_out:
-        scores = evaluate(model, result.step)
-        console.show_table(
-            ("held-out rows", *(name.replace("_", " ") for name in scores)), [(len(held_out), *scores.values())]
-        )
+        matches = evaluate(model, result.step)
+        console.show_table(("held-out rows", *matches), [(len(held_out), *matches.values())])
         if process_state().is_main_process:
             facts = {"data": config.eval_data, "split": config.eval_split, "rows": len(held_out)}
-            add_results(model, result.model_dir, scores, **facts)
+            add_results(model, result.model_dir, matches, **facts)
     if not config.merge:
         return result.model_dir
     console.out.print(f"The adapter is in {result.model_dir}; it is merged into full-precision weights.")

@@ -221,6 +221,8 @@ def test_results_replace_those_of_the_same_rows_and_need_a_run(internvl: Family,
     ]
     assert found == [(None, 0.75), ("hard", 0.25)]
     assert [len(run["results"]) for run in record.read_record(tmp_path)["training"]] == [2]
+    card.add_results(model, tmp_path, {"f1": 1.0}, data={"a.jsonl": 1.0, "/data/someone/b.jsonl": 2.0})
+    assert "| `f1` | 1 | a.jsonl, b.jsonl |" in (tmp_path / "README.md").read_text()
 
 
 # ---- whose words ----------------------------------------------------------------------------------------------------
