@@ -155,6 +155,15 @@ def test_processed_images_change_no_bit(family: Family, tmp_path: Path, said: py
             return
 
 
+@pytest.mark.parametrize("images", [[2, 0, 1], [3, 2, 1], [2, 0, 1, 3]], ids=str)
+def test_rows_of_many_images_are_put_together_from_each(family: Family, images: list[int], tmp_path: Path) -> None:
+    rows = [chat_row(count, seed) for seed, count in enumerate(images)]
+    plain = Collator(family.processor)(rows)
+    caches = Caches(ImageCache(ShardStore(tmp_path, "images", 1e12)))
+    found = on_device(Collator(family.processor, caches=caches)(rows), torch.device("cpu"))
+    assert found.keys() == plain.keys() and not [name for name in plain if not torch.equal(found[name], plain[name])]
+
+
 def test_pixels_of_crops_are_bytes_until_they_are_used(internvl: Family, tmp_path: Path) -> None:
     caches = Caches(ImageCache(ShardStore(tmp_path, "images", 1e12)))
     collate, plain = Collator(internvl.processor, caches=caches), Collator(internvl.processor)
