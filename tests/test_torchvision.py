@@ -31,6 +31,7 @@ FILES = [
     "adapt",
     "loading",
     "parts",
+    "patches",
     "pipeline",
     "questions",
     "evaluate",
@@ -38,6 +39,7 @@ FILES = [
     "experts",
     "ragged",
     "resize",
+    "two_encoders",
     "video_rows",
     "videos",
 ]

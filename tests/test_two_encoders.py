@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import Family, assert_same_model, chat_row
+from conftest import Family, assert_same_model, chat_row, picture
+from test_cache import assert_same, caches_for, step
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import hfcustom
+from hfcustom.cache.features import TowerCache
+from hfcustom.cache.refusals import why_not_cached
 from hfcustom.connectors import build_connector
 from hfcustom.connectors.added_tower import describe_tower, describe_towers
 from hfcustom.families import tiny
@@ -42,8 +46,12 @@ def spec(model_type: str = "dinov2", **options: Any) -> dict[str, Any]:
 
 def wake(connector: Any) -> None:
     """Draw what starts at zero, so that the second tower has a say."""
-    layer = connector.proj if connector.fusion == "concat" else connector.attention.o_proj
-    nn.init.normal_(layer.weight, std=0.2)
+    if hasattr(connector, "blocks"):
+        layers = [block.o_proj for block in connector.blocks]
+    else:
+        layers = [connector.proj if connector.fusion == "concat" else connector.attention.o_proj]
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=0.2)
 
 
 class Stub(nn.Module):
@@ -105,19 +113,64 @@ def test_pixels_are_normalised_as_the_second_tower_knows_them() -> None:
     assert torch.equal(plain.tower.seen, raw)
 
 
-def test_pictures_are_resized_but_never_bent() -> None:
+def test_a_tower_sees_all_pictures_in_its_own_size() -> None:
     connector = stubbed()
     connector(torch.randn(1, 4, 8), torch.full((1, 3, 30, 30), 0.25))
     assert connector.tower.seen.shape == (1, 3, 24, 24)
     torch.testing.assert_close(connector.tower.seen, torch.full((1, 3, 24, 24), 0.25))
-    with pytest.raises(ValueError, match="sees pictures of 24 x 24 pixels; crops of 30 x 60 have other proportions"):
-        connector(torch.randn(1, 8, 8), torch.randn(1, 3, 30, 60))
+    wide = torch.linspace(0, 1, 48).expand(1, 3, 12, 48)
+    connector(torch.randn(1, 4, 8), wide, (1, 4))
+    narrowed = torch.linspace(1 / 94, 93 / 94, 24).expand(1, 3, 24, 24)  # as wide as the picture, half as many pixels
+    torch.testing.assert_close(connector.tower.seen[..., 2:-2], narrowed[..., 2:-2], rtol=0, atol=2e-3)
     connector.tower.config.image_size = None
     connector.tower.config.patch_size = 15
     with pytest.raises(
         ValueError, match="7 patches of a crop of 30 x 30 pixels are no grid.*use fusion='cross_attend'"
     ):
         connector(torch.randn(1, 7, 8), torch.randn(1, 3, 30, 30))
+
+
+def test_a_grid_of_other_proportions_spans_the_same_picture() -> None:
+    connector = stubbed()
+    with torch.no_grad():
+        connector.proj.weight.zero_()
+        connector.proj.weight[0, 8] = 1.0
+        found = connector(torch.randn(1, 8, 8), torch.zeros(1, 3, 12, 48), (2, 4))[0, :, 0].view(2, 4)
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0.25, 0.75, 1.0], [2.0, 2.25, 2.75, 3.0]]))
+
+
+@pytest.mark.parametrize("fusion", ["concat", "cross_attend"])
+def test_images_of_all_sizes_are_one_pass_and_each_is_as_if_alone(fusion: str) -> None:
+    connector: Any = build_connector(spec(fusion=fusion), 8)
+    wake(connector)
+    passes: list[int] = []
+    connector.tower.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    grids = [(2, 4), (3, 3), (2, 4), (4, 2)]
+    features = [torch.randn(1 + at, rows * columns, 8) for at, (rows, columns) in enumerate(grids)]
+    pictures = [torch.randn(1 + at, 3, 6 * rows, 6 * columns) for at, (rows, columns) in enumerate(grids)]
+    found = connector(features, pixel_values=pictures, grid=grids)
+    assert passes == [10]
+    for at, image in enumerate(found):
+        torch.testing.assert_close(image, connector(features[at], pictures[at], grids[at]))
+
+
+def test_a_tower_without_a_size_of_its_own_sees_a_pass_for_each_size() -> None:
+    class Free(nn.Conv2d):
+        config = SimpleNamespace()
+
+        def forward(self, pixel_values: torch.Tensor) -> Any:  # type: ignore[override]
+            passes.append(tuple(pixel_values.shape))
+            return SimpleNamespace(last_hidden_state=super().forward(pixel_values))
+
+    passes: list[tuple[int, ...]] = []
+    connector = stubbed()
+    connector.tower = Free(3, 16, 16, 16)
+    pictures = [torch.randn(1, 3, *size) for size in ((32, 64), (64, 64), (32, 64))]
+    grids = [(2, 4), (4, 4), (2, 4)]
+    found = connector([torch.randn(1, rows * columns, 8) for rows, columns in grids], pictures, grids)
+    assert passes == [(2, 3, 32, 64), (1, 3, 64, 64)] and [len(image[0]) for image in found] == [8, 16, 8]
 
 
 def test_towers_that_cannot_be_matched_are_named() -> None:
@@ -171,20 +224,99 @@ def test_any_tower_starts_without_effect_learns_and_travels(
         assert torch.isfinite(half(**inputs).logits).all()
 
 
-def test_crops_keep_their_own_pictures(family: Family) -> None:
-    """A batch equals its rows, so that no crop is looked at with another's picture, padded tiles left out."""
-    if "connector" in family.model_class.lacks or family.model_class.no_pictures:
-        return
-    model = family.model(connector=spec())
+SIZES_OF_ROWS = [[(70, 28), (42, 42)], [], [(28, 70)], [(42, 70), (70, 28), (28, 28)]]  # width, height of images
+CONNECTORS: dict[str, dict[str, Any]] = {
+    "concat": spec(),
+    "cross_attend": spec(fusion="cross_attend"),
+    "several": {
+        "name": "multi_encoder_resampler",
+        "towers": [
+            {"tower": {"model_type": "dinov2", **VIT}},
+            {"tower": {"model_type": "siglip_vision_model", **VIT}},
+        ],
+        "num_queries": 3,
+        "num_heads": 4,
+    },
+}
+each_connector = pytest.mark.parametrize("connector", CONNECTORS.values(), ids=CONNECTORS)
+
+
+def awake(family: Family, connector: dict[str, Any], **config: Any) -> tuple[Any, Any]:
+    """Return a model whose added towers have a say, and a processor that writes its placeholders; None where it has none."""
+    model = family.corrected(connector=connector, **config)
     wake(model.custom_connector)
-    together = family.batch([2, 0, 1])
+    return model, model.match_processor(copy.deepcopy(family.processor))
+
+
+def rows_of(sizes: list[list[tuple[int, int]]]) -> list[dict[str, Any]]:
+    rows = [chat_row(len(row), seed) for seed, row in enumerate(sizes)]
+    for at, row in enumerate(rows):
+        row["images"] = [picture(10 * at + image, size) for image, size in enumerate(sizes[at])]
+    return rows
+
+
+@each_connector
+@pytest.mark.parametrize("order", [[3, 0, 2], [0, 1, 2], [2]], ids=["3-2-1", "2-0-1", "1"])
+def test_crops_keep_their_own_pictures(family: Family, connector: dict[str, Any], order: list[int]) -> None:
+    """A batch equals its rows, so that no crop is looked at with another's picture, padded tiles left out."""
+    if "connector" in family.model_class.lacks:
+        return
+    model, processor = awake(family, connector)
+    rows = rows_of([SIZES_OF_ROWS[at] for at in order])
+    collate = hfcustom.Collator(processor)
     with torch.no_grad():
-        logits = model(**together).logits
-        collate = hfcustom.Collator(family.processor)
-        for at, count in enumerate([2, 0, 1]):
-            alone = dict(collate([chat_row(count, at)]))
+        batch = dict(collate(rows))
+        logits = model(**batch).logits
+        for at, row in enumerate(rows):
+            alone = dict(collate([row]))
             length = alone["input_ids"].shape[1]
             torch.testing.assert_close(logits[at, :length], model(**alone).logits[0], rtol=1e-4, atol=2e-6)
+        for layer in (model.custom_connector.tower,) if "tower" in connector else model.custom_connector.projs:
+            for parameter in layer.parameters():
+                parameter.zero_()
+        assert not torch.allclose(model(**batch).logits, logits)  # so the added towers had a say
+
+
+@each_connector
+def test_generation_with_cache_equals_generation_without(family: Family, connector: dict[str, Any]) -> None:
+    if "connector" in family.model_class.lacks:
+        return
+    model, processor = awake(family, connector)
+    batch = dict(hfcustom.Collator(processor)(rows_of(SIZES_OF_ROWS[:1])))
+    inputs = {key: tensor for key, tensor in batch.items() if key != "labels"}
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    cached, plain = (model.generate(**inputs, **options, use_cache=use_cache) for use_cache in (True, False))
+    for a, b in zip(cached.logits, plain.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-6)
+
+
+def test_a_second_tower_can_be_trained_too(family: Family) -> None:
+    if "connector" in family.model_class.lacks:
+        return
+    model, processor = awake(family, spec(trainable=True))
+    batch = dict(hfcustom.Collator(processor)(rows_of(SIZES_OF_ROWS)))
+    model.train()(**batch).loss.backward()
+    lacking = [name for name, p in model.custom_connector.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not [name for name in lacking if "mask_token" not in name and "cls_token" not in name]
+
+
+def test_what_is_frozen_is_cached_or_says_why_not(family: Family, tmp_path: Path) -> None:
+    if "connector" in family.model_class.lacks:
+        return
+    for connector in CONNECTORS.values():
+        model, processor = awake(family, connector)
+        hfcustom.freeze(model.train(), [part for part in ("vision", "connector") if part in family.parts])
+        collate, rows = hfcustom.Collator(processor), rows_of([[(70, 28)], [], [(28, 70)]])
+        if why := why_not_cached(model):
+            reasons = [model.no_feature_cache, model.no_tower_cache, "is a part of it", "are changed inside of it"]
+            assert any(reason and reason in why for reason in reasons), why
+            continue
+        plain = step(model, collate(rows))
+        caches = caches_for(model, tmp_path / connector["name"], pixels_wanted=True)
+        with TowerCache(model, caches.features).installed():
+            for _ in range(2):
+                assert_same(step(model, hfcustom.Collator(processor, caches=caches)(rows)), plain)
 
 
 def test_features_can_be_asked_for_without_text(internvl: Family) -> None:
@@ -206,9 +338,31 @@ def test_a_stock_checkpoint_gets_a_second_tower(internvl: Family, tmp_path: Path
     assert trained == {"custom_connector.proj.weight", "custom_connector.proj.bias"}
 
 
-def test_a_family_whose_tower_is_given_no_pictures_says_so(families: dict[str, Family]) -> None:
-    with pytest.raises(ValueError, match="looks at pictures, but in this family images have sizes of their own"):
-        families["qwen2_vl"].model(connector=spec())
+def projector_input(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return what the projector gets of a batch, (P, patches, D_vision)."""
+    seen: list[torch.Tensor] = []
+    projector = model.get_submodule(model.stock_parts().paths["connector"][0])
+    projector.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -3)))
+    with torch.no_grad():
+        model(**batch)
+    return seen[0]
+
+
+def test_padding_and_empty_slots_stay_as_they_are(families: dict[str, Family]) -> None:
+    """Idefics2's tower makes features of padding, Llama 3.2's of empty slots for tiles, and a class token of each slot."""
+    rows = rows_of(SIZES_OF_ROWS)
+    for name in ("idefics2", "mllama"):
+        family = families[name]
+        model, processor = awake(family, spec())
+        batch = dict(hfcustom.Collator(processor)(rows))
+        before, after = projector_input(family.corrected(), batch), projector_input(model, batch)
+        changed = (before != after).any(-1)  # (P, patches)
+        if name == "mllama":
+            filled = batch["cross_attention_mask"].any(1).flatten()  # (P,)
+            assert 0 < filled.sum() < len(filled)
+            assert torch.equal(changed[:, 1:].any(1), filled) and not changed[:, 0].any()
+        else:
+            assert torch.equal(changed, model._patches.flatten(1)) and not changed.all()
 
 
 def test_features_without_a_picture_are_an_error(internvl: Family) -> None:
@@ -320,8 +474,20 @@ def test_towers_are_described_and_loaded_in_order(internvl: Family, tmp_path: Pa
         model.custom_connector.load_towers(folders[:1])
 
 
-def test_a_family_that_packs_tiles_has_no_picture_of_its_tokens(families: dict[str, Family]) -> None:
-    with pytest.raises(
-        ValueError, match="looks at pictures, but in this family the tiles of an image are put together"
-    ):
-        families["llava_next"].model(connector=several({"tower": {"model_type": "vit", **VIT}}))
+def test_tiles_that_are_put_together_are_read_with_the_pictures_of_each(families: dict[str, Family]) -> None:
+    tower = {"tower": {"model_type": "vit", **VIT}}
+    model, processor = awake(families["llava_next"], several(tower))
+    batch = dict(hfcustom.Collator(processor)(rows_of([[(56, 28), (28, 28)]])))
+    read: list[tuple[int, ...]] = []
+    block = model.custom_connector.blocks[0]
+    block.register_forward_pre_hook(lambda module, args: read.append(tuple(args[1].shape)))
+    with torch.no_grad():
+        crops = model.loss_context(batch, batch["labels"]).vision_features
+    assert (
+        len(crops) == 2 * 3
+    )  # a base view and two tiles each; of the second image one holds padding, which is cut off
+    assert read == [
+        (2, 16 + 17, 64),
+        (1, 32 + 2 * 17, 64),
+        (1, 16 + 2 * 17, 64),
+    ]  # 17 for patches and class token of each
