@@ -29,6 +29,7 @@ FILES = [
     "connector_values",
     "families",
     "adapt",
+    "added_tower",
     "loading",
     "parts",
     "patches",

@@ -176,8 +176,16 @@ def _described(source: str, processor: Any) -> dict[str, Any]:
         return described
     own, theirs = processor.image_processor, AutoImageProcessor.from_pretrained(source)
     for name, images in (("processor", own), ("tower", theirs)):
-        described |= {f"{name}_mean": list(images.image_mean), f"{name}_std": list(images.image_std)}
+        described |= dict(zip((f"{name}_mean", f"{name}_std"), _norms(images), strict=True))
     return described
+
+
+def _norms(images: Any) -> tuple[list[float], list[float]]:
+    """Return the mean and deviation by which an image processor changes pixels of 0 to 1, one a channel."""
+    largest = 255 * images.rescale_factor if images.do_rescale else 255.0  # what 1 is before it is normalised
+    if not images.do_normalize:
+        return [0.0] * 3, [1 / largest] * 3
+    return [value / largest for value in images.image_mean], [value / largest for value in images.image_std]
 
 
 def _vision_type(config: PretrainedConfig) -> str:
