@@ -26,6 +26,7 @@ SMALL = {
     "accelerate launch recipes/finetune.py": "--max-steps 2 --batch-size 2",
     "hfcustom doctor": "--check parity overrides",  # all: tests/test_doctor.py
     "hfcustom families": "",
+    "hfcustom preflight rows.jsonl --image-hosts": "--workers 0",
     "hfcustom preflight": "",
     "hfcustom frames": "",
     "hfcustom lens": "",
