@@ -28,6 +28,8 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     add("--frame-method", default="uniform", help="which frames those are (default: uniform)")
     add("--video-as-images", action="store_true", help="give the frames of a video to the model as images")
     add("--image-root", metavar="DIR", help="where the images are, if not below the folder of the rows")
+    add("--image-hosts", nargs="+", default=[], metavar="HOST", help="hosts from which images at URLs are fetched")
+    add("--image-downloads", metavar="DIR", help="where those are kept; by default hfcustom/images in HF_HOME")
     add("--train-on", choices=("assistant", "last", "all"), default="assistant", help="as in training")
     add("--allowed-tokens", nargs="+", default=[], metavar="TOKEN", help="as in training")
 
@@ -50,7 +52,7 @@ def preflight(argv: Sequence[str]) -> int:
         "--model", help="folder or hub id whose processor reads the rows: tokens, labels, tiles, lengths"
     )
     reader.add_argument("--family", help="a family, with its published image settings and a small tokenizer")
-    parser.add_argument("--eval", dest="eval_data", metavar="FILE", help="held-out rows, which training must not hold")
+    parser.add_argument("--eval", dest="eval_data", metavar="DATA", help="held-out rows, which training must not hold")
     parser.add_argument("--eval-split", help="split of the held-out rows where there are several; by default train")
     parser.add_argument("--max-length", type=int, help="longest row in tokens; needs --model or --family")
     parser.add_argument("--min-pixels", type=int, default=16, help="fewest pixels of an image (default: 16)")
@@ -161,13 +163,48 @@ def plan(argv: Sequence[str]) -> int:
     return run_plan(argv, description)
 
 
+def card(argv: Sequence[str]) -> int:
+    """Print the change card of a model: what its class overrides and adds, what was trained on what, how to load it."""
+    parser = argparse.ArgumentParser(prog="hfcustom card", description=card.__doc__)
+    parser.add_argument(
+        "target", help="a folder or hub id, whose weights are not read, a family, or my_file.py:MyModel"
+    )
+    parser.add_argument(
+        "--custom", metavar="FILE.py:CLASS", help="import this first: the class that wrote the folder, if it is yours"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="put it into the folder's README.md; one of your own stays"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    from hfcustom.card_command import show_card
+
+    return show_card(options)
+
+
+def push(argv: Sequence[str]) -> int:
+    """Upload a saved model: weights, processor, change card; nothing of a checkpoint's optimiser, no hidden file."""
+    parser = argparse.ArgumentParser(prog="hfcustom push", description=push.__doc__)
+    parser.add_argument("folder", help="what save_pretrained, fit() or a recipe wrote, with config.json in it")
+    parser.add_argument("name", help="owner/name on the hub; made where there is none")
+    parser.add_argument("--public", action="store_true", help="if it is made, let everybody see it (default: private)")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to upload to (default: main)")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and stop")
+    options = parser.parse_args(argv)
+    from hfcustom import card_command
+
+    return card_command.push(options)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "card": card,
     "doctor": doctor,
     "families": families,
     "frames": frames,
     "lens": lens,
     "plan": plan,
     "preflight": preflight,
+    "push": push,
 }
 
 

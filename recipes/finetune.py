@@ -23,15 +23,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from hfcustom.options import ConfigError, parse, with_values
-from hfcustom.train_config import TrainConfig
+from hfcustom.data.hosts import host_problems
+from hfcustom.options import EXIT_CONFIG, ConfigError, parse, with_values
+from hfcustom.train_config import HubOptions, TrainConfig
 
-FOR_ALL_STAGES = ("model", "custom", "output_dir", "stages", "resume", "overwrite", "trackers")
+FOR_ALL_STAGES = (
+    *("model", "custom", "output_dir", "stages", "resume", "overwrite", "trackers"),
+    *("push_to_hub", "hub_revision", "hub_public"),
+)
 
 
 @dataclass(kw_only=True)
-class FinetuneConfig(TrainConfig):
-    """TrainConfig, and what to train on what."""
+class FinetuneConfig(HubOptions, TrainConfig):
+    """TrainConfig, what to train on what, and where to upload it."""
 
     model: Annotated[str, "folder or hub id of the checkpoint"] = ""
     data: Annotated[
@@ -45,8 +49,17 @@ class FinetuneConfig(TrainConfig):
     max_frames: Annotated[int, "frames of a video that are seen"] = 8
     frame_method: Annotated[str, "which frames those are, a method of `hfcustom frames`"] = "uniform"
     image_root: Annotated[str | None, "folder below which images are read; by default that of the rows"] = None
+    image_hosts: Annotated[
+        list[str], "hosts from which images at URLs are fetched: cdn.example.org, *.example.org for those below it"
+    ] = field(default_factory=list)
+    image_downloads: Annotated[
+        str | None, "folder where fetched images are kept for good; by default hfcustom/images in HF_HOME"
+    ] = None
     video_as_images: Annotated[bool, "give the frames of a video to the model as images"] = False
-    eval_data: Annotated[str | None, "held-out rows, answered by generation every eval_steps and at the end"] = None
+    eval_data: Annotated[
+        str | dict[str, float] | None,
+        "held-out rows, answered by generation every eval_steps and at the end; named as those of data",
+    ] = None
     eval_split: Annotated[str | None, "split of the held-out rows where there are several; by default train"] = None
     eval_rows: Annotated[int, "held-out rows to answer"] = 200
     max_new_tokens: Annotated[int, "longest answer in tokens"] = 64
@@ -102,6 +115,7 @@ class FinetuneConfig(TrainConfig):
             raise ConfigError(f"stage {name!r}: {wrong[0]} is for all stages; set it beside `stages`")
         stage = with_values(self, values, f"stage {name!r}")
         stage.stages = []
+        stage.push_to_hub, stage.hub_revision, stage.hub_public = None, None, False  # the last one's model goes there
         stage.output_dir = str(Path(self.output_dir) / f"{at + 1}-{name}")
         stage.merge = stage.merge or (stage.lora and at + 1 < len(self.stages))  # the next one trains all of it
         return stage
@@ -119,7 +133,7 @@ class FinetuneConfig(TrainConfig):
     def problems(self) -> list[str]:
         """Return what is missing, contradictory or out of range, in each stage where there are some."""
         if self.stages:
-            return self._stage_problems()
+            return self.hub_problems() + self._stage_problems()
         rules = [
             (bool(self.model), "model is missing: --model folder-or-hub-id"),
             (bool(self.data), "data is missing: --data rows.jsonl"),
@@ -142,6 +156,7 @@ class FinetuneConfig(TrainConfig):
             (not (self.lora and self.train), "train has no effect with --lora, which trains what lora_parts name"),
             (not (self.lora and self.last_layers), "last_layers has no effect with --lora"),
             (not (self.freeze and self.train), f"freeze={self.freeze} and train={self.train} exclude each other"),
+            (self.eval_rows > 0, f"eval_rows={self.eval_rows} must be positive"),
             (self.max_frames > 0, f"max_frames={self.max_frames} must be positive"),
             (self.shuffle_buffer >= 0, f"shuffle_buffer={self.shuffle_buffer} must not be negative"),
             (self.streaming or not self.shuffle_buffer, "shuffle_buffer has no effect without --streaming"),
@@ -149,7 +164,8 @@ class FinetuneConfig(TrainConfig):
         ]
         for name in ("lora_parts", "lora_rank", "lora_alpha", "lora_kind", "lora_experts", "lora_dropout"):
             rules.append((self.lora or name not in self.sources, f"{name} has no effect without --lora"))
-        return super().problems() + [message for holds, message in rules if not holds]
+        wrong = self.hub_problems() + host_problems(self.image_hosts, self.image_downloads)
+        return super().problems() + wrong + [message for holds, message in rules if not holds]
 
 
 if __name__ == "__main__":
@@ -159,10 +175,14 @@ from accelerate.utils import set_seed
 
 import hfcustom
 from hfcustom import console
+from hfcustom.card import add_results
+from hfcustom.costliest import NoMemoryError
 from hfcustom.data.feed import first_example
-from hfcustom.data.messages import RowError, split_answer
+from hfcustom.data.messages import RowError
 from hfcustom.data.steps import EXIT_BAD_ROWS
+from hfcustom.evaluate import first_rows, match_by_source
 from hfcustom.families import class_of
+from hfcustom.hub import check_upload, upload_result
 from hfcustom.losses import import_losses
 from hfcustom.naming import load_object
 from hfcustom.train import process_state
@@ -232,8 +252,22 @@ def choose_what_trains(model: Any, config: FinetuneConfig) -> Any:
     return model
 
 
+def load_data(config: FinetuneConfig) -> tuple[Any, Any]:
+    """Return rows to train on, and held-out rows or None; a row that cannot be scored is an error here already."""
+    media = ("max_frames", "frame_method", "video_as_images", "image_root", "image_hosts", "image_downloads")
+    read: dict[str, Any] = {name: getattr(config, name) for name in media}
+    streams = {"streaming": config.streaming, "shuffle_buffer": config.shuffle_buffer}
+    rows = hfcustom.load_rows(config.data, config.split, **streams, **read)
+    if not config.eval_data:
+        return rows, None
+    return rows, first_rows(hfcustom.load_rows(config.eval_data, config.eval_split, **read), config.eval_rows)
+
+
 def main(config: FinetuneConfig) -> None:
-    console.out.quiet = not process_state().is_main_process  # every fact is printed once, not once a rank
+    is_main = process_state().is_main_process
+    console.out.quiet = not is_main  # every fact is printed once, not once a rank
+    if is_main:
+        check_upload(config)
     stages, folder = config.in_stages(), config.model
     for at, stage in enumerate(stages):
         if len(stages) > 1:
@@ -241,29 +275,20 @@ def main(config: FinetuneConfig) -> None:
         stage.model = folder
         folder = str(run(stage))
     console.out.print(f"The model is in {folder}.")
+    if config.push_to_hub and is_main:
+        console.out.print(f"The model is uploaded: {upload_result(config, Path(folder))}")
 
 
 def run(config: FinetuneConfig) -> Path:
     """Train, score, merge where asked; return the folder of the full model, or of the adapter."""
-    videos: dict[str, Any] = {
-        name: getattr(config, name) for name in ("max_frames", "frame_method", "video_as_images", "image_root")
-    }
-    streams = {"streaming": config.streaming, "shuffle_buffer": config.shuffle_buffer}
-    rows = hfcustom.load_rows(config.data, config.split, **streams, **videos)
-    held_out = None
-    if config.eval_data:
-        held_out = hfcustom.load_rows(config.eval_data, config.eval_split, **videos)
-        held_out = [held_out[at] for at in range(min(config.eval_rows, len(held_out)))]
-        for example in held_out:
-            split_answer(example)  # a row that cannot be scored is an error here, not after the training
+    rows, held_out = load_data(config)
     set_seed(config.seed)  # of new modules and LoRA matrices
     model, processor = load_model(config)
     model = choose_what_trains(model, config)
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
         options = {"max_new_tokens": config.max_new_tokens, "allowed_tokens": config.allowed_tokens}
-        answers = hfcustom.generate_answers(model, processor, held_out, **options)
-        return {"exact_match": hfcustom.exact_match(answers)}
+        return match_by_source(hfcustom.generate_answers(model, processor, held_out, **options))
 
     try:
         console.show_start(model, processor, first_example(rows, config), config)
@@ -271,11 +296,16 @@ def run(config: FinetuneConfig) -> Path:
     except RowError as error:  # it names the row, where and the cure
         console.out.print(f"finetune.py: {error}")
         raise SystemExit(EXIT_BAD_ROWS) from error
+    except NoMemoryError as error:  # it names the batch, and what would fit
+        console.out.print(f"finetune.py: {error}")
+        raise SystemExit(EXIT_CONFIG) from error
     result.exit_if_interrupted()
     if held_out:
-        console.show_table(
-            ("held-out rows", "exact match"), [(len(held_out), evaluate(model, result.step)["exact_match"])]
-        )
+        matches = evaluate(model, result.step)
+        console.show_table(("held-out rows", *matches), [(len(held_out), *matches.values())])
+        if process_state().is_main_process:
+            facts = {"data": config.eval_data, "split": config.eval_split, "rows": len(held_out)}
+            add_results(model, result.model_dir, matches, **facts)
     if not config.merge:
         return result.model_dir
     console.out.print(f"The adapter is in {result.model_dir}; it is merged into full-precision weights.")

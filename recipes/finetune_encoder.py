@@ -17,12 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from hfcustom.data.hosts import host_problems
 from hfcustom.options import parse
-from hfcustom.train_config import TrainConfig
+from hfcustom.train_config import HubOptions, TrainConfig
 
 
 @dataclass(kw_only=True)
-class FinetuneEncoderConfig(TrainConfig):
+class FinetuneEncoderConfig(HubOptions, TrainConfig):
     """TrainConfig with this recipe's defaults, and what to train on what."""
 
     output_dir: Annotated[str, "folder for everything this recipe writes"] = "outputs/finetune_encoder"
@@ -30,6 +31,12 @@ class FinetuneEncoderConfig(TrainConfig):
     data: Annotated[str, "rows of an image and its text; by default scanned digits"] = ""
     split: Annotated[str | None, "split of the rows where there are several; by default train"] = None
     image_root: Annotated[str | None, "folder below which images are read; by default that of the rows"] = None
+    image_hosts: Annotated[
+        list[str], "hosts from which images at URLs are fetched: cdn.example.org, *.example.org for those below it"
+    ] = field(default_factory=list)
+    image_downloads: Annotated[
+        str | None, "folder where fetched images are kept for good; by default hfcustom/images in HF_HOME"
+    ] = None
     eval_data: Annotated[str | None, "held-out rows, retrieved every eval_steps and at the end"] = None
     eval_split: Annotated[str | None, "split of the held-out rows where there are several; by default train"] = None
     eval_rows: Annotated[int, "held-out rows to retrieve among"] = 1000
@@ -62,7 +69,8 @@ class FinetuneEncoderConfig(TrainConfig):
         ]
         for name in ("lora_parts", "lora_rank"):
             rules.append((self.lora or name not in self.sources, f"{name} has no effect without --lora"))
-        return super().problems() or [message for holds, message in rules if not holds]
+        wrong = self.hub_problems() + host_problems(self.image_hosts, self.image_downloads)
+        return super().problems() or wrong + [message for holds, message in rules if not holds]
 
 
 if __name__ == "__main__":
@@ -73,11 +81,13 @@ from accelerate.utils import set_seed
 
 import hfcustom
 from hfcustom import console
+from hfcustom.card import add_results
 from hfcustom.data.digits import digit_captions
 from hfcustom.data.feed import first_example
 from hfcustom.data.messages import RowError
 from hfcustom.data.steps import EXIT_BAD_ROWS
 from hfcustom.encoders import class_of, clip
+from hfcustom.hub import check_upload, upload_result
 from hfcustom.naming import load_object
 from hfcustom.train import process_state
 
@@ -117,17 +127,17 @@ def load_data(config: FinetuneEncoderConfig) -> tuple[Any, Any]:
     """Return rows to train on, and held-out rows or None."""
     if not config.data:
         return digit_captions(TRAIN_ROWS), digit_captions(config.eval_rows, "held_out")
-    held_out = config.eval_data and hfcustom.load_rows(
-        config.eval_data, config.eval_split, image_root=config.image_root
-    )
-    return hfcustom.load_rows(config.data, config.split, image_root=config.image_root), held_out and held_out[
-        : config.eval_rows
-    ]
+    images: dict[str, Any] = {name: getattr(config, name) for name in ("image_root", "image_hosts", "image_downloads")}
+    held_out = config.eval_data and hfcustom.load_rows(config.eval_data, config.eval_split, **images)
+    return hfcustom.load_rows(config.data, config.split, **images), held_out and held_out[: config.eval_rows]
 
 
 def main(config: FinetuneEncoderConfig) -> dict[str, float]:
     """Run the recipe; return the recall on held-out rows, nothing where there are none."""
-    console.out.quiet = not process_state().is_main_process  # every fact is printed once, not once a rank
+    is_main = process_state().is_main_process
+    console.out.quiet = not is_main  # every fact is printed once, not once a rank
+    if is_main:
+        check_upload(config)
     set_seed(config.seed)
     rows, held_out = load_data(config)
     model, processor = load_model(config) if config.model else small_clip(config)
@@ -145,7 +155,12 @@ def main(config: FinetuneEncoderConfig) -> dict[str, float]:
     recall = evaluate(model, result.step) if held_out else {}
     if held_out:
         console.show_table(("held-out rows", *recall), [(len(held_out), *recall.values())])
+    if held_out and is_main:
+        data = {"data": config.eval_data or "scanned digits", "split": config.eval_split, "rows": len(held_out)}
+        add_results(model, result.model_dir, recall, **data)
     console.out.print(f"The model is in {result.model_dir}.")
+    if config.push_to_hub and is_main:
+        console.out.print(f"The model is uploaded: {upload_result(config, result.model_dir)}")
     return recall
 
 

@@ -15,7 +15,6 @@ from conftest import KINDS, Family
 from test_recipes import stock_checkpoint
 
 from hfcustom.parts import unwrap
-from hfcustom.plan.batches import planned_batches
 from hfcustom.plan.config import Recipe, load_recipe, read_plan
 from hfcustom.plan.measure import Measured, measure
 from hfcustom.plan.state import memory_by_part, named_memory
@@ -39,7 +38,7 @@ def planned(folder: Path, *options: str) -> tuple[Any, Recipe]:
 
 
 def of_plan(config: Any, recipe: Recipe) -> Measured:
-    return measure(config, recipe.build, planned_batches)
+    return measure(config, recipe.build, recipe.batches)
 
 
 class RealRun:
@@ -49,7 +48,7 @@ class RealRun:
         config = copy.copy(config)
         self.model, processor = recipe.build(config)
         core = unwrap(self.model)
-        batch, *_ = planned_batches(core, processor, config)
+        batch, *_ = recipe.batches(core, processor, config)
         config.precision = choose_precision(self.model, config)
         accelerator = make_accelerator(config)
         set_up(self.model, config, accelerator)
@@ -95,7 +94,7 @@ def most(sizes: list[int]) -> int:
 
 def check(config: Any, recipe: Recipe) -> float:
     """Compare a plan with the real run; return the peak's error."""
-    first = measure(config, recipe.build, lambda *given: planned_batches(*given)[:1])
+    first = measure(config, recipe.build, lambda *given: recipe.batches(*given)[:1])
     plan, real = first, RealRun(config, recipe)
     assert list(map(astuple, plan.parts)) == list(map(astuple, memory_by_part(real.model, real.optimizer)))
     assert plan.total("gradients") == sum(real.gradients.values())

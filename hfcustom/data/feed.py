@@ -57,8 +57,6 @@ class Feed:
             raise ValueError(
                 f"exclude={self.config.exclude} has no effect on a stream, whose rows have no fixed names; use on_bad_row=skip."
             )
-        if "epochs" in self.config.sources:
-            raise ValueError(f"epochs={self.config.epochs} has no effect on a stream; max_steps says when to stop.")
         for fact in check_shards(stream, self.accelerator.num_processes, self.config.num_workers):
             self.accelerator.print(fact)
 
@@ -77,6 +75,12 @@ class Feed:
         """The mixture that the rows are, perhaps with columns added to them."""
         rows = self.rows.rows if isinstance(self.rows, RowsWithColumns) else self.rows
         return rows if isinstance(rows, Mixture) else None
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The sources of a mixture with their weights, nothing where there is one."""
+        rows = self.mixture or self.rows
+        return dict(rows.weights) if isinstance(rows, Mixture | StreamMixture) else {}
 
     @property
     def source_names(self) -> list[str]:

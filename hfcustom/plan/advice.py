@@ -39,18 +39,17 @@ def changes_of(config: Any, measured: Measured) -> list[tuple[str, str, dict[str
         half = max(1, (config.pack_tokens or 4096) // 2)
         found.append(("packs of half the tokens", f"--pack-tokens {half}", {"pack_tokens": half}))
     elif rows > 1 and not config.packing:
-        for size in dict.fromkeys((rows // 2, 1)):
-            if rows % size == 0:
-                words = f"micro-batches of {size} row{'s' * (size > 1)}, accumulated to the same step"
-                found.append((words, f"--micro-batch-size {size}", {"micro_batch_size": size}))
+        words = "micro-batches of 1 row, accumulated to the same step"
+        found.append((words, "--micro-batch-size 1", {"micro_batch_size": 1}))
     if "lora" in fields:
+        adapted: dict[str, Any] = {"lora": True} | {name: [] for name in ("attention_only", "freeze", "train") if name in fields}
+        adapted |= {"last_layers": {}} if "last_layers" in fields else {}
         if not config.lora:
-            off = {"lora": True, "freeze": [], "attention_only": []}
-            found.append(("LoRA in place of full training", "--lora", off))
-        if "load_in" in fields and config.load_in is None:
+            found.append(("LoRA in place of full training", "--lora", adapted))
+        if config.load_in is None:
             for bits in ("8bit", "4bit"):
-                fact = {"lora": True, "freeze": [], "attention_only": [], "load_in": bits}
-                found.append((f"LoRA on a language model in {bits[0]} bits", f"--lora --load-in {bits}", fact))
+                words = f"LoRA on a language model in {bits[0]} bits"
+                found.append((words, f"--lora --load-in {bits}", {**adapted, "load_in": bits}))
     return found
 
 

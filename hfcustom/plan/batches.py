@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-import hfcustom
 from hfcustom.costliest import batch_size, costliest_batches
 from hfcustom.data.collate import Batch
 from hfcustom.data.feed import first_example
@@ -20,21 +19,22 @@ FILLER = "seven red balloons "
 MOST_IMAGES = 64
 
 
-def planned_batches(core: Any, processor: Any, config: Any) -> list[Batch]:
-    """Return the costliest micro-batches of one GPU; ValueError for a shape that cannot be made, RowError for rows of no use."""
+def planned_batches(core: Any, processor: Any, config: Any, rows: Any) -> list[Batch]:
+    """Return the costliest micro-batches of one GPU; ValueError for a stream, RowError for rows of no use."""
+    if not isinstance(rows, Examples):
+        raise ValueError("The rows are a stream, in which the longest cannot be looked up; give --tokens and --crops instead.")
     micro_batch_size, _ = split_batch(config, config.gpus)
-    if config.tokens is not None:
-        return [shaped_batch(core, processor, config, micro_batch_size)]
-    names = ("max_frames", "frame_method", "video_as_images", "image_root")
-    rows = hfcustom.load_rows(config.data, config.split, **{name: vars(config)[name] for name in names})
-    assert isinstance(rows, Examples)
     collate = make_collator(core, processor, config, first_example(rows, config).columns)
     usable = Attempts(rows, skip_bad_rows=True, exclude=config.exclude)
     return costliest_batches(usable, collate, micro_batch_size, make_packer(core, config), config.scan_rows)
 
 
-def shaped_batch(core: Any, processor: Any, config: Any, micro_batch_size: int) -> Batch:
-    """Return rows of exactly `config.tokens` tokens each, with the fewest images that make `config.crops` crops."""
+def shaped_batches(core: Any, processor: Any, config: Any) -> list[Batch]:
+    """Return a batch of rows of exactly `config.tokens` tokens, with the fewest images that make `config.crops` crops each.
+
+    Raises ValueError for a shape that cannot be made.
+    """
+    micro_batch_size, _ = split_batch(config, config.gpus)
     if config.packing:
         micro_batch_size = 1  # whose tokens are those of a pack
     collate = make_collator(core, processor, config, {})
@@ -59,7 +59,7 @@ def shaped_batch(core: Any, processor: Any, config: Any, micro_batch_size: int) 
     for name, tensor in batch.items():
         if tensor.shape[:2] == (micro_batch_size, length):
             batch[name] = tensor[:, : config.tokens].contiguous()
-    return batch
+    return [batch]
 
 
 def _crops(collate: Any, picture: Image.Image, images: int) -> int:

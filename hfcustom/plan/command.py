@@ -78,7 +78,6 @@ def _plan(config: Any, recipe: Recipe, folder: Path) -> int:
 
 def _plan_one(config: Any, recipe: Recipe, model: str) -> Plan:
     from hfcustom.plan.advice import advise
-    from hfcustom.plan.batches import planned_batches
     from hfcustom.plan.measure import Measured, measure
     from hfcustom.plan.report import Plan, progress
     from hfcustom.plan.sharding import check_sharding, share_of
@@ -86,7 +85,7 @@ def _plan_one(config: Any, recipe: Recipe, model: str) -> Plan:
     with progress(config.json) as tell:
 
         def measured_with(changed: Any) -> Measured:
-            return measure(changed, recipe.build, planned_batches)
+            return measure(changed, recipe.build, recipe.batches)
 
         tell("the run as it is")
         measured = measured_with(config)

@@ -1,11 +1,12 @@
 """What `hfcustom plan` is told: every option of a recipe, and the GPUs; and what the recipe makes of it.
 
 A recipe can be planned when it has a config class (a TrainConfig) and load_model(config) -> model, processor; its
-choose_what_trains(model, config) is used where there is one. recipes/finetune.py is the recipe unless one is named.
+load_data(config) -> rows, held-out rows and choose_what_trains(model, config) are used where there are such. recipes/finetune.py is the recipe unless one is named.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
@@ -121,12 +122,25 @@ class Recipe:
     path: Path
     config_class: type[Any]
     load_model: Callable[[Any], tuple[Any, Any]]
-    choose_what_trains: Callable[[Any, Any], Any] | None = None
+    load_data: Callable[[Any], tuple[Any, Any]] | None
+    choose_what_trains: Callable[[Any, Any], Any] | None
 
     def build(self, config: Any) -> tuple[Any, Any]:
         """Return the model as it is trained, and its processor."""
         model, processor = self.load_model(config)
         return (self.choose_what_trains(model, config) if self.choose_what_trains else model), processor
+
+    def batches(self, core: Any, processor: Any, config: Any) -> list[Any]:
+        """Return the costliest micro-batches of the recipe's data, or those of the shape that was asked for."""
+        from hfcustom.plan.batches import planned_batches, shaped_batches
+
+        if config.tokens is not None:
+            return shaped_batches(core, processor, config)
+        if self.load_data is None:
+            raise ValueError(f"{self.path} has no load_data(config) -> rows, held-out rows; give --tokens and --crops.")
+        changed = copy.copy(config)
+        changed.eval_data = None
+        return planned_batches(core, processor, config, self.load_data(changed)[0])
 
     def stages(self, config: Any) -> dict[str, Any]:
         """Return the config of each stage by its name; of the one training there is under no name."""
@@ -156,7 +170,7 @@ def load_recipe(path: str | None) -> Recipe:
         raise ConfigError(
             f"{file} cannot be planned: a recipe has one config class (a TrainConfig) and load_model(config) -> model, processor."
         )
-    return Recipe(file, classes[0], known["load_model"], known.get("choose_what_trains"))
+    return Recipe(file, classes[0], known["load_model"], known.get("load_data"), known.get("choose_what_trains"))
 
 
 def read_plan(argv: Sequence[str], description: str) -> tuple[Any, Recipe]:
