@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +11,6 @@ import pytest
 import torch
 from conftest import Family, chat_row
 from safetensors.torch import load_file
-from test_recipes import finetune, losses, stock_checkpoint
 
 import hfcustom
 from hfcustom.costliest import NoMemoryError, batch_size, costliest_batches

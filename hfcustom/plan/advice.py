@@ -42,7 +42,9 @@ def changes_of(config: Any, measured: Measured) -> list[tuple[str, str, dict[str
         words = "micro-batches of 1 row, accumulated to the same step"
         found.append((words, "--micro-batch-size 1", {"micro_batch_size": 1}))
     if "lora" in fields:
-        adapted: dict[str, Any] = {"lora": True} | {name: [] for name in ("attention_only", "freeze", "train") if name in fields}
+        adapted: dict[str, Any] = {"lora": True} | {
+            name: [] for name in ("attention_only", "freeze", "train") if name in fields
+        }
         adapted |= {"last_layers": {}} if "last_layers" in fields else {}
         if not config.lora:
             found.append(("LoRA in place of full training", "--lora", adapted))

@@ -22,7 +22,9 @@ MOST_IMAGES = 64
 def planned_batches(core: Any, processor: Any, config: Any, rows: Any) -> list[Batch]:
     """Return the costliest micro-batches of one GPU; ValueError for a stream, RowError for rows of no use."""
     if not isinstance(rows, Examples):
-        raise ValueError("The rows are a stream, in which the longest cannot be looked up; give --tokens and --crops instead.")
+        raise ValueError(
+            "The rows are a stream, in which the longest cannot be looked up; give --tokens and --crops instead."
+        )
     micro_batch_size, _ = split_batch(config, config.gpus)
     collate = make_collator(core, processor, config, first_example(rows, config).columns)
     usable = Attempts(rows, skip_bad_rows=True, exclude=config.exclude)

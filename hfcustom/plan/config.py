@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -137,7 +137,9 @@ class Recipe:
         if config.tokens is not None:
             return shaped_batches(core, processor, config)
         if self.load_data is None:
-            raise ValueError(f"{self.path} has no load_data(config) -> rows, held-out rows; give --tokens and --crops.")
+            raise ValueError(
+                f"{self.path} has no load_data(config) -> rows, held-out rows; give --tokens and --crops."
+            )
         changed = copy.copy(config)
         changed.eval_data = None
         return planned_batches(core, processor, config, self.load_data(changed)[0])

@@ -161,9 +161,7 @@ def _largest_unit(core: Any, optimizer: Any) -> ParameterBytes:
     sums = []
     for unit in units:
         found = [_bytes_of(parameter, optimizer) for parameter in unit]
-        sums.append(
-            ParameterBytes(1, *(sum(getattr(one, name) for one in found) for name in ("weights", "gradients")), 0)
-        )
+        sums.append(ParameterBytes(1, sum(one.weights for one in found), sum(one.gradients for one in found), 0))
     return max(sums, key=lambda unit: unit.weights + unit.gradients)
 
 

@@ -63,7 +63,7 @@ def stored_dtype(folder: Path) -> str | None:
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            found = [names.get(tensors.get_slice(key).get_dtype()) for key in tensors.keys()]  # noqa: SIM118
+            found = [names.get(tensors.get_slice(key).get_dtype()) for key in tensors.keys()]
         if known := [name for name in found if name]:
             return known[0]
     return None
@@ -75,7 +75,7 @@ def _fill(model: Any, state_dict: Any, files: Any, load_config: Any) -> tuple[Lo
         alternation, groups, _ = build_glob_alternation(list(load_config.dtype_plan))
         for name, parameter in model.named_parameters():
             if match := alternation.search(name):
-                parameter.data = parameter.data.to(load_config.dtype_plan[groups[match.lastgroup]])
+                parameter.data = parameter.data.to(load_config.dtype_plan[groups[str(match.lastgroup)]])
     if load_config.hf_quantizer is not None:
         for module in model.modules():
             _quantise(module, load_config.dtype)
@@ -93,7 +93,7 @@ def _finish(model: Any, load_config: Any, info: LoadStateDictInfo) -> LoadStateD
     return info
 
 
-def _quantise(module: nn.Module, dtype: torch.dtype) -> None:
+def _quantise(module: Any, dtype: torch.dtype) -> None:
     kind = type(module).__name__
     if kind not in ("Linear4bit", "Linear8bitLt"):
         return
