@@ -29,6 +29,7 @@ class Options:
     kind: Annotated[Literal["8bit", "4bit"] | None, "one of two or nothing"] = None
     verbose: Annotated[bool, "talk"] = False
     resume: Annotated[bool, "go on"] = True
+    careful: Annotated[bool | None, "yes, no, or as it fits"] = None
     names: Annotated[list[str], "some words"] = field(default_factory=list)
     loss: Annotated[str | dict[str, Any] | None, "a name or a mapping"] = None
     title: str = "plain"
@@ -117,6 +118,12 @@ def test_defaults_give_way_to_the_file_and_the_file_to_flags(written: Any) -> No
     config = read(Options, None, ["--config", path, "--max-steps", "30", "--no-resume"])
     assert (config.rate, config.max_steps, config.resume, config.mode) == (0.25, 30, False, "fast")
     assert config.sources == {"rate": path, "max_steps": "--max-steps", "resume": "--resume"}
+
+
+def test_a_flag_of_three_answers_is_yes_or_no_where_it_is_given() -> None:
+    assert given("--careful") == {"careful": True}
+    assert given("--no-careful") == {"careful": False}
+    assert read(Options, None, []).careful is None
 
 
 def test_defaults_are_not_shared_between_configs() -> None:

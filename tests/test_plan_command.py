@@ -104,7 +104,7 @@ def test_each_advice_is_what_a_plan_with_its_flags_finds(folder: Path, capsys: p
     assert advised[together]["peak"] == min(item["peak"] for flags, item in advised.items() if "fsdp" not in flags)
     for flags in ("--gradient-checkpointing", "--lora --load-in 4bit", together):
         _, own = plan(capsys, *options(folder, *flags.split(), "--advice", "never"))
-        assert own["peak"] == advised[flags]["peak"], flags
+        assert own["peak"] == pytest.approx(advised[flags]["peak"], rel=1e-3), flags  # bitsandbytes keeps a code book
 
 
 def test_stages_are_planned_one_by_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

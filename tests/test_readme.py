@@ -28,6 +28,7 @@ SMALL = {
     "hfcustom doctor": "--check parity overrides",  # all: tests/test_doctor.py
     "hfcustom families": "",
     "hfcustom preflight rows.jsonl --image-hosts": "--workers 0",
+    "hfcustom plan": "--batch-size 2",
     "hfcustom preflight": "",
     "hfcustom frames": "",
     "hfcustom lens": "",

@@ -67,8 +67,8 @@ class Ledger:
         """Count a tensor's memory, once, until it is freed."""
         storage = tensor.untyped_storage()
         entry = vars(storage).get("_entry")
-        if entry is None:
-            entry = [storage.nbytes(), kind]
+        if entry is None or entry[2] is not self:  # bitsandbytes keeps its code books from one plan to the next
+            entry = [storage.nbytes(), kind, self]
             vars(storage)["_entry"] = entry
             weakref.finalize(storage, self._free, entry)
             self._grow(kind, entry[0])
