@@ -127,10 +127,6 @@ class TrainConfig:
                 f"micro_batch_size={self.micro_batch_size} and packing exclude each other: pack_tokens says how large a "
                 "micro-batch is",
             ),
-            (
-                self.try_costliest is not False or not self.auto_micro_batch,
-                "auto_micro_batch has no effect with try_costliest=False, which does not try what fits",
-            ),
             (self.max_cache_gb > 0, f"max_cache_gb={self.max_cache_gb} must be positive"),
             (
                 self.cache_images or self.cache_features or "max_cache_gb" not in self.sources,
@@ -138,6 +134,8 @@ class TrainConfig:
             ),
             (self.keep_checkpoints > 0, f"keep_checkpoints={self.keep_checkpoints} must be positive"),
         ]
+        halves = self.try_costliest is not False or not self.auto_micro_batch
+        rules.append((halves, "auto_micro_batch has no effect with try_costliest=False"))
         for name in ("pack_tokens", "pack_crops"):
             value = getattr(self, name)
             rules.append((value is None or self.packing, f"{name}={value} has no effect without packing"))

@@ -162,7 +162,7 @@ WRONG_FILES = {
     "unknown key": (
         "a.yaml",
         "max_step: 3\n",
-        "Unknown key 'max_step'. Did you mean 'max_steps'? Allowed: kind, limit,",
+        "Unknown key 'max_step'. Did you mean 'max_steps'? Allowed: careful, kind, limit,",
     ),
     "a flag's spelling": ("a.yaml", "max-steps: 3\n", "Unknown key 'max-steps'. Did you mean 'max_steps'?"),
     "a key of another type": ("a.yaml", "3: x\n", "Unknown key 3."),
