@@ -144,8 +144,39 @@ def doctor(argv: Sequence[str]) -> int:
     return show_doctor(options)
 
 
+def export(argv: Sequence[str]) -> int:
+    """Write a checkpoint, its adapter merged, as its stock class would have: for every server and every other reader."""
+    parser = argparse.ArgumentParser(
+        prog="hfcustom export",
+        description=export.__doc__,
+        epilog="Exit codes: 0 done; 1 the stock class would compute something else, or what was written does not load as it "
+        "should (nothing is left); 2 no such checkpoint, or OUT is not empty. One copy of the weights is in memory.",
+    )
+    parser.add_argument("checkpoint", help="folder or hub id: a model, or an adapter that names its base")
+    parser.add_argument("out", help="a folder that is not there yet, or is empty")
+    parser.add_argument("--base", help="the full-precision base of an adapter, if not where the adapter says")
+    parser.add_argument(
+        "--custom", metavar="FILE.py:CLASS", help="import this first: the class that wrote the folder, if it is yours"
+    )
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as the weights are)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)")
+    parser.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="export although the stock class lacks methods or modules of yours: what they compute is left out",
+    )
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="do not load the result in a process without hfcustom"
+    )
+    options = parser.parse_args(argv)
+    from hfcustom.export.command import run_export
+
+    return run_export(options)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "doctor": doctor,
+    "export": export,
     "families": families,
     "frames": frames,
     "lens": lens,

@@ -34,6 +34,7 @@ FILES = [
     "pipeline",
     "questions",
     "evaluate",
+    "export",
     "packing",
     "experts",
     "ragged",
