@@ -174,12 +174,35 @@ def export(argv: Sequence[str]) -> int:
     return run_export(options)
 
 
+def lint_serving(argv: Sequence[str]) -> int:
+    """Say whether a server (vLLM's Transformers backend) runs a customisation, with the line that it ignores or stops at."""
+    parser = argparse.ArgumentParser(
+        prog="hfcustom lint-serving",
+        description=lint_serving.__doc__,
+        epilog="Exit codes: 0 no error (there may be warnings); 1 an error; 2 wrong usage. Nothing is served and no server is "
+        "needed: classes are built without weights and their source is read.",
+    )
+    parser.add_argument("target", nargs="?", help="my_file.py:MyModel, a family, a folder or hub id")
+    parser.add_argument(
+        "--custom", metavar="FILE.py:CLASS", help="import this first: the class that wrote the folder, if it is yours"
+    )
+    parser.add_argument("--list", action="store_true", help="list the rules")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    if (options.target is None) == (not options.list):
+        parser.error("name a target: my_file.py:MyModel, a family, a folder or hub id; or give --list")
+    from hfcustom.serving.command import run_lint
+
+    return run_lint(options)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "doctor": doctor,
     "export": export,
     "families": families,
     "frames": frames,
     "lens": lens,
+    "lint-serving": lint_serving,
     "preflight": preflight,
 }
 
@@ -190,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: hfcustom COMMAND ...\n\ncommands:")
         for name, command in COMMANDS.items():
-            print(f"  {name:<12}{command.__doc__}")
+            print(f"  {name:<14}{command.__doc__}")
         print("\nhfcustom COMMAND --help says more; training is in recipes/.")
         return 0 if argv else 2
     if argv[0] in ("-V", "--version"):

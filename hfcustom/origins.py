@@ -43,15 +43,15 @@ def users_classes(some_class: type) -> list[type]:
 
 
 def place_of(thing: Any) -> Place | None:
-    """Return where a class or function is defined."""
+    """Return where a class or function begins, below its decorators."""
     try:
         thing = inspect.unwrap(thing) if isinstance(thing, FunctionType) else thing
-        if isinstance(thing, FunctionType):
-            return Place(thing.__code__.co_filename, thing.__code__.co_firstlineno)
         file = inspect.getsourcefile(thing)
-        return None if file is None else Place(file, inspect.getsourcelines(thing)[1])
+        lines, start = inspect.getsourcelines(thing)
     except (OSError, TypeError):
         return None
+    begins = (at for at, line in enumerate(lines) if line.lstrip().startswith(("class ", "def ", "async def ")))
+    return None if file is None else Place(file, start + next(begins, 0))
 
 
 def said(place: Place | None, some_class: type) -> str:
@@ -61,17 +61,18 @@ def said(place: Place | None, some_class: type) -> str:
 
 @cache
 def tree_of(some_class: type) -> tuple[ast.ClassDef, Place] | None:
-    """Return the syntax tree of a class, lines counted from its file's first, None where there is no source."""
+    """Return the syntax tree of a class, its lines as in its file, and where it begins; None where there is no source."""
     place = place_of(some_class)
     if place is None:
         return None
+    lines, start = inspect.getsourcelines(some_class)
     try:
-        (node,) = ast.parse(textwrap.dedent(inspect.getsource(some_class))).body
-    except (OSError, SyntaxError, ValueError):
+        (node,) = ast.parse(textwrap.dedent("".join(lines))).body
+    except (SyntaxError, ValueError):
         return None
     if not isinstance(node, ast.ClassDef):
         return None
-    ast.increment_lineno(node, place.line - 1)
+    ast.increment_lineno(node, start - 1)
     return node, place
 
 

@@ -7,6 +7,7 @@ leave the parent with all its tensors: it computes something else without them, 
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,9 +85,16 @@ def stock_config(model_class: Any, config: Any) -> Any:
 
 
 def own_fields(model_class: Any) -> set[str]:
-    """Return the fields that a custom config class adds to its stock parent's."""
+    """Return the fields that a custom config class, in whichever style it is written, adds to its stock parent's."""
     stock_class = model_class.stock_class().config_class
-    return {*OWN_FIELDS, *(vars(model_class.config_class()).keys() - vars(stock_class()).keys())}
+    found = set[str]()
+    for base in model_class.config_class.__mro__:
+        if not issubclass(stock_class, base):
+            found |= vars(base).get("__annotations__", {}).keys()
+            found |= {name for name, value in vars(base).items() if not (name.startswith("_") or callable(value))}
+            found |= set(inspect.signature(base.__init__).parameters if "__init__" in vars(base) else ())
+    known = {*dir(stock_class), *inspect.signature(stock_class.__init__).parameters, "self", "args", "kwargs"}
+    return {*OWN_FIELDS, *(found - known)}
 
 
 # ---- structure ------------------------------------------------------------------------------------------------------
