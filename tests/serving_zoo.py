@@ -93,7 +93,10 @@ class Careful(InternVLModel):
 
     def forward(self, input_ids: Any = None, pixel_values: Any = None, **kwargs: Any) -> Any:
         outputs = super().forward(input_ids=input_ids, pixel_values=pixel_values, **kwargs)
-        return (1.5 * outputs[0], *outputs[1:]) if isinstance(outputs, tuple) else outputs
+        if isinstance(outputs, tuple):  # a server asks with return_dict=False
+            return (1.5 * outputs[0], *outputs[1:])
+        outputs.last_hidden_state = 1.5 * outputs.last_hidden_state
+        return outputs
 
 
 clean(holding(Careful))
@@ -407,4 +410,12 @@ class UnplannedMatrix(InternVLModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.language_model.layers[0].mlp = Adapter()
+        self.post_init()
+
+
+@breaks("replay")
+class LouderFromOutside(CustomInternVLForConditionalGeneration):  # the line
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.language_model.layers[0].self_attn.scaling *= 3
         self.post_init()

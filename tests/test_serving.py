@@ -7,26 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Family
 from serving_zoo import BROKEN, CLEAN
 
 from hfcustom import cli
-from hfcustom.serving import command
-from hfcustom.serving.finding import RULES, Finding
+from hfcustom.serving import command, replay
+from hfcustom.serving.finding import RULES
 from hfcustom.serving.target import Served, find_target, of_class
 
 ZOO = Path(__file__).with_name("serving_zoo.py")
 WARNED = {"janus", "minicpmv4_6", "mllama"}  # whose stock class or processor this backend does not take
 
 
-def found_in(served: Served) -> list[Finding]:
-    return [finding for rule in RULES.values() for finding in rule(served)]
-
-
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_class_is_caught_by_its_rule_alone_and_at_its_line(name: str) -> None:
     rule, model_class = BROKEN[name]
-    findings = found_in(of_class(model_class))
+    findings = command.look(of_class(model_class))
     assert [finding.rule for finding in findings] == [rule], [str(finding) for finding in findings]
     (finding,) = findings
     assert finding.place is not None and Path(finding.place.file) == ZOO
@@ -42,13 +39,43 @@ def test_every_rule_is_broken_by_someone() -> None:
 
 @pytest.mark.parametrize("model_class", CLEAN, ids=lambda model_class: model_class.__name__)
 def test_a_clean_class_passes(model_class: Any) -> None:
-    assert not [str(finding) for finding in found_in(of_class(model_class))]
+    assert not [str(finding) for finding in command.look(of_class(model_class))]
 
 
 def test_a_family_has_no_error(family: Family) -> None:
-    findings = found_in(of_class(family.model_class))
+    findings = command.look(of_class(family.model_class))
     assert not [str(finding) for finding in findings if finding.level == "error"]
     assert all(finding.place is None for finding in findings)
+
+
+REPLAYED = set(
+    "aria idefics3 internvl janus llava llava_next llava_onevision qwen2_5_vl qwen2_vl smolvlm video_llava".split()
+)
+
+
+def test_a_family_run_as_a_server_runs_it_has_its_logits(family: Family) -> None:
+    served = of_class(family.model_class)
+    if family.name in REPLAYED:
+        assert replay.measured(served) == 0.0
+        return
+    try:
+        assert replay.measured(served) <= 2e-5
+    except replay.CannotReplay:
+        assert "not run" in command.was_replayed(served)
+
+
+def test_a_change_inside_is_really_served() -> None:
+    """The attention and features of the inner class are in what was run: without them the logits are others."""
+    careful = next(model_class for model_class in CLEAN if model_class.__name__ == "WithCareful")
+    served = of_class(careful)
+    assert replay.measured(served) <= 2e-5
+    inputs = replay.inputs_for(served)
+    torch.manual_seed(0)
+    model = careful(served.config).eval()
+    with torch.no_grad():
+        before = replay.serve(model, inputs)
+        model.model.brightness.gain.fill_(3.0)
+        assert (replay.serve(model, inputs) - before).abs().max() > 1e-3
 
 
 def test_the_seams_are_told_apart() -> None:
@@ -64,19 +91,19 @@ def test_a_correction_of_stock_is_lost(families: dict[str, Family]) -> None:
     mllama = families["mllama"]
     config = mllama.module.tiny_config()
     config.mask_text_rows = True
-    findings = [finding for finding in found_in(Served(mllama.model_class, config)) if finding.level == "error"]
+    findings = [finding for finding in command.look(Served(mllama.model_class, config)) if finding.level == "error"]
     assert [finding.rule for finding in findings] == ["inner-model"] and "mask_text_rows=True" in findings[0].what
 
 
 def test_a_checkpoint_of_a_model_type_that_no_server_knows(internvl: Family, tmp_path: Path) -> None:
     internvl.model().save_pretrained(tmp_path / "own")
-    findings = found_in(find_target(str(tmp_path / "own")))
+    findings = command.look(find_target(str(tmp_path / "own")))
     assert [finding.rule for finding in findings] == ["auto-map"] and "model_type 'custom_internvl'" in findings[
         0
     ].what
     internvl.model(internvl.stock_class).save_pretrained(tmp_path / "stock")
     internvl.processor.save_pretrained(tmp_path / "stock")
-    assert not found_in(find_target(str(tmp_path / "stock")))
+    assert not command.look(find_target(str(tmp_path / "stock")))
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,13 @@ from hfcustom.base import CustomVLM
 from hfcustom.doctor.examine import quiet
 from hfcustom.export.departures import find_departures
 from hfcustom.origins import is_users
-from hfcustom.serving import around, inside, outside
+from hfcustom.serving import around, inside, outside, replay
 from hfcustom.serving.finding import RULES, Finding
 from hfcustom.serving.target import Served, find_target
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
-FILES = (outside, inside, around)  # imported: their rules are in RULES
+REPLAY = "replay"
+FILES = (outside, inside, around, replay)  # imported: their rules are in RULES
 SEAMS = {  # of CustomVLM, none of which is in the inner model
     "vision features": "transform_vision_features",
     "merged embeddings": "transform_embeddings",
@@ -34,7 +35,26 @@ def lint(target: str) -> tuple[Served, list[Finding]]:
                 f"{served.model_class.__name__} cannot be built from its config on the meta device ({type(error).__name__}: "
                 f"{error}), and a server builds it so. Read no values of weights in __init__."
             ) from error
-        return served, [finding for rule in RULES.values() for finding in rule(served)]
+        return served, look(served)
+
+
+def look(served: Served) -> list[Finding]:
+    """Return what breaks a rule; the model is run only where reading it has found no error."""
+    findings = [finding for name, rule in RULES.items() if name != REPLAY for finding in rule(served)]
+    if not any(finding.level == "error" for finding in findings):
+        findings += RULES[REPLAY](served)
+    return findings
+
+
+def was_replayed(served: Served) -> str:
+    """Return what running the model as a server does has shown, in words."""
+    try:
+        difference = replay.measured(served)
+    except replay.CannotReplay:
+        return "not run: this needs a class of a family whose stock class is served as it is"
+    return "run as a server runs it, " + (
+        "logits equal bit for bit" if not difference else f"logits differ by {difference:.1e}"
+    )
 
 
 def seams(served: Served) -> dict[str, str]:
@@ -89,6 +109,10 @@ def run_lint(options: argparse.Namespace) -> int:
         print(finding)
     for seam, fate in kept.items():
         print(f"seam     {seam:<20}{fate}")
+    if not errors:
+        with quiet():
+            shown = was_replayed(served)
+        print(f"replay   {shown}")
     if can_export:
         print(
             "`hfcustom export` makes a checkpoint of the stock class of this, which every server loads as it loads the stock one."

@@ -82,7 +82,7 @@ def arguments(served: Served) -> Iterator[Found]:
     owner = owner_of(inner, "forward")
     assert owner is not None
     at = inner.__mro__.index(owner) + 1
-    inherited = next((base.forward for base in inner.__mro__[at:] if "forward" in vars(base)), None)
+    inherited = next((vars(base)["forward"] for base in inner.__mro__[at:] if "forward" in vars(base)), None)
     known = set(inspect.signature(inherited).parameters) if inherited is not None else set()
     for name, parameter in list(inspect.signature(inner.forward).parameters.items())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or name in PASSED:
