@@ -27,6 +27,7 @@ from hfcustom import checkpoint
 from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import Caches, check_caches, open_caches, serving, use_caches
 from hfcustom.console import TrainLog, out
+from hfcustom.coverage import every_part_learns
 from hfcustom.custom_model import CustomModel, check_registered
 from hfcustom.data.captions import CaptionCollator
 from hfcustom.data.collate import Batch, Collator
@@ -122,6 +123,7 @@ def fit(
     with (
         StopRequest() as stop,
         counting_steps(core),
+        every_part_learns(model, optimizer),
         use_caches(core, feed.caches, accelerator),
         TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names) as log,
     ):
