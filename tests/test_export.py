@@ -28,6 +28,7 @@ for operator in ("nms", "qnms"):
     LIBRARY.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 """
 ENCODERS = encoders()
+OTHER_TOKENS = {"chameleon", "paligemma"}  # a separator, a newline: what hfcustom's processors leave to the template
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +87,8 @@ def test_the_stock_class_loads_it_whole_without_hfcustom(family: Family, tmp_pat
     assert done.stock_class == family.stock_class.__name__
     assert done.verdict.num_tensors == len(family.model().state_dict())
     assert done.verdict.difference == 0.0
-    assert done.verdict.processor.startswith(("processor not tried", family.stock_class.__name__[:4], "Pixtral"))
+    writes = "writes 3" if family.name in OTHER_TOKENS else "writes the same"
+    assert writes in done.verdict.processor or "wants torchvision" in done.verdict.processor
     config = json.loads((done.folder / "config.json").read_text())
     stock_type = family.stock_class.config_class.model_type
     assert config["model_type"] == stock_type and "loss" not in config and "connector" not in config
@@ -386,6 +388,8 @@ def test_the_command_says_what_it_did(checkpoint: Path, tmp_path: Path, capsys: 
     )
     assert cli.main(["export", str(checkpoint), str(tmp_path / "out2"), "--no-verify"]) == 0
     assert "not checked: --no-verify" in capsys.readouterr().out
+    assert cli.main(["export", str(checkpoint), str(tmp_path / "out3"), "--no-verify", "--weights-only"]) == 0
+    assert "--weights-only had nothing to leave out" in capsys.readouterr().out
 
 
 def test_the_command_names_the_line_and_ends_with_1(

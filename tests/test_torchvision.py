@@ -39,6 +39,7 @@ FILES = [
     "experts",
     "ragged",
     "resize",
+    "serving",
     "video_rows",
     "videos",
 ]

@@ -7,6 +7,7 @@ import json
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 sys.modules["hfcustom"] = None  # type: ignore[assignment]  # importing it is an error from here on
 
@@ -36,18 +37,35 @@ def main(folder: Path) -> None:
 
 
 def load_processor(folder: Path) -> str:
-    """Return what AutoProcessor makes of the folder, in words."""
+    """Return what AutoProcessor makes of the folder, and whether it writes the tokens that the model was asked with, in words."""
     from transformers import AutoProcessor
     from transformers.utils import is_torchvision_available
 
     if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
         return "no processor: the checkpoint has none"
     try:
-        return type(AutoProcessor.from_pretrained(folder)).__name__
+        processor = AutoProcessor.from_pretrained(folder)
     except (ImportError, AttributeError) as error:
         if is_torchvision_available():
             raise
         return f"processor not tried, which wants torchvision in stock transformers ({str(error).strip().splitlines()[0]})"
+    return f"{type(processor).__name__}{compare_tokens(folder, processor)}"
+
+
+def compare_tokens(folder: Path, processor: Any) -> str:
+    """Say whether the stock processor writes the same tokens; nothing where no question was asked."""
+    from PIL import Image
+    from safetensors.torch import load_file
+
+    if not (folder / "probe.json").is_file():
+        return ""
+    question, image = json.loads((folder / "probe.json").read_text()), Image.open(folder / "probe.png")
+    images = [[image] if question["nested"] else image for _ in question["text"]]
+    found = processor(text=question["text"], images=images, return_tensors="pt", **question["options"])["input_ids"]
+    asked = load_file(folder / "probe.safetensors")["input_ids"]
+    if found.tolist() == asked.tolist():
+        return f" writes the same {asked.shape[1]} tokens"
+    return f" writes {found.shape[1]} tokens, not the {asked.shape[1]} that the source's processor wrote"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from hfcustom.export.write import export_checkpoint
+from hfcustom.export.write import NotStock, export_checkpoint
 from hfcustom.naming import load_object
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -34,9 +34,9 @@ def run_export(options: argparse.Namespace) -> int:
         )
     except (RuntimeError, ValueError, OSError, ImportError, AttributeError, TypeError) as error:
         print(f"hfcustom export: {error}\nNothing was written.", file=sys.stderr)
-        from hfcustom.export.write import NotStock
-
         return EXIT_FAILED if isinstance(error, NotStock | RuntimeError) else EXIT_USAGE
+    if options.weights_only and not done.dropped:
+        say("--weights-only had nothing to leave out: the stock class computes the same")
     for item in done.dropped:
         say(f"left out, as --weights-only allows: {item}")
     say(f"checked: {done.verdict}" if done.verdict else "not checked: --no-verify")

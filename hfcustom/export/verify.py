@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 CHILD = Path(__file__).with_name("child.py")
-LEFTOVERS = ("probe.safetensors", "logits.safetensors", "plan.json")
+LEFTOVERS = ("probe.safetensors", "probe.png", "probe.json", "logits.safetensors", "plan.json")
 ROUNDING = {
     torch.float32: 2e-5,
     torch.float16: 1e-2,

@@ -197,29 +197,41 @@ def _reference(source: Source, model: Any, processor: Any, folder: Path) -> torc
         return None
     from safetensors.torch import save_file
 
-    inputs = probe(source, processor, unwrap(model).dtype)
+    question = probe(source, processor)
+    inputs = ask(question, processor, unwrap(model).dtype)
     with torch.no_grad():
         outputs = model(**inputs)
     save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, folder / "probe.safetensors")
+    picture().save(folder / "probe.png")
+    write_json(folder / "probe.json", question)
     logits: torch.Tensor = outputs.logits_per_image if source.is_encoder else outputs.logits
     return logits.float()
 
 
-def probe(source: Source, processor: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return a picture and a question as inputs of the model: noise, so that no weight of the vision tower is idle."""
-    pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
+def picture() -> Image.Image:
+    """Return noise, so that no weight of the vision tower is idle."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8))
+
+
+def probe(source: Source, processor: Any) -> dict[str, Any]:
+    """Return a question about a picture, {text, images: how many of each row, options}, as the arguments of a processor."""
     if source.is_encoder:
-        options = {"padding": "max_length", "max_length": source.config.text_config.max_position_embeddings}
-        inputs = processor(text=[SAMPLE, "a dog"], images=[image] * 2, truncation=True, return_tensors="pt", **options)
-    else:
-        content = [{"type": "image"}, {"type": "text", "text": SAMPLE}]
-        text = f"{getattr(processor, 'image_token', '<image>')}{SAMPLE}"
-        if processor.chat_template:
-            text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        bos = processor.tokenizer.bos_token
-        options = {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
-        inputs = processor(text=[text], images=[[image]], return_tensors="pt", **options)
+        length = source.config.text_config.max_position_embeddings
+        options = {"padding": "max_length", "max_length": length, "truncation": True}
+        return {"text": [SAMPLE, "a dog"], "nested": False, "options": options}
+    content = [{"type": "image"}, {"type": "text", "text": SAMPLE}]
+    text = f"{getattr(processor, 'image_token', '<image>')}{SAMPLE}"
+    if processor.chat_template:
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    bos = processor.tokenizer.bos_token
+    begun = bos is not None and text.startswith(bos)
+    return {"text": [text], "nested": True, "options": {"add_special_tokens": False} if begun else {}}
+
+
+def ask(question: dict[str, Any], processor: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return a question as a model's inputs, floating point in its dtype."""
+    images = [[picture()] if question["nested"] else picture() for _ in question["text"]]
+    inputs = processor(text=question["text"], images=images, return_tensors="pt", **question["options"])
     return {
         name: value.to(dtype) if value.is_floating_point() else value
         for name, value in inputs.items()
