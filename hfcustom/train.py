@@ -37,6 +37,7 @@ from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, real_tokens, token_columns
 from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
+from hfcustom.sharding import name_blocks
 from hfcustom.signals import EXIT_PREEMPTED, StopRequest
 from hfcustom.step_plan import is_blank, plan_step
 from hfcustom.train_config import TrainConfig
@@ -145,8 +146,9 @@ def fit(
 
 
 def set_up(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> None:
-    """Give a model the run's precision, recomputation, and its companions the run's device."""
+    """Give a model the run's precision, recomputation, and its companions the run's device; tell FSDP its blocks."""
     core = unwrap(model)
+    name_blocks(model, accelerator)
     set_precision(model, config)
     if config.gradient_checkpointing:
         checkpoint_activations(core)

@@ -28,6 +28,7 @@ SMALL = {
     "hfcustom export": "",
     "hfcustom families": "",
     "hfcustom lint-serving": "",
+    "hfcustom preflight rows.jsonl --image-hosts": "--workers 0",
     "hfcustom preflight": "",
     "hfcustom frames": "",
     "hfcustom lens": "",

@@ -69,7 +69,9 @@ def find_source(checkpoint: str, base: str | None = None) -> Source:
     base = _base_of(checkpoint, base) if is_adapter else None
     described = checkpoint if has(checkpoint, "config.json") else base
     if described is None:
-        raise ValueError(f"{checkpoint} has neither config.json nor adapter_config.json: it is no checkpoint.")
+        raise ValueError(
+            f"{checkpoint} has neither config.json nor adapter_config.json: it is no checkpoint, or a hub id that cannot be reached."
+        )
     model_class = class_of(described)
     config = model_class.config_class.from_pretrained(described)
     stored = PretrainedConfig.get_config_dict(base or checkpoint)[0]
