@@ -179,12 +179,66 @@ def push(argv: Sequence[str]) -> int:
     return card_command.push(options)
 
 
+def export(argv: Sequence[str]) -> int:
+    """Write a checkpoint, its adapter merged, as its stock class would have: for every server and every other reader."""
+    parser = argparse.ArgumentParser(
+        prog="hfcustom export",
+        description=export.__doc__,
+        epilog="Exit codes: 0 done; 1 the stock class would compute something else, or what was written does not load as it "
+        "should (nothing is left); 2 no such checkpoint, or OUT is not empty. One copy of the weights is in memory.",
+    )
+    parser.add_argument("checkpoint", help="folder or hub id: a model, or an adapter that names its base")
+    parser.add_argument("out", help="a folder that is not there yet, or is empty")
+    parser.add_argument("--base", help="the full-precision base of an adapter, if not where the adapter says")
+    parser.add_argument(
+        "--custom", metavar="FILE.py:CLASS", help="import this first: the class that wrote the folder, if it is yours"
+    )
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as the weights are)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)")
+    parser.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="export although the stock class lacks methods or modules of yours: what they compute is left out",
+    )
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="do not load the result in a process without hfcustom"
+    )
+    options = parser.parse_args(argv)
+    from hfcustom.export.command import run_export
+
+    return run_export(options)
+
+
+def lint_serving(argv: Sequence[str]) -> int:
+    """Say whether a server (vLLM's Transformers backend) runs a customisation, with the line that it ignores or stops at."""
+    parser = argparse.ArgumentParser(
+        prog="hfcustom lint-serving",
+        description=lint_serving.__doc__,
+        epilog="Exit codes: 0 no error (there may be warnings); 1 an error; 2 wrong usage. Nothing is served and no server is "
+        "needed: classes are built without weights and their source is read.",
+    )
+    parser.add_argument("target", nargs="?", help="my_file.py:MyModel, a family, a folder or hub id")
+    parser.add_argument(
+        "--custom", metavar="FILE.py:CLASS", help="import this first: the class that wrote the folder, if it is yours"
+    )
+    parser.add_argument("--list", action="store_true", help="list the rules")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    if (options.target is None) == (not options.list):
+        parser.error("name a target: my_file.py:MyModel, a family, a folder or hub id; or give --list")
+    from hfcustom.serving.command import run_lint
+
+    return run_lint(options)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "card": card,
     "doctor": doctor,
+    "export": export,
     "families": families,
     "frames": frames,
     "lens": lens,
+    "lint-serving": lint_serving,
     "preflight": preflight,
     "push": push,
 }
@@ -196,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: hfcustom COMMAND ...\n\ncommands:")
         for name, command in COMMANDS.items():
-            print(f"  {name:<12}{command.__doc__}")
+            print(f"  {name:<14}{command.__doc__}")
         print("\nhfcustom COMMAND --help says more; training is in recipes/.")
         return 0 if argv else 2
     if argv[0] in ("-V", "--version"):

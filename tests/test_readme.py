@@ -26,7 +26,9 @@ SMALL = {
     "accelerate launch recipes/finetune.py": "--max-steps 2 --batch-size 2",
     "hfcustom card": "",
     "hfcustom doctor": "--check parity overrides",  # all: tests/test_doctor.py
+    "hfcustom export": "",
     "hfcustom families": "",
+    "hfcustom lint-serving": "",
     "hfcustom preflight rows.jsonl --image-hosts": "--workers 0",
     "hfcustom preflight": "",
     "hfcustom frames": "",
@@ -52,6 +54,8 @@ def workplace(tmp_path: Path, internvl: Family) -> Path:
     """A folder with what the documents name: a stock checkpoint, a picture, rows, a class, a config, the recipes."""
     internvl.model(internvl.stock_class).to(torch.bfloat16).save_pretrained(tmp_path / CHECKPOINT)  # as on the hub
     internvl.processor.save_pretrained(tmp_path / CHECKPOINT)
+    internvl.model().save_pretrained(tmp_path / "outputs/run/model")  # what a training leaves
+    internvl.processor.save_pretrained(tmp_path / "outputs/run/model")
     picture().save(tmp_path / "cat.png")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     files = {"python": ["my_file.py"], "json": ["rows.jsonl", "pairs.jsonl", "chats.jsonl"], "yaml": ["run.yaml"]}

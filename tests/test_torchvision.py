@@ -36,11 +36,13 @@ FILES = [
     "pipeline",
     "questions",
     "evaluate",
+    "export",
     "packing",
     "experts",
     "ragged",
     "resize",
     "two_encoders",
+    "serving",
     "video_rows",
     "videos",
 ]
