@@ -27,6 +27,7 @@ SMALL = {
     "make test": "tests/test_naming.py -q -n 0",
     "accelerate launch recipes/finetune.py": "--max-steps 2 --batch-size 2",
     "hfcustom bundle": "--no-verify",  # with it: tests/test_bundle.py
+    "hfcustom card": "",
     "hfcustom doctor": "--check parity overrides",  # all: tests/test_doctor.py
     "hfcustom families": "",
     "hfcustom preflight rows.jsonl --image-hosts": "--workers 0",
