@@ -104,7 +104,16 @@ def test_a_bundle_computes_the_same_without_hfcustom(name: str, bundled: Bundled
 @pytest.mark.parametrize("name", [*FAMILIES, *ENCODERS, *CASES])
 def test_a_bundle_wants_transformers_and_nothing_else(name: str, bundled: Bundled) -> None:
     folder, _, cargo, code = bundled[name]
-    allowed = {"torch", "transformers", "numpy", "PIL", "tokenizers", *sys.stdlib_module_names}
+    allowed = {
+        "torch",
+        "transformers",
+        "numpy",
+        "PIL",
+        "tokenizers",
+        "yaml",
+        "huggingface_hub",
+        *sys.stdlib_module_names,
+    }
     for file in folder.glob("*.py"):
         assert set(get_imports(file)) <= allowed, file.name
         assert all(Path(wanted).is_file() for wanted in get_relative_import_files(file)), file.name

@@ -31,12 +31,15 @@ ENTRY = '''\
 It needs what requirements.txt lists; hfcustom need not be installed.
 """
 
+import sys
 from typing import TYPE_CHECKING
 
 {imports}
 
 {config} = {model}.config_class
 for _class in ({classes}):
+    for _name, _value in vars(sys.modules[_class.__module__]).items():
+        globals().setdefault(_name, _value)  # what its annotations name
     _class.__module__ = __name__  # save_pretrained then copies this file, and with it all that are named here:
 
 if TYPE_CHECKING:
