@@ -146,6 +146,38 @@ def doctor(argv: Sequence[str]) -> int:
     return show_doctor(options)
 
 
+def bundle(argv: Sequence[str]) -> int:
+    """Put a checkpoint and its code in one folder that loads where hfcustom is not installed; exit code 1 if it does not."""
+    parser = argparse.ArgumentParser(
+        prog="hfcustom bundle",
+        description=bundle.__doc__,
+        epilog="The folder loads through AutoConfig, AutoModel, AutoProcessor and pipeline() with trust_remote_code=True. It holds "
+        "the weights, the processor, the code as flat files with relative imports, and only what of it the model needs. "
+        "Exit codes: 0 written; 1 a process without hfcustom computes something else, and nothing is written; 2 it cannot be "
+        "bundled, and the message says why.",
+    )
+    parser.add_argument("checkpoint", help="folder or hub id of a saved model of a custom class")
+    parser.add_argument("out", help="folder to write, which must not exist, or be empty")
+    parser.add_argument(
+        "--code",
+        nargs="+",
+        default=[],
+        metavar="FILE.py",
+        help="your files that define the class, and its losses if elsewhere",
+    )
+    parser.add_argument(
+        "--verify",
+        choices=("auto", "full", "small"),
+        default="auto",
+        help="compare the whole model, or a small copy of it (default: auto, whole up to 4 GiB)",
+    )
+    parser.add_argument("--no-verify", action="store_true", help="write it without loading it")
+    options = parser.parse_args(argv)
+    from hfcustom.bundle.command import run_bundle
+
+    return run_bundle(options)
+
+
 def card(argv: Sequence[str]) -> int:
     """Print the change card of a model: what its class overrides and adds, what was trained on what, how to load it."""
     parser = argparse.ArgumentParser(prog="hfcustom card", description=card.__doc__)
@@ -232,6 +264,7 @@ def lint_serving(argv: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "bundle": bundle,
     "card": card,
     "doctor": doctor,
     "export": export,
