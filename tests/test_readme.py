@@ -24,6 +24,7 @@ SMALL = {
     "accelerate launch recipes/finetune.py": "--max-steps 2 --batch-size 2",
     "hfcustom doctor": "--check parity overrides",  # all: tests/test_doctor.py
     "hfcustom families": "",
+    "hfcustom inspect": "",
     "hfcustom preflight": "",
     "hfcustom frames": "",
     "hfcustom lens": "",
@@ -124,9 +125,13 @@ def test_the_file_tree_is_true() -> None:
         listed.add("/".join(folders))
     missing = [path for path in listed if not (ROOT / path).exists()]
     assert not missing, f"README.md lists what is not there: {missing}"
-    sources = [path for folder in ("", "data/", "doctor/", "losses/") for path in ROOT.glob(f"hfcustom/{folder}*.py")]
+    sources = [
+        path
+        for folder in ("", "data/", "doctor/", "inspector/", "losses/")
+        for path in ROOT.glob(f"hfcustom/{folder}*.py")
+    ]
     unlisted = {path.relative_to(ROOT).as_posix() for path in sources} - listed
-    unlisted -= {f"hfcustom/{folder}/__init__.py" for folder in ("data", "doctor", "losses")}
+    unlisted -= {f"hfcustom/{folder}/__init__.py" for folder in ("data", "doctor", "inspector", "losses")}
     assert not unlisted, f"README.md does not list {sorted(unlisted)}"
 
 

@@ -146,7 +146,7 @@ def _print_one(out: Console, found: Inspection) -> None:
     out.print(Text(found.source, style="dim"))
     for section in sections(found):
         out.print(Text(f"\n{section.title}", style="bold cyan"), Text(section.lead))
-        if section.title == "Other sizes":
+        if section.title == "Other sizes" and section.rows:
             out.print(Text("  " + in_a_line(section)))
         elif section.rows:
             out.print(_table(section))
@@ -155,8 +155,6 @@ def _print_one(out: Console, found: Inspection) -> None:
 def in_a_line(section: Section) -> str:
     """Return a table of sizes as one line, since a screen is short."""
     counts = {row[0].replace(" ", ""): row[1] for row in section.rows}
-    if len(set(counts.values())) == 1:
-        return f"{next(iter(counts.values()))} for each of {', '.join(counts)}"
     return ",  ".join(f"{size} {tokens}" for size, tokens in counts.items())
 
 

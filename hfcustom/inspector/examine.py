@@ -90,7 +90,7 @@ def _examine(subject: Subject, size: Size) -> Inspection:
     return Inspection(
         name=subject.name,
         source=subject.source,
-        summary=(subject.module.__doc__ or "").strip().partition("\n")[0],
+        summary=_first_sentence(subject.module.__doc__ or ""),
         size=size,
         architecture=find_architecture(subject),
         processor=f"{type(subject.processor).__name__}, {type(subject.processor.image_processor).__name__.removesuffix('Pil')}",
@@ -112,6 +112,11 @@ def _examine(subject: Subject, size: Size) -> Inspection:
 
 
 LAYOUT_SIZES = ((800, 1300), (640, 480), (300, 1000))
+
+
+def _first_sentence(text: str) -> str:
+    paragraph = " ".join(text.strip().partition("\n\n")[0].split())
+    return paragraph.partition(". ")[0].rstrip(".") + "."
 
 
 def _count(subject: Subject, looker: Looker, size: Size) -> Count:

@@ -34,6 +34,8 @@ NO_STEPS = (
 INTERNAL = ("_expand", "_iterate", "_preprocess", "_prepare", "_rescale")
 SHOWN = ("scale", "mean", "std", "resample", "background_color")  # besides limits: max_patches, min_size, ...
 PER_PIXEL = ("convert_to_rgb", "normalize", "rescale")
+FUSED_STEP = "rescale_and_normalize"
+FUSED = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 Size = tuple[int, int]  # width, height
 
 
@@ -78,9 +80,9 @@ def record(call: Callable[[], Any]) -> tuple[Any, list[Step]]:
                 done.append(step)
             return
         before = [image for value in frame.f_locals.values() for image in flat_images(value)]
-        inside = any(
-            one is not None and one.name == code.co_name for one in open_calls
-        )  # super().resize() in resize()
+        outer = {one.name for one in open_calls if one is not None}
+        inside = code.co_name in outer  # super().resize() in resize()
+        inside |= FUSED_STEP in outer and code.co_name in PER_PIXEL
         is_step = (
             bool(before) and not inside and code.co_name not in NO_STEPS and not code.co_name.startswith(INTERNAL)
         )
@@ -156,9 +158,6 @@ def resampling(value: Any) -> str:
     return str(getattr(named, "name", named)).lower()
 
 
-FUSED = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-
-
 def stages(steps: Sequence[Step]) -> list[Stage]:
     """Put the steps of a kind together, at the place of their last; leave out what changed nothing, and mere wrappers."""
     groups: dict[tuple[str, str], list[Step]] = {}
@@ -180,10 +179,9 @@ def stages(steps: Sequence[Step]) -> list[Stage]:
 def split_fused(step: Step) -> list[Step]:
     """Return what torchvision's path does in one call as the two steps that the other path takes; names without underscores."""
     name = step.name.strip("_").removesuffix("_np")
-    if name != "rescale_and_normalize":
-        fused = name == "normalize" and "mean" not in step.values  # inside of that, where it is given tensors
+    if name != FUSED_STEP:
         values = {key: value for key, value in step.values.items() if key not in FUSED}
-        return [] if fused else [Step(name, step.depth, values, step.before, step.after, step.images)]
+        return [Step(name, step.depth, values, step.before, step.after, step.images)]
     found, values = [], step.values
     if values.get("do_rescale"):
         scale = {"scale": values["rescale_factor"]}

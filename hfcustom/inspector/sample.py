@@ -41,7 +41,7 @@ def _hill(draw: ImageDraw.ImageDraw, size: Size, level: float, colour: str, rng:
     width, height = size
     xs = np.linspace(0, width, 80)
     waves = sum(np.sin(xs / width * rng.uniform(3, 9) + rng.uniform(0, 6)) for _ in range(3))
-    ys = (level + 0.03 * waves) * height
+    ys = (level + 0.03 * np.asarray(waves)) * height
     draw.polygon([(0, height), *zip(xs.tolist(), ys.tolist(), strict=True), (width, height)], fill=colour)
 
 

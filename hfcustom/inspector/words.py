@@ -139,6 +139,8 @@ def _sizes(tokens: Tokens) -> Section:
         tiles = f"{line['tiles'][0]} x {line['tiles'][1]}" if min(line["tiles"]) else "-"
         seen = ", ".join(by(size) for size in line["seen_by_tower"])
         rows.append((by(line["size"]), f"{line['tokens']:,}", str(line["views"]), tiles, seen))
+    if len({row[1:] for row in rows}) == 1:
+        return Section("Other sizes", f"{rows[0][1]} tokens for each of {', '.join(row[0] for row in rows)} pixels")
     return Section("Other sizes", "", ("image", "tokens", "views", "rows x columns", "a view in pixels"), rows)
 
 
@@ -160,9 +162,17 @@ def _stages(found: Inspection) -> Section:
             )
         known |= {*stage.before, *stage.after}
         rows.append((stage.name, _change(stage), _values(stage)))
-    rows.append(("result", found.pixels, ""))
+    rows.append(("result", found.pixels, _sized_by(found)))
     lead = f"{found.processor}, recorded while it ran"
     return Section("Preprocessing", lead, ("step", "image", "values"), rows)
+
+
+def _sized_by(found: Inspection) -> str:
+    """Return the settings that say how large images become, which most steps are given worked out."""
+    sizes = {
+        name: value for name, value in found.settings.items() if "size" in name and isinstance(value, dict) and value
+    }
+    return "; ".join(f"{name}: {_value(value)}" for name, value in sizes.items() if name != "patch_size")
 
 
 def _change(stage: Stage) -> str:
@@ -185,6 +195,8 @@ def _value(value: Any) -> str:
         return " ".join(f"{key} {item}" for key, item in value.items())
     if isinstance(value, list):
         return " ".join(f"{item:g}" for item in value)
+    if isinstance(value, float) and 0 < value < 1 and abs(1 / round(1 / value) - value) < 1e-6:
+        return f"1/{round(1 / value)}"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -210,9 +222,10 @@ def _layout(found: Inspection) -> Section:
     for tensor in found.layout.tensors:
         axes = ", ".join(tensor.axes)
         gaps = f"{axes}; gaps are {tensor.filled}" if tensor.filled else axes
-        rows.append((tensor.name, f"({', '.join(map(str, tensor.shape))})", tensor.dtype, gaps))
+        rows.append((tensor.name, str(tensor.shape), tensor.dtype, gaps))
     images = "; ".join(f"row {at}: {', '.join(by(size) for size in row)}" for at, row in enumerate(found.layout.rows))
-    lead = f"images between words, {images}. Padding: {found.layout.padding}"
+    kind = "a text and an image each" if found.tokens is None else "images between words"
+    lead = f"{kind}, {images}. Padding: {found.layout.padding}"
     return Section("A batch", lead, ("tensor", "shape", "type", "axes"), rows, code=(0,))
 
 
