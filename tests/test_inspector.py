@@ -282,6 +282,30 @@ def test_a_class_of_ones_own_is_looked_at_with_its_connector(tmp_path: Path) -> 
     assert any(part.name == "new" or part.name == "connector" for part in found.architecture.parts)
 
 
+def test_a_connector_of_ones_own_makes_queries_of_tokens(tmp_path: Path) -> None:
+    (tmp_path / "queried.py").write_text(
+        "from hfcustom.families.internvl import CustomInternVLForConditionalGeneration\n\n\n"
+        "class Queried(CustomInternVLForConditionalGeneration):\n"
+        '    default_connector = {"name": "perceiver_resampler", "num_queries": 64}\n'
+    )
+    found = inspect_target(f"{tmp_path / 'queried.py'}:Queried")
+    assert found.tokens is not None and found.tokens.count == 7 * 64
+    assert found.tokens.queries is True and found.tokens.grids is None
+    assert found.switch is not None and found.switch.off[0].tokens == 64
+
+
+def test_a_class_that_cannot_be_built_small_is_looked_at_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "large.py").write_text(
+        "from hfcustom.families.llava import CustomLlavaForConditionalGeneration\n\n\n"
+        "class Large(CustomLlavaForConditionalGeneration):\n"
+        "    def __init__(self, config):\n"
+        "        super().__init__(config)\n"
+        "        assert config.get_text_config().hidden_size == 4096\n"
+    )
+    found = inspect_target(f"{tmp_path / 'large.py'}:Large")
+    assert found.tokens is not None and found.tokens.count == 576 and found.tokens.queries is False
+
+
 def test_a_folder_of_an_encoder(tmp_path: Path) -> None:
     from hfcustom.encoders import siglip
 

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hfcustom.inspector.examine import Inspection
 from hfcustom.inspector.views import Box, View
+from hfcustom.inspector.words import plural
 
 LEFT = (560, 620)  # pixels that the image is made to fit
 RIGHT = (620, 620)  # and all views together
@@ -47,10 +48,11 @@ def _headline(found: Inspection) -> str:
     if found.tokens is None:
         return f"{size}: one vector of {(found.encoder or {}).get('vector', 0)} numbers"
     rows, columns = found.grid
-    tiles = f"{rows} rows x {columns} columns of tiles" if rows * columns > 1 else f"{len(found.views)} view"
-    tiles += "s" if not rows * columns and len(found.views) > 1 else ""
-    whole = f" + {found.overviews}" if rows * columns and found.overviews else ""
-    return f"{size}: {tiles}{whole}, {found.tokens.count:,} image token{'' if found.tokens.count == 1 else 's'}"
+    tiles = plural(len(found.views), "view")
+    if rows * columns > 1:
+        tiles = f"{plural(rows, 'row')} x {plural(columns, 'column')} of tiles"
+        tiles += f" + {found.overviews}" if found.overviews else ""
+    return f"{size}: {tiles}, {plural(found.tokens.count, 'image token')}"
 
 
 def _notes(found: Inspection) -> list[str]:

@@ -12,33 +12,42 @@ from typing import Any
 import torch
 from PIL import Image
 
+from hfcustom.doctor.patient import move_off_start
 from hfcustom.inspector.target import Subject
+
+FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class SmallModel:
-    """The family's tiny model and processor, built when first asked."""
+    """The target's class with the family's tiny sizes, and its connector; the family's own where that cannot be built small."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
+        self.model_class: Any = subject.model_class
+        self.connector = None if subject.is_encoder else subject.skeleton().config.connector
+        try:
+            self.model()
+        except FAULTS:
+            self.model_class, self.connector = subject.family_class, None
 
     def processor(self) -> Any:
-        """Return a fresh tiny processor."""
-        return self.subject.module.tiny_processor()
+        """Return a fresh tiny processor, which writes as many tokens as the connector makes."""
+        processor = self.subject.module.tiny_processor()
+        return processor if self.connector is None else self.model().match_processor(processor)
 
     def model(self, namespace: dict[str, Any] | None = None, **config: Any) -> Any:
         """Return the tiny model in eval mode, the same weights each time, with these fields of its config."""
-        family: Any = self.subject.family_class
-        tiny = self.subject.module.tiny_config()
-        for name, value in config.items():
+        tiny = self.model_class.config_class.adopt(self.subject.module.tiny_config())
+        for name, value in {"connector": self.connector, **config}.items():
             setattr(tiny, name, value)
-        model_class = (
-            type(family.__name__, (family,), {"__module__": __name__, **(namespace or {})}) if namespace else family
-        )
+        members = {"__module__": __name__, **(namespace or {})}
+        model_class = type(self.model_class.__name__, (self.model_class,), members) if namespace else self.model_class
         torch.manual_seed(0)
         model = model_class(tiny).eval()
         wake: Callable[[Any], None] | None = vars(self.subject.module).get("wake")
         if wake is not None:  # what starts at zero
             wake(model)
+        move_off_start(model)
         return model
 
     def accepts(self, processor: Any, picture: Image.Image, config: dict[str, Any], **settings: Any) -> str:
@@ -48,7 +57,7 @@ class SmallModel:
             features = processor(text=text, images=[[picture]], return_tensors="pt", **settings)
             with torch.no_grad():
                 self.model(**config)(**features)
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except FAULTS as error:
             return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return ""
 
@@ -57,7 +66,7 @@ class SmallModel:
 
         Gradients of a token's embedding reach the patches that its connector reads.
         """
-        lacks = self.subject.family_class.lacks
+        lacks = self.model_class.lacks
         if "transform_vision_features" in lacks or "transform_embeddings" in lacks:
             return None
         seen: dict[str, Any] = {"features": []}

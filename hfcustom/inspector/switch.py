@@ -15,7 +15,7 @@ from PIL import Image
 
 from hfcustom.inspector.record import Size
 from hfcustom.inspector.settings import defaults_of, own_settings
-from hfcustom.inspector.small import SmallModel
+from hfcustom.inspector.small import FAULTS, SmallModel
 from hfcustom.inspector.target import Subject
 from hfcustom.inspector.tokens import placeholder_runs
 from hfcustom.inspector.views import Looker
@@ -121,7 +121,7 @@ def _ways(processor: Any, name: str, value: Any) -> Iterator[tuple[str, Any, dic
 def _try(subject: Subject, looker: Looker, size: Size, code: str, call: dict[str, Any]) -> Way:
     try:
         return Way(code, *_measure(subject, looker, size, **call))
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except FAULTS as error:
         return Way(code, 0, 0, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 

@@ -47,6 +47,11 @@ def by(size: Sequence[int] | Size) -> str:
     return f"{size[0]} x {size[1]}"
 
 
+def plural(count: int, noun: str) -> str:
+    """Return "1 row", "3 rows"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 
@@ -94,8 +99,8 @@ def _image(found: Inspection) -> Section:
         return Section("Image", lead, ("", ""), rows)
     tokens = found.tokens
     assert tokens is not None
-    lead = f"{by(found.size)} pixels -> {tokens.count:,} image token{'' if tokens.count == 1 else 's'}"
-    lead += f" and {tokens.around} other tokens around them" if tokens.around else ""
+    lead = f"{by(found.size)} pixels -> {plural(tokens.count, 'image token')}"
+    lead += f" and {plural(tokens.around, 'other token')} around them" if tokens.around else ""
     rows += [("formula", _formula(tokens)), ("a token", _token(found, tokens)), ("text", tokens.text)]
     if tokens.tile_rule:
         rows.insert(1, ("rows and columns", tokens.tile_rule))
@@ -108,9 +113,9 @@ def _views(found: Inspection) -> str:
     rows, columns = found.grid
     if rows * columns == len(found.views) - found.overviews > 0:
         whole = f" + {found.overviews} of the whole image" if found.overviews else ""
-        return f"{rows} rows x {columns} columns of tiles{whole}: {shown} pixels"
+        return f"{plural(rows, 'row')} x {plural(columns, 'column')} of tiles{whole}: {shown} pixels"
     cut = f", cut into {found.crops} crops on the way to the tower" if found.crops > len(found.views) else ""
-    return f"{len(found.views)} view{'' if len(found.views) == 1 else 's'}: {shown} pixels{cut}"
+    return f"{plural(len(found.views), 'view')}: {shown} pixels{cut}"
 
 
 def _formula(tokens: Tokens) -> str:
@@ -214,7 +219,7 @@ def _switch(switch: Switch) -> Section:
 
 
 def _result(way: Way) -> str:
-    return f"{way.tokens:,} tokens, {way.views} view{'' if way.views == 1 else 's'}"
+    return f"{plural(way.tokens, 'token')}, {plural(way.views, 'view')}"
 
 
 def _layout(found: Inspection) -> Section:
