@@ -27,6 +27,7 @@ from hfcustom import checkpoint
 from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import Caches, check_caches, open_caches, serving, use_caches
 from hfcustom.console import TrainLog, out
+from hfcustom.coverage import every_part_learns
 from hfcustom.custom_model import CustomModel, check_registered
 from hfcustom.data.captions import CaptionCollator
 from hfcustom.data.collate import Batch, Collator
@@ -36,6 +37,7 @@ from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, real_tokens, token_columns
 from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
+from hfcustom.sharding import name_blocks
 from hfcustom.signals import EXIT_PREEMPTED, StopRequest
 from hfcustom.step_plan import is_blank, plan_step
 from hfcustom.train_config import TrainConfig
@@ -122,6 +124,7 @@ def fit(
     with (
         StopRequest() as stop,
         counting_steps(core),
+        every_part_learns(model, optimizer),
         use_caches(core, feed.caches, accelerator),
         TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names) as log,
     ):
@@ -143,8 +146,9 @@ def fit(
 
 
 def set_up(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> None:
-    """Give a model the run's precision, recomputation, and its companions the run's device."""
+    """Give a model the run's precision, recomputation, and its companions the run's device; tell FSDP its blocks."""
     core = unwrap(model)
+    name_blocks(model, accelerator)
     set_precision(model, config)
     if config.gradient_checkpointing:
         checkpoint_activations(core)
