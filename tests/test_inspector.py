@@ -271,6 +271,12 @@ def test_a_checkpoint_is_looked_at_with_its_own_processor(found: Inspection) -> 
     assert found.switch is not None and found.switch.off[0].code == "processor(..., crop_to_patches=False)"
 
 
+def test_a_base_checkpoint_without_a_chat_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    found = inspect_target(str(folder))
+    assert "without a chat template" in found.source and found.layout.tensors
+
+
 def test_a_class_of_ones_own_is_looked_at_with_its_connector(tmp_path: Path) -> None:
     (tmp_path / "one_per_tile.py").write_text(
         "from hfcustom.families.idefics3 import CustomIdefics3ForConditionalGeneration\n\n\n"

@@ -124,13 +124,16 @@ def _of_checkpoint(target: str) -> Subject:
     family_class = _family_class(model_class)
     _check_packages(family_class)
     config = model_class.config_class.from_pretrained(target)
+    processor = model_class.processor_class.from_pretrained(target)
+    lacks_template = processor.chat_template is None and not issubclass(model_class, CustomDualEncoder)
     return Subject(
         name=target,
-        source=f"config and processor of {target}",
+        source=f"config and processor of {target}"
+        + (", without a chat template: a small one stands in" * lacks_template),
         model_class=model_class,
         family_class=family_class,
         config=config,
-        processor=model_class.processor_class.from_pretrained(target),
+        processor=_with_template(processor, sys.modules[family_class.__module__]),
         checkpoint=target,
         placeholder=_placeholder(model_class, config),
         published={},
@@ -175,7 +178,11 @@ def _check_packages(family_class: Any) -> None:
 
 def _published_processor(module: Any) -> Any:
     """Return a file's processor with published settings, and the chat template of the tiny one where it has none."""
-    processor = module.published_processor()
+    return _with_template(module.published_processor(), module)
+
+
+def _with_template(processor: Any, module: Any) -> Any:
+    """Give a processor without a chat template (base checkpoints have none) the family's small one, so that rows can be read."""
     if processor.chat_template is None:
         processor.chat_template = module.tiny_processor().chat_template
     return processor
