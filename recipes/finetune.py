@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from hfcustom.data.hosts import host_problems
 from hfcustom.options import ConfigError, parse, with_values
 from hfcustom.train_config import TrainConfig
 
@@ -45,8 +46,17 @@ class FinetuneConfig(TrainConfig):
     max_frames: Annotated[int, "frames of a video that are seen"] = 8
     frame_method: Annotated[str, "which frames those are, a method of `hfcustom frames`"] = "uniform"
     image_root: Annotated[str | None, "folder below which images are read; by default that of the rows"] = None
+    image_hosts: Annotated[
+        list[str], "hosts from which images at URLs are fetched: cdn.example.org, *.example.org for those below it"
+    ] = field(default_factory=list)
+    image_downloads: Annotated[
+        str | None, "folder where fetched images are kept for good; by default hfcustom/images in HF_HOME"
+    ] = None
     video_as_images: Annotated[bool, "give the frames of a video to the model as images"] = False
-    eval_data: Annotated[str | None, "held-out rows, answered by generation every eval_steps and at the end"] = None
+    eval_data: Annotated[
+        str | dict[str, float] | None,
+        "held-out rows, answered by generation every eval_steps and at the end; named as those of data",
+    ] = None
     eval_split: Annotated[str | None, "split of the held-out rows where there are several; by default train"] = None
     eval_rows: Annotated[int, "held-out rows to answer"] = 200
     max_new_tokens: Annotated[int, "longest answer in tokens"] = 64
@@ -142,6 +152,7 @@ class FinetuneConfig(TrainConfig):
             (not (self.lora and self.train), "train has no effect with --lora, which trains what lora_parts name"),
             (not (self.lora and self.last_layers), "last_layers has no effect with --lora"),
             (not (self.freeze and self.train), f"freeze={self.freeze} and train={self.train} exclude each other"),
+            (self.eval_rows > 0, f"eval_rows={self.eval_rows} must be positive"),
             (self.max_frames > 0, f"max_frames={self.max_frames} must be positive"),
             (self.shuffle_buffer >= 0, f"shuffle_buffer={self.shuffle_buffer} must not be negative"),
             (self.streaming or not self.shuffle_buffer, "shuffle_buffer has no effect without --streaming"),
@@ -149,7 +160,8 @@ class FinetuneConfig(TrainConfig):
         ]
         for name in ("lora_parts", "lora_rank", "lora_alpha", "lora_kind", "lora_experts", "lora_dropout"):
             rules.append((self.lora or name not in self.sources, f"{name} has no effect without --lora"))
-        return super().problems() + [message for holds, message in rules if not holds]
+        wrong = host_problems(self.image_hosts, self.image_downloads)
+        return super().problems() + wrong + [message for holds, message in rules if not holds]
 
 
 if __name__ == "__main__":
@@ -160,8 +172,9 @@ from accelerate.utils import set_seed
 import hfcustom
 from hfcustom import console
 from hfcustom.data.feed import first_example
-from hfcustom.data.messages import RowError, split_answer
+from hfcustom.data.messages import RowError
 from hfcustom.data.steps import EXIT_BAD_ROWS
+from hfcustom.evaluate import first_rows, match_by_source
 from hfcustom.families import class_of
 from hfcustom.losses import import_losses
 from hfcustom.naming import load_object
@@ -245,25 +258,21 @@ def main(config: FinetuneConfig) -> None:
 
 def run(config: FinetuneConfig) -> Path:
     """Train, score, merge where asked; return the folder of the full model, or of the adapter."""
-    videos: dict[str, Any] = {
-        name: getattr(config, name) for name in ("max_frames", "frame_method", "video_as_images", "image_root")
-    }
+    media = ("max_frames", "frame_method", "video_as_images", "image_root", "image_hosts", "image_downloads")
+    read: dict[str, Any] = {name: getattr(config, name) for name in media}
     streams = {"streaming": config.streaming, "shuffle_buffer": config.shuffle_buffer}
-    rows = hfcustom.load_rows(config.data, config.split, **streams, **videos)
+    rows = hfcustom.load_rows(config.data, config.split, **streams, **read)
     held_out = None
     if config.eval_data:
-        held_out = hfcustom.load_rows(config.eval_data, config.eval_split, **videos)
-        held_out = [held_out[at] for at in range(min(config.eval_rows, len(held_out)))]
-        for example in held_out:
-            split_answer(example)  # a row that cannot be scored is an error here, not after the training
+        held_out = hfcustom.load_rows(config.eval_data, config.eval_split, **read)
+        held_out = first_rows(held_out, config.eval_rows)  # a row that cannot be scored is an error here already
     set_seed(config.seed)  # of new modules and LoRA matrices
     model, processor = load_model(config)
     model = choose_what_trains(model, config)
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
         options = {"max_new_tokens": config.max_new_tokens, "allowed_tokens": config.allowed_tokens}
-        answers = hfcustom.generate_answers(model, processor, held_out, **options)
-        return {"exact_match": hfcustom.exact_match(answers)}
+        return match_by_source(hfcustom.generate_answers(model, processor, held_out, **options))
 
     try:
         console.show_start(model, processor, first_example(rows, config), config)
@@ -273,9 +282,8 @@ def run(config: FinetuneConfig) -> Path:
         raise SystemExit(EXIT_BAD_ROWS) from error
     result.exit_if_interrupted()
     if held_out:
-        console.show_table(
-            ("held-out rows", "exact match"), [(len(held_out), evaluate(model, result.step)["exact_match"])]
-        )
+        matches = evaluate(model, result.step)
+        console.show_table(("held-out rows", *matches), [(len(held_out), *matches.values())])
     if not config.merge:
         return result.model_dir
     console.out.print(f"The adapter is in {result.model_dir}; it is merged into full-precision weights.")

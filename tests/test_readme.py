@@ -27,6 +27,7 @@ SMALL = {
     "hfcustom doctor": "--check parity overrides",  # all: tests/test_doctor.py
     "hfcustom families": "",
     "hfcustom inspect": "",
+    "hfcustom preflight rows.jsonl --image-hosts": "--workers 0",
     "hfcustom preflight": "",
     "hfcustom frames": "",
     "hfcustom lens": "",

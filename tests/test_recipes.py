@@ -248,7 +248,7 @@ MISTAKES = {
     ),
     "last layers": (["--last-layers", '{"language": 9}'], "keep_last=9: the part 'language' has 2 layers"),
     "vision lr": (["--freeze", "vision", "--vision-lr", "1e-5"], "vision_lr=1e-05 has no effect"),
-    "epochs of a stream": (["--streaming", "--epochs", "2"], "epochs=2.0 has no effect on a stream"),
+    "epochs of a stream": (["--streaming", "--epochs", "2"], "epochs=2.0 has no effect beside max_steps="),
     "occupied": (["--batch-size", "3", "--micro-batch-size", "2"], "batch_size=3 rows cannot be shared"),
 }
 
@@ -302,6 +302,19 @@ def test_the_seed_is_that_of_new_weights_too(internvl: Family, tmp_path: Path) -
     )
     assert all(torch.equal(weight, again[name]) for name, weight in first.items())
     assert not any(torch.equal(weight, other[name]) for name, weight in first.items())
+
+
+def test_held_out_rows_may_be_a_mixture_with_a_score_for_each_source(
+    internvl: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stock_checkpoint(internvl, tmp_path)
+    (folder / "more.jsonl").write_text((folder / "rows.jsonl").read_text())
+    mixture = json.dumps({str(folder / "rows.jsonl"): 0.5, str(folder / "more.jsonl"): 0.5})
+    out = finetune(folder, "--eval-data", mixture, "--eval-steps", "1", "--max-new-tokens", "2", "--eval-rows", "4")
+    names = {"exact_match", "exact_match/rows.jsonl", "exact_match/more.jsonl"}
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [entry.keys() - {"step"} for entry in lines if "exact_match" in entry] == [names] * 2
+    assert "exact_match/more.jsonl" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_rows_that_cannot_be_scored_are_refused_before_training(internvl: Family, tmp_path: Path) -> None:
