@@ -138,7 +138,7 @@ def _tokens(subject: Subject, counts: Sequence[Count], small: SmallModel) -> Tok
         formula=None if formula is None else formula.text,
         checked=len(counts),
         tile_rule=find_tile_rule(counts, own_settings(subject.processor)),
-        grids=None if formula is None or queries else formula.grids(this),
+        grids=formula.grids(this) if formula and small.is_targets_own and not queries else None,
         queries=queries,
         mark=subject.family_class.lacks.get("placeholders", ""),
         text=fold(text),

@@ -25,10 +25,12 @@ class SmallModel:
         self.subject = subject
         self.model_class: Any = subject.model_class
         self.connector = None if subject.is_encoder else subject.skeleton().config.connector
+        self.is_targets_own = True
         try:
             self.model()
+            self.processor()
         except FAULTS:
-            self.model_class, self.connector = subject.family_class, None
+            self.model_class, self.connector, self.is_targets_own = subject.family_class, None, False
 
     def processor(self) -> Any:
         """Return a fresh tiny processor, which writes as many tokens as the connector makes."""
@@ -67,7 +69,7 @@ class SmallModel:
         Gradients of a token's embedding reach the patches that its connector reads.
         """
         lacks = self.model_class.lacks
-        if "transform_vision_features" in lacks or "transform_embeddings" in lacks:
+        if not self.is_targets_own or "transform_vision_features" in lacks or "transform_embeddings" in lacks:
             return None
         seen: dict[str, Any] = {"features": []}
 
