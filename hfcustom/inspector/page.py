@@ -47,7 +47,7 @@ def _numbers(found: Inspection) -> str:
         facts[f"{found.tokens.count:,}"] = "image tokens"
     if found.encoder is not None:
         facts[f"{found.encoder['vector']}"] = "numbers in its vector"
-    facts[f"{found.crops}"] = "pictures for the tower"
+    facts[f"{found.crops}"] = "picture for the tower" if found.crops == 1 else "pictures for the tower"
     if found.grid[0] * found.grid[1]:
         facts[f"{found.grid[0]} x {found.grid[1]}"] = "rows x columns of tiles"
     if found.seen < 0.985:

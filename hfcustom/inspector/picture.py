@@ -60,7 +60,8 @@ def _notes(found: Inspection) -> list[str]:
     if found.tokens is not None and found.tokens.queries:
         notes.append("no grid: each token is a query that reads every patch of a view")
     elif _grids(found):
-        notes.append("thick lines: tiles; thin lines: what a token stands for")
+        tiles = "thick lines: tiles; thin lines" if len(found.views) > 1 else "lines"
+        notes.append(f"{tiles}: what a token stands for")
     if found.seen < 0.985:
         notes.append(f"{1 - found.seen:.0%} of the image, darkened, is cut off and never seen")
     return notes
