@@ -30,6 +30,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hfcustom.card import keep_readme, write_beside
 from hfcustom.parts import unwrap, wrapped_by_peft
 from hfcustom.train_config import TrainConfig
 
@@ -61,6 +62,11 @@ class Checkpoints:
         self.newest: Path | None = None
         self.history: list[dict[str, float]] = []
         self.pending: list[dict[str, dict[str, float]]] = []  # losses and metrics of the steps since the last log line
+
+    @property
+    def unwrapped(self) -> Any:
+        """The model without DDP."""
+        return unwrapped(self.model)
 
     def begin(self) -> int:
         """Start afresh at step 0; ValueError when the folder holds another run's checkpoints and none may be deleted."""
@@ -190,6 +196,7 @@ def replace_folder(source: Path, target: Path) -> None:
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     shutil.copytree(source, partial, copy_function=_link_or_copy)
+    keep_readme(target, partial)
     if target.exists():
         target.rename(old)
     partial.rename(target)
@@ -197,6 +204,10 @@ def replace_folder(source: Path, target: Path) -> None:
 
 
 def _link_or_copy(source: str, target: str) -> None:
+    """Share weights between two names; what people edit is a file of its own, so that the other one stays as it was."""
+    if not source.endswith(".safetensors"):
+        shutil.copy2(source, target)
+        return
     try:
         os.link(source, target)
     except OSError:
@@ -281,6 +292,8 @@ def save_model(model: Any, processor: Any, folder: Path) -> None:
         config = copy.deepcopy(unwrap(model).config)
         vars(config).pop("quantization_config", None)  # how the base was held while training, not what it is
         config.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's own, of headings to be filled in
+        write_beside(model, folder, adapter=True)
     else:
         model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -37,6 +37,7 @@ from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, real_tokens, token_columns
 from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
+from hfcustom.record import begin_run, run_of
 from hfcustom.sharding import name_blocks
 from hfcustom.signals import EXIT_PREEMPTED, StopRequest
 from hfcustom.step_plan import is_blank, plan_step
@@ -112,6 +113,7 @@ def fit(
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, feed)
     start = state.resume() if config.resume else state.begin()
+    run = begin_run(core, run_of(state.unwrapped, config, feed), config.resume) if accelerator.is_main_process else {}
     feed.caches = open_caches(model, processor, config, accelerator)
     collate = make_collator(core, processor, config, feed.first_columns(weighted), feed.caches)
     steps = iter(
@@ -134,10 +136,10 @@ def fit(
             core.loss_step = step
             batches = feed.next_batches(steps, bad_rows)
             report = train_step(model, batches, optimizer, accelerator, config) if batches else None
-            step += 1
+            run["steps"] = step = step + 1
             log.step(step, report, optimizer)
             if evaluate is not None and _due(step, config.eval_steps):
-                log.metrics(step, run_evaluation(model, evaluate, step))
+                log.metrics(step, run_evaluation(model, evaluate, step, run))
             stopped = stop.agreed(accelerator)
             if _due(step, config.save_steps) or stopped or step == max_steps:
                 state.save(step, log.history, log.pending())
@@ -397,14 +399,15 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, max_steps: int, config: 
         group["lr"] = group["peak_lr"] * factor
 
 
-def run_evaluation(model: nn.Module, evaluate: Evaluate, step: int) -> dict[str, float]:
-    """Evaluate without gradients and without moving training's random state."""
+def run_evaluation(model: nn.Module, evaluate: Evaluate, step: int, run: dict[str, Any]) -> dict[str, float]:
+    """Evaluate without gradients and without moving training's random state; the record of the run has the newest numbers."""
     model.eval()
     before = checkpoint.rng_state()
     with torch.no_grad():
         metrics = {name: float(value) for name, value in evaluate(unwrap(model), step).items()}
     checkpoint.set_rng_state(before)
     model.train()
+    run["evaluation"] = {"step": step, "values": metrics}
     return metrics
 
 

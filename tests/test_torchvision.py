@@ -30,8 +30,10 @@ FILES = [
     "families",
     "inspector",
     "adapt",
+    "added_tower",
     "loading",
     "parts",
+    "patches",
     "pipeline",
     "questions",
     "evaluate",
@@ -39,6 +41,7 @@ FILES = [
     "experts",
     "ragged",
     "resize",
+    "two_encoders",
     "video_rows",
     "videos",
 ]
