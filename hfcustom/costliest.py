@@ -220,7 +220,11 @@ class Trial:
         return f"; at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of the GPU"
 
     def _message(self, batch: Batch) -> str:
-        return f"The costliest batch, {describe_batch(batch)}, does not fit into memory. No step was taken.\n{advice_for(self)}"
+        words = f"The costliest batch, {describe_batch(batch)}, does not fit into memory. No step was taken.\n{advice_for(self)}"
+        if self.accelerator.num_processes > 1:  # the first rank to leave takes the others along
+            self.accelerator.print(words)
+            self.accelerator.wait_for_everyone()
+        return words
 
 
 def packs_several(batch: Batch) -> bool:

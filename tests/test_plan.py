@@ -62,7 +62,8 @@ class RealRun:
                 parameter.register_post_accumulate_grad_hook(self._count)
         train_step(model, batches, self.optimizer, accelerator, config)
         held = [tensor for _, tensor in named_memory(core)] + list(batch.values())
-        held += [value for state in self.optimizer.state.values() for value in state.values()]
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        held += [value for value in states if isinstance(value, torch.Tensor)]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
         with allocations() as sizes:
             train_step(model, batches, self.optimizer, accelerator, config)

@@ -89,6 +89,10 @@ def _finish(model: Any, load_config: Any, info: LoadStateDictInfo) -> LoadStateD
             if buffer is not None and buffer.is_meta:  # torch.tensor() makes those past the dispatcher
                 make = torch.empty if buffer.is_floating_point() else torch.zeros
                 module._buffers[name] = make(buffer.shape, dtype=buffer.dtype)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:  # likewise: CLIP's scale
+                value = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     model.tie_weights(missing_keys=set(), recompute_mapping=False)
     return info
 
