@@ -11,7 +11,7 @@ from torch import nn
 
 from hfcustom.base import CustomVLM
 from hfcustom.cache.features import METHOD, modules_below
-from hfcustom.connectors import frames_together, takes_pictures
+from hfcustom.connectors import frames_together, takes_pictures, takes_question
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.wrapping import WrappedVLM
 
@@ -72,6 +72,8 @@ def _above(model: Any, core: Any) -> Iterator[str]:
         yield f"{name} overrides transform_vision_features, which would no longer run"
     if takes_pictures(core.custom_connector):
         yield f"connector={core.config.connector!r} looks at the pictures"
+    if takes_question(core.custom_connector):
+        yield f"connector={core.config.connector!r} looks at what a row asks, so an image is another one in each row"
     if frames_together(core.custom_connector) > 1:
         yield f"connector={core.config.connector!r} takes neighbouring images together"
     if dropped := _random(core):
