@@ -198,9 +198,13 @@ def test_an_image_beside_a_video_is_seen_or_refused(name: str, families: dict[st
     both["messages"][0]["content"].insert(0, {"type": "image"})
     both["images"] = [picture(5)]
     if name in ONE_KIND:
-        with pytest.raises(RowError, match="row 0: .*takes images or videos in one .*, not both: set video_as_images=True"):
+        with pytest.raises(
+            RowError, match="row 0: .*takes images or videos in one .*, not both: set video_as_images=True"
+        ):
             collate([read_row(both, "row 0")])
-        with pytest.raises(ValueError, match="not both: set video_as_images=True|one row a call where there is a video"):
+        with pytest.raises(
+            ValueError, match="not both: set video_as_images=True|one row a call where there is a video"
+        ):
             collate([read_row(row(FRAMES), "row 0"), read_row(beside(), "row 1")])
         return
     assert model(**collate([read_row(both, "row 0")])).logits.isfinite().all()

@@ -116,7 +116,9 @@ class CustomNemotronH_Omni_Reasoning_V3(VideoFrames, RaggedImages, CustomVLM, Ne
     @classmethod
     def merge_images(cls, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Join the image tensors of rows; stock sees the images or the videos of a call."""
-        check_one_kind("Nemotron", *(any(name in row for row in rows) for name in ("pixel_values", "pixel_values_videos")))
+        check_one_kind(
+            "Nemotron", *(any(name in row for row in rows) for name in ("pixel_values", "pixel_values_videos"))
+        )
         return super().merge_images(rows)
 
     @property
