@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from hfcustom.exits import exit_codes
 from hfcustom.options import parse
 from hfcustom.train_config import TrainConfig
 
@@ -66,6 +67,8 @@ class FinetuneConfig(TrainConfig):
     ] = None
     merge: Annotated[bool, "after LoRA, also write the adapter merged into full-precision weights"] = False
 
+    may_change = TrainConfig.may_change | {"eval_data", "eval_split", "eval_rows", "max_new_tokens", "merge"}
+
     def problems(self) -> list[str]:
         """Return what is missing, contradictory or out of range."""
         rules = [
@@ -108,8 +111,7 @@ from accelerate.utils import set_seed
 import hfcustom
 from hfcustom import console
 from hfcustom.data.feed import first_example
-from hfcustom.data.messages import RowError, split_answer
-from hfcustom.data.steps import EXIT_BAD_ROWS
+from hfcustom.data.messages import split_answer
 from hfcustom.families import class_of
 from hfcustom.losses import import_losses
 from hfcustom.naming import load_object
@@ -190,12 +192,8 @@ def main(config: FinetuneConfig) -> None:
         answers = hfcustom.generate_answers(model, processor, held_out, **options)
         return {"exact_match": hfcustom.exact_match(answers)}
 
-    try:
-        console.show_start(model, processor, first_example(rows, config), config)
-        result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
-    except RowError as error:  # it names the row, where and the cure
-        console.out.print(f"finetune.py: {error}")
-        raise SystemExit(EXIT_BAD_ROWS) from error
+    console.show_start(model, processor, first_example(rows, config), config)
+    result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
     result.exit_if_interrupted()
     if held_out:
         console.show_table(
@@ -210,4 +208,5 @@ def main(config: FinetuneConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(CONFIG)
+    with exit_codes():
+        main(CONFIG)

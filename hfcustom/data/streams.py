@@ -24,6 +24,7 @@ from hfcustom.data.mixtures import check_weights, drawn
 from hfcustom.data.row_files import RowFile
 from hfcustom.data.sources import find_files, open_dataset
 from hfcustom.data.video_frames import VIDEO_DEFAULTS, VideoOptions
+from hfcustom.randomness import row_random
 
 State = dict[str, Any]  # of numbers, lists and mappings, for JSON
 
@@ -138,11 +139,24 @@ class Cursor:
 
     def __next__(self) -> Example:
         """Return the next row; RowError for one that cannot be used, after which the next can be asked for."""
+        self.advance()
+        return self.read()
+
+    def advance(self) -> None:
+        """Go to the next row, which `last_name` and `read` are then about."""
         if self.used >= len(self.window):
             self._advance()
-        at = self.order[self.used]
-        item, self.used = self.window[at], self.used + 1
-        return self.stream.example(item, self._name(at))
+        self.used += 1
+
+    def read(self) -> Example:
+        """Return the row; RowError for one that cannot be used."""
+        at = self.order[self.used - 1]
+        with row_random("row", *self._key(at)):
+            return self.stream.example(self.window[at], self._name(at))
+
+    def _key(self, at: int) -> tuple[int, ...]:
+        """Return what a row of the window is known by among all that this share ever gives."""
+        return (self.seed, self.share.rank, self.share.worker, self.epoch, self.first + at)
 
     def last_name(self) -> str:
         """Return what messages call the row that was read last."""
@@ -174,11 +188,13 @@ class Cursor:
             self.data.load_state_dict(self.start)
             self.items = iter(self.data)
         self.window, self.used = [], 0
-        while len(self.window) < self.size and (item := next(self.items, None)) is not None:
+        while len(self.window) < self.size:
+            with row_random("map", *self._key(len(self.window))):  # where functions of the data set's own draw
+                item = next(self.items, None)
+            if item is None:
+                break
             self.window.append(item)
-        share = self.share
-        numbers = [self.seed, share.rank, share.worker, self.epoch, self.first]
-        self.order = np.random.default_rng(numbers).permutation(len(self.window)).tolist()
+        self.order = np.random.default_rng(self._key(0)).permutation(len(self.window)).tolist()
 
 
 class MixtureCursor:
@@ -208,10 +224,19 @@ class MixtureCursor:
 
     def __next__(self) -> Example:
         """Return the next row; RowError for one that cannot be used."""
+        self.advance()
+        return self.read()
+
+    def advance(self) -> None:
+        """Go to the next row, which `last_name` and `read` are then about."""
         source, _ = drawn(self.weights, self.drawn, self.seed)
         self.drawn += 1
         self.last = list(self.cursors)[source]
-        return replace(next(self.cursors[self.last]), source=self.last)
+        self.cursors[self.last].advance()
+
+    def read(self) -> Example:
+        """Return the row; RowError for one that cannot be used."""
+        return replace(self.cursors[self.last].read(), source=self.last)
 
     def last_name(self) -> str:
         """Return what messages call the row that was read last."""
