@@ -47,6 +47,7 @@ _HOME = {
     "pair_loss": "hfcustom.losses.pairs",
     "part_table": "hfcustom.parts",
     "quantization_config": "hfcustom.adapt",
+    "row_seed": "hfcustom.randomness",
     "register": "hfcustom.registry",
     "resize_images": "hfcustom.resize",
     "retrieval_recall": "hfcustom.retrieval",
