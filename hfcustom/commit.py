@@ -124,13 +124,13 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} is not as it was written"
     present = set(_files(folder))
     if missing := sorted(digests.keys() - present):
-        return f"{missing[0]} is missing"
+        return f"{missing[0]} is missing, which {MANIFEST} lists"
     if added := sorted(present - digests.keys()):
-        return f"{added[0]} is not among the files that were written"
+        return f"{added[0]} is not among the files that {MANIFEST} lists"
     for name, digest in digests.items():
         try:
             if _sha256(folder / name) != digest:
-                return f"{name} is not as it was written"
+                return f"{name} is not what {MANIFEST} says"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None

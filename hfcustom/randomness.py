@@ -41,13 +41,9 @@ def row_random(*key: int | str) -> Iterator[None]:
 
 
 def row_seed() -> int:
-    """Return the seed of the row that is being read, for a generator of one's own; RuntimeError where fit() reads none."""
+    """Return the seed of the row that fit() is reading, for a generator of one's own; elsewhere one that Python's draws."""
     seed = ROW_SEED.get()
-    if seed is None:
-        raise RuntimeError(
-            "row_seed() is for a row's own code while fit() reads it; elsewhere choose a seed yourself."
-        )
-    return seed
+    return random.getrandbits(63) if seed is None else seed
 
 
 def save_rng(path: Path) -> None:

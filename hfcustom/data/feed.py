@@ -31,6 +31,7 @@ from hfcustom.data.stream_loader import StepStream, StreamLoader
 from hfcustom.data.streams import State, Stream, StreamMixture, check_shards, first_row
 from hfcustom.data.watch import Watch
 from hfcustom.losses import WeightedLoss, loss_columns, token_columns
+from hfcustom.randomness import row_random
 from hfcustom.train_config import TrainConfig
 
 Rows = Examples | Stream | StreamMixture
@@ -261,4 +262,5 @@ def first_example(rows: Any, config: TrainConfig) -> Example:
     rows = as_rows(rows)
     if not isinstance(rows, Examples):
         return first_row(rows, config.on_bad_row == "skip")
-    return usable_rows(rows, config).first()
+    with row_random(config.seed, "first"):  # a look that moves nothing of what training draws
+        return usable_rows(rows, config).first()

@@ -92,7 +92,9 @@ class Faulty:
 
         def save_file(tensors: Any, path: Path, *args: Any, **kwargs: Any) -> None:
             self("save_file", path)
-            if self.error is Killed and len(self.log) == self.at:  # the next change is the last: half of this one is there
+            if (
+                self.error is Killed and len(self.log) == self.at
+            ):  # the next change is the last: half of this one is there
                 path.write_bytes(b"half")
                 return
             real(tensors, path, *args, **kwargs)

@@ -155,7 +155,10 @@ def main(kills: int) -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         killer = Killer(Path(folder), seed=int(os.environ.get("SEED", "0")))
-        print(f"{killer.run.name}, {tiny_run.STEPS} steps, a checkpoint each: {killer.seconds:.1f} s unbroken", flush=True)
+        print(
+            f"{killer.run.name}, {tiny_run.STEPS} steps, a checkpoint each: {killer.seconds:.1f} s unbroken",
+            flush=True,
+        )
         tallies = {"inside saves": kill_inside_saves(killer, kills), "anywhere": kill_anywhere(killer, kills)}
     for name, tally in tallies.items():
         print(tally.line(name))

@@ -33,7 +33,9 @@ class Saves:
         optimizer = make_optimizer(self.model, config)
         accelerator = Accelerator()
         feed = Feed(uneven_rows(), config, accelerator)
-        self.state = checkpoint.Checkpoints(config, accelerator, self.model, optimizer, tiny_run.FAMILY.processor, feed)
+        self.state = checkpoint.Checkpoints(
+            config, accelerator, self.model, optimizer, tiny_run.FAMILY.processor, feed
+        )
 
     def fill(self, value: float) -> None:
         for parameter in self.trained:
@@ -160,7 +162,11 @@ def test_files_that_never_reached_the_disk_are_found(saves: Saves, one_save: Pat
 
 def test_what_will_not_fit_is_told_before_the_first_step(resuming: Saves, monkeypatch: pytest.MonkeyPatch) -> None:
     one = resuming.state.bytes
-    assert 0.7 < one / sum(path.stat().st_size for path in tiny_run.newest(resuming.folder).rglob("*") if path.is_file()) < 30
+    assert (
+        0.7
+        < one / sum(path.stat().st_size for path in tiny_run.newest(resuming.folder).rglob("*") if path.is_file())
+        < 30
+    )
     monkeypatch.setattr(run_folder, "free_bytes", lambda folder: 2 * one - 1)
     run_folder.check_room(resuming.folder, one, present=1, to_come=9, keep=1)
     with pytest.raises(ConfigError, match=r"disk full: 3 checkpoints need .* have .*--keep-checkpoints 2"):
