@@ -34,6 +34,7 @@ from hfcustom.parts import (
     without_wrappers,
     wrapped_by_peft,
 )
+from hfcustom.resume import BASE_FILE, check_base
 
 Bits = Literal["8bit", "4bit"]
 
@@ -236,7 +237,8 @@ def load_adapter(
 
     `base` is the folder or hub id of the weights, by default the one the adapter was trained on. The class is that of the
     config.json which `fit` writes beside an adapter, else `model_class`, else the base's; `trainable` leaves the adapter
-    to be trained further; `options` go to `from_pretrained`. Raises ValueError when the class lacks a module that the adapter holds, or the adapter a tensor.
+    to be trained further; `options` go to `from_pretrained`. Raises ValueError when the class lacks a module that the adapter
+    holds, or the adapter a tensor; CheckpointError when `fit` trained it on another base.
     """
     from peft import PeftConfig, PeftModel
 
@@ -247,6 +249,8 @@ def load_adapter(
     model_class = model_class or _class_for(config)
     config.architectures = None  # new modules come from the adapter, whichever class wrote the base
     model = model_class.from_pretrained(base, config=config, **options)
+    if fingerprint := cached_file(str(adapter), BASE_FILE, _raise_exceptions_for_missing_entries=False):
+        check_base(model, Path(fingerprint).parent)
     modules = dict(model.named_modules())
     for name in peft_config.modules_to_save or ():
         if name not in modules:

@@ -93,6 +93,7 @@ UNTRAINED = {"resume", "overwrite", "output_dir", "allow_change"}  # how a run i
 # ---- the base under an adapter --------------------------------------------------------------------------------------
 
 BASE_FILE, TENSORS, VALUES = "base_fingerprint.json", 16, 65536
+OF_PEFT = ("lora_", "base_layer", "original_module", "modules_to_save")  # names that the base alone has not
 
 
 def base_fingerprint(model: nn.Module, names: list[str] | None = None) -> dict[str, str]:
@@ -110,7 +111,7 @@ def base_fingerprint(model: nn.Module, names: list[str] | None = None) -> dict[s
 
 def _stays_whole(model: nn.Module, name: str) -> bool:
     owner = model.get_submodule(name.rpartition(".")[0])
-    return not isinstance(owner, nn.Linear) and "lora_" not in name and "base_layer" not in name
+    return not isinstance(owner, nn.Linear) and not any(word in name for word in OF_PEFT)
 
 
 def _digest(weight: torch.Tensor) -> str:
