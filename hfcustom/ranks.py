@@ -6,8 +6,11 @@ ranks are gone and end with exit code 8, upon which the launcher ends the rest.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -69,25 +72,37 @@ def explained(output_dir: str) -> Iterator[None]:
     except RuntimeError as error:
         if not dist.is_initialized() or not any(sign in str(error) for sign in SIGNS):
             raise
-        first = str(error).splitlines()[0]
+        first = str(error).splitlines()[0].encode("ascii", "ignore").decode()[:200]
         gone = silent_ranks()
         who = (
             f"rank {', '.join(map(str, gone))} died or does not answer" if gone else "the ranks no longer run in step"
         )
-        raise RankError(f"rank {dist.get_rank()}: {who} ({first}). {last_good(folder)}") from error
+        where = f"rank {dist.get_rank()}, in {_own_function(error)}"
+        raise RankError(f"{where}: {who} ({first}). {last_good(folder)}") from error
+
+
+def _own_function(error: BaseException) -> str:
+    """Return the innermost function of ours that an error came through: what was waited for."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame.name for frame in reversed(frames) if "hfcustom" in Path(frame.filename).parts), "fit")
 
 
 def silent_ranks() -> list[int]:
     """Return the ranks that do not find out as well that something is wrong; every rank that does has to ask."""
-    own, world = dist.get_rank(), dist.get_world_size()
-    others = [rank for rank in range(world) if rank != own]
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"hfcustom/alive-{own}", "yes")
-        end = time.monotonic() + ANSWER_SECONDS
-        while others and time.monotonic() < end:
-            others = [rank for rank in others if not store.check([f"hfcustom/alive-{rank}"])]
-            time.sleep(0.1)
-    except RuntimeError:  # the store was in the process that died
-        return [0]
-    return others
+    own, silent = dist.get_rank(), set(range(dist.get_world_size())) - {dist.get_rank()}
+    answered = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError):  # the store was in the process that died
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"hfcustom/alive-{own}", "yes")
+            end = time.monotonic() + ANSWER_SECONDS
+            while silent and time.monotonic() < end:
+                silent.difference_update([rank for rank in silent if store.check([f"hfcustom/alive-{rank}"])])
+                time.sleep(0.1)
+            answered.set()
+
+    asking = threading.Thread(target=ask, daemon=True)  # a store in a stopped process never answers
+    asking.start()
+    asking.join(2 * ANSWER_SECONDS)
+    return sorted(silent) if answered.is_set() else [0]

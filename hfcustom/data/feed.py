@@ -92,7 +92,8 @@ class Feed:
     @cached_property
     def fingerprint(self) -> str:
         """What tells the data from others."""
-        return self.rows.fingerprint()
+        with row_random(self.config.seed, "fingerprint"):
+            return self.rows.fingerprint()
 
     def order(self) -> dict[str, Any]:
         """Return what, with the step, decides which rows come next."""

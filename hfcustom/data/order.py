@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.utils.data import DataLoader
 
-from hfcustom.data.watch import Watch, Watched, poll_seconds
+from hfcustom.data.watch import Watch, Watched
 from hfcustom.randomness import row_random
 from hfcustom.signals import ignore_stop_signals
 
@@ -121,7 +121,6 @@ class StepLoader:
             batch_sampler=_Once(picks),  # type: ignore[arg-type]  # anything that is iterated over
             collate_fn=as_it_is,
             num_workers=num_workers,
-            timeout=poll_seconds(num_workers, self.watch.seconds),
             generator=torch.Generator().manual_seed(reader.seed),  # draws its workers' seed here, not from training's
             worker_init_fn=ignore_stop_signals,
         )

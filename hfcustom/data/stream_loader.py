@@ -19,7 +19,7 @@ from hfcustom.data.messages import RowError
 from hfcustom.data.order import as_it_is
 from hfcustom.data.steps import StepBatches
 from hfcustom.data.streams import Share, State, Stream, StreamMixture
-from hfcustom.data.watch import Watch, Watched, poll_seconds
+from hfcustom.data.watch import Watch, Watched
 from hfcustom.randomness import row_random
 from hfcustom.signals import ignore_stop_signals
 
@@ -90,7 +90,6 @@ class StreamLoader:
             batch_size=None,
             collate_fn=as_it_is,
             num_workers=num_workers,
-            timeout=poll_seconds(num_workers, steps.watch.seconds),
             generator=torch.Generator().manual_seed(steps.seed),  # not from training's, as in step_loader
             worker_init_fn=ignore_stop_signals,
         )

@@ -6,6 +6,7 @@ process) the trainer gives the loading process up. The notes lie in shared memor
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -84,7 +85,7 @@ class Watch:
 
 
 def _at(rows: list[str]) -> str:
-    return f" while it read {', '.join(rows)}" if rows else " between two rows"
+    return f" while it read {', '.join(dict.fromkeys(rows))}" if rows else " between two rows"
 
 
 def _first(error: BaseException) -> str:
@@ -102,58 +103,83 @@ class Watched:
         before = set(multiprocessing.active_children())
         self.items, self.watch = iter(loader), watch
         self.processes = set(multiprocessing.active_children()) - before
+        self.gave_up = False
 
     def __iter__(self) -> Watched:
         return self
 
     def __next__(self) -> Any:
+        try:
+            with self._looking():
+                return next(item for item in self.items if item is not None)
+        except RowError as error:  # of a loading process, with its traceback before the message
+            raise RowError(str(error).rpartition("RowError: ")[2].strip(), error.code) from error
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Look at the loading processes now and then, wherever this one waits: for a batch, or for the memory of one."""
+        if not self.processes or not _can_interrupt(self.watch.seconds):
+            yield
+            return
         began, seen = time.monotonic(), self.watch.notes[:]
-        while True:
-            try:
-                if (item := next(self.items)) is not None:
-                    return item
-            except RowError as error:  # of a loading process, with its traceback before the message
-                raise RowError(str(error).rpartition("RowError: ")[2].strip(), error.code) from error
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader timed out"):
-                    raise
-                if self.watch.notes[:] != seen:
-                    began, seen = time.monotonic(), self.watch.notes[:]
-                rows = self.watch.stuck()
-                if rows or time.monotonic() - began > 2 * self.watch.seconds:
-                    raise WorkerError(
-                        f"A data-loading process has not moved for {time.monotonic() - began:.0f} s{_at(rows)}. Look at that "
-                        "row and its disk, or allow more with --row-seconds."
-                    ) from error
+
+        def look(number: int, frame: FrameType | None) -> None:
+            nonlocal began, seen
+            if self.watch.notes[:] != seen:
+                began, seen = time.monotonic(), self.watch.notes[:]
+            rows, waited = self.watch.stuck(), time.monotonic() - began
+            if rows or waited > 2 * self.watch.seconds:
+                self.gave_up = True
+                raise WorkerError(
+                    f"A data-loading process has not moved for {waited:.0f} s{_at(rows)}. Look at that row and its disk, or "
+                    "allow more with --row-seconds."
+                )
+
+        with _alarm(look, min(5.0, self.watch.seconds / 2), repeat=True):
+            yield
 
     def close(self) -> None:
         """End the loading processes, those that do not listen too."""
+        if self.gave_up:
+            self._kill()  # torch would first wait for each
         if self.processes:
             self.items._shutdown_workers()  # type: ignore[attr-defined]  # as its __del__ does, which may be too late
-        for process in self.processes:
-            process.kill()
-            process.join()
+        self._kill()
 
-
-def poll_seconds(num_workers: int, seconds: float) -> float:
-    """Return how often a loader with loading processes is to look at them; 0 for one without."""
-    return min(5.0, seconds / 2) if num_workers else 0
+    def _kill(self) -> None:
+        while any(process.is_alive() for process in self.processes):
+            with contextlib.suppress(
+                RuntimeError
+            ):  # with which torch interrupts whatever runs when a loading process dies
+                for process in self.processes:
+                    process.kill()
+                    process.join()
 
 
 @contextmanager
 def _time_limit(seconds: float, name: Callable[[], str]) -> Iterator[None]:
     """Raise RowError in what runs longer; only a main thread can be interrupted."""
-    if threading.current_thread() is not threading.main_thread() or math.isinf(seconds):
-        yield
-        return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise RowError(
             f"{name()}: reading it took longer than row_seconds={seconds:g}; leave it out or allow more.", "time"
         )
 
-    old = signal.signal(signal.SIGALRM, interrupt)
-    before = signal.setitimer(signal.ITIMER_REAL, seconds)
+    if not _can_interrupt(seconds):
+        yield
+        return
+    with _alarm(interrupt, seconds):
+        yield
+
+
+def _can_interrupt(seconds: float) -> bool:
+    return threading.current_thread() is threading.main_thread() and not math.isinf(seconds)
+
+
+@contextmanager
+def _alarm(handler: Callable[[int, FrameType | None], None], seconds: float, repeat: bool = False) -> Iterator[None]:
+    old = signal.signal(signal.SIGALRM, handler)
+    before = signal.setitimer(signal.ITIMER_REAL, seconds, seconds if repeat else 0)
     try:
         yield
     finally:

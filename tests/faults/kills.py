@@ -38,8 +38,11 @@ def start(work: Callable[[], Any], log: Path) -> int:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # pytest has its own
         work()
         code = 0
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else 1
     except BaseException:
         import traceback
 
@@ -68,6 +71,11 @@ class Tally:
     exact: int = 0
     differing: list[str] = field(default_factory=list)
     leftovers: int = 0  # temporary folders after the last resume
+
+    def add(self, other: Tally) -> None:
+        """Take in what came of other kills."""
+        for name in ("kills", "inside", "exact", "differing", "leftovers"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def line(self, name: str) -> str:
         return (
@@ -135,38 +143,35 @@ class Killer:
             return set()
 
 
-def kill_inside_saves(killer: Killer, kills: int) -> Tally:
-    """Kill `kills` runs, each in the middle of a save."""
-    tally = Tally()
+def kill(killer: Killer, kills: int, inside_saves: bool) -> Tally:
+    """Kill runs `kills` times: each in the middle of a save, or at any moment and up to five times in a row."""
+    tally, rows = Tally(), [1] if inside_saves else [1, 1, 2, 5]
     while tally.kills < kills:
-        killer.trial(1, tally, inside_saves=True)
-    return tally
-
-
-def kill_anywhere(killer: Killer, kills: int) -> Tally:
-    """Kill runs `kills` times at any moment, up to five times in a row."""
-    tally = Tally()
-    while tally.kills < kills:
-        killer.trial(min(kills - tally.kills, killer.random.choice([1, 1, 2, 5])), tally, inside_saves=False)
+        killer.trial(min(kills - tally.kills, killer.random.choice(rows)), tally, inside_saves)
     return tally
 
 
 def main(kills: int) -> int:
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    totals = {True: Tally(), False: Tally()}
+    with tempfile.TemporaryDirectory(dir=os.environ.get("FAULTS_DIR")) as folder:
         killer = Killer(Path(folder), seed=int(os.environ.get("SEED", "0")))
         print(
             f"{killer.run.name}, {tiny_run.STEPS} steps, a checkpoint each: {killer.seconds:.1f} s unbroken",
             flush=True,
         )
-        tallies = {"inside saves": kill_inside_saves(killer, kills), "anywhere": kill_anywhere(killer, kills)}
-    for name, tally in tallies.items():
-        print(tally.line(name))
-        print("".join(f"  differs: {text}\n" for text in tally.differing), end="")
-    exact, total = (sum(getattr(tally, name) for tally in tallies.values()) for name in ("exact", "kills"))
-    print(f"{exact} of {total} SIGKILLs: resumed and bit-equal ({time.monotonic() - began:.0f} s)")
-    return 0 if exact == total else 1
+        while totals[True].kills < kills:
+            for inside_saves, total in totals.items():
+                total.add(kill(killer, min(10, kills - total.kills), inside_saves))
+                print(total.line(WHERE[inside_saves]), flush=True)
+    for total in totals.values():
+        print("".join(f"  differs: {text}\n" for text in total.differing), end="")
+    exact, count = (sum(getattr(total, name) for total in totals.values()) for name in ("exact", "kills"))
+    print(f"{exact} of {count} SIGKILLs: resumed and bit-equal ({time.monotonic() - began:.0f} s)")
+    return 0 if exact == count else 1
 
+
+WHERE = {True: "inside saves", False: "anywhere"}
 
 if __name__ == "__main__":
     raise SystemExit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 100))

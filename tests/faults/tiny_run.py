@@ -23,7 +23,7 @@ import hfcustom
 from hfcustom.families import load_family
 from hfcustom.train import TrainResult, fit
 
-STEPS = 8
+STEPS = 6
 FAMILY = Family("internvl", load_family("internvl"))
 
 
