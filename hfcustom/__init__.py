@@ -34,7 +34,7 @@ _HOME = {
     "family_names": "hfcustom.families",
     "find_parts": "hfcustom.parts",
     "fit": "hfcustom.train",
-    "freeze": "hfcustom.adapt",
+    "freeze": "hfcustom.freezing",
     "generate_answers": "hfcustom.evaluate",
     "honour_model": "hfcustom.trl_adapter",
     "linear_table": "hfcustom.adapt",
@@ -56,6 +56,7 @@ _HOME = {
     "show_parts": "hfcustom.console",
     "term": "hfcustom.losses",
     "token_loss": "hfcustom.losses",
+    "train_only": "hfcustom.freezing",
     "why_bypassed": "hfcustom.trl_adapter",
     "wrap": "hfcustom.wrapping",
 }
@@ -63,7 +64,6 @@ _HOME = {
 if TYPE_CHECKING:
     from hfcustom.adapt import (
         check_quantization,
-        freeze,
         linear_table,
         load_adapter,
         lora,
@@ -85,6 +85,7 @@ if TYPE_CHECKING:
     from hfcustom.encoders import encoder_names, load_encoder
     from hfcustom.evaluate import character_accuracy, exact_match, generate_answers
     from hfcustom.families import family_names, load_family
+    from hfcustom.freezing import freeze, train_only
     from hfcustom.losses import LossContext, term, token_loss
     from hfcustom.losses.pairs import pair_loss
     from hfcustom.parts import find_parts, part_table

@@ -1,4 +1,4 @@
-"""Adapt a model: freeze parts, LoRA on parts, 8-bit or 4-bit for parts, and merge back; each checked, none silent.
+"""Adapt a model: LoRA on parts, 8-bit or 4-bit for parts, and merge back; each checked, none silent.
 
 Scopes are parts (hfcustom/parts.py), not name patterns: `lora(model)` touches the language model and nothing else, new
 modules are trained and saved with the adapter, and a quantised model is inspected after loading.
@@ -10,7 +10,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from hfcustom.parts import (
     expert_matrices,
     find_parts,
     is_adapter,
+    is_inside,
     unwrap,
     without_wrappers,
     wrapped_by_peft,
@@ -39,45 +40,6 @@ from hfcustom.resume import BASE_FILE, check_base
 Bits = Literal["8bit", "4bit"]
 
 
-def freeze(model: nn.Module, parts: str | Iterable[str], *, keep: Literal["attention"] | None = None) -> None:
-    """Stop training the named parts, or with keep="attention" all of them but their attention layers.
-
-    A vision transformer adapts to a new resolution or task about as well through its attention alone, at a third of the
-    trained weights (Touvron et al. 2022, https://arxiv.org/abs/2203.09795). An attention layer is a module whose class is
-    called so, with its projections and its norms of queries and keys; the norm before it stays frozen. Raises ValueError
-    for an unknown part, a part without attention to keep, or when nothing would be left to train.
-    """
-    part_map = find_parts(model)
-    frozen = check_parts(parts, part_map.present())
-    if not frozen:
-        raise ValueError(f"freeze() names no part; this model has {', '.join(part_map.present())}.")
-    if keep not in (None, "attention"):
-        raise ValueError(f"freeze() keep={keep!r}; choose 'attention', or leave it out to freeze all of a part.")
-    kept = {part: attention_layers(model, part) if keep else [] for part in frozen}
-    for name, parameter in model.named_parameters():
-        part = part_map.part_of(name)
-        if part in frozen and not _in(name, kept[part]):
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"Freezing {', '.join(frozen)} leaves nothing to train in {type(unwrap(model)).__name__}.")
-
-
-def attention_layers(model: nn.Module, part: str) -> list[str]:
-    """Return the paths of a part's attention layers; ValueError when it has none."""
-    part_map = find_parts(model)
-    found = [
-        name
-        for name, module in model.named_modules()
-        if type(module).__name__.endswith("Attention") and part_map.find(name) == part
-    ]
-    if not found:
-        paths = ", ".join(part_map.paths[part])
-        raise ValueError(
-            f"The part {part!r} ({paths}) has no attention layer to keep; freeze it whole, or not at all."
-        )
-    return found
-
-
 # ---- LoRA -----------------------------------------------------------------------------------------------------------
 
 
@@ -85,42 +47,46 @@ def lora(
     model: Any,
     parts: str | Iterable[str] = "language",
     *,
-    rank: int = 16,
-    alpha: int | None = None,
+    rank: int | Mapping[str, int] = 16,
+    alpha: int | Mapping[str, int] | None = None,
     dropout: float = 0.0,
     train: str | Iterable[str] = (),
     experts: bool = False,
+    rslora: bool = False,
+    dora: bool = False,
 ) -> Any:
     """Wrap a model with LoRA on every Linear of the named parts; return the peft.PeftModel.
 
     Modules that the class adds to its stock parent, and the parts named by `train`, are trained in full, saved and loaded
     with the adapter; what such a module froze itself stays frozen (a second vision tower). A bare Parameter of the stock
-    class (LLaVA's image_newline) cannot be saved so, stays frozen, and a warning says it. alpha is 2 * rank by default.
-    `experts` adds the routed experts of those parts, whose stacked matrices are no Linear: each expert gets an A and a B of
-    its own, and peft allows no dropout with it. Raises ValueError for a model that has an adapter, an unknown part, a part
-    without a Linear, experts where there are none, and a part both adapted and trained in full (modules that the class adds
-    always are).
+    class (LLaVA's image_newline) cannot be saved so, stays frozen, and a warning says it. `rank` and `alpha` are numbers, or
+    one for each part, {"vision": 8, "language": 32}; alpha is 2 * rank by default. `experts` adds the routed experts of those
+    parts, whose stacked matrices are no Linear: each expert gets an A and a B of its own, and peft allows neither dropout nor
+    DoRA with it. `rslora` divides alpha by the root of the rank (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732), so
+    that larger ranks learn as fast; `dora` trains the length of each output beside its direction (Liu et al. 2024,
+    https://arxiv.org/abs/2402.09353). Raises ValueError for a model that has an adapter, an unknown part, a part without a
+    Linear, a rank for a part that gets no LoRA or none for one that does, experts where there are none, and a part both
+    adapted and trained in full (modules that the class adds always are).
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    if wrapped_by_peft(model):
-        raise ValueError("This model has an adapter already; merge it (merge_adapter), or train that one further.")
     part_map = find_parts(model)
-    parts = check_parts(parts, part_map.present())
-    if not parts:
-        raise ValueError(f"lora() names no part; this model has {', '.join(part_map.present())}.")
-    full = (*check_parts(train, part_map.present()), *(["new"] if "new" in part_map.present() else []))
-    if both := set(parts) & set(full):
-        raise ValueError(
-            f"{', '.join(sorted(both))} cannot have LoRA and be trained in full at once; name it in one place."
-        )
+    parts, full = _adapted_and_full(model, part_map, parts, train)
+    if experts and dora:
+        raise ValueError("dora=True and experts=True exclude each other in peft; choose one.")
+    ranks = _by_part("rank", rank, parts)
+    alphas = {part: 2 * ranks[part] for part in parts} if alpha is None else _by_part("alpha", alpha, parts)
     targets = _linear_names(model, part_map, parts)
     stacked = _expert_names(model, part_map, parts) if experts else []
     saved = _modules_to_save(model, part_map, dict.fromkeys(full))
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM if unwrap(model).can_generate() else None,
-        r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
+        r=ranks[parts[0]],
+        lora_alpha=alphas[parts[0]],
+        rank_pattern=_other_parts(ranks, [*targets, *stacked], part_map),
+        alpha_pattern=_other_parts(alphas, [*targets, *stacked], part_map),
+        use_rslora=rslora,
+        use_dora=dora,
         lora_dropout=dropout,
         target_modules=_pattern(targets),
         target_parameters=stacked or None,
@@ -132,6 +98,47 @@ def lora(
     _keep_frozen(wrapped, frozen)
     _check_lora(wrapped, targets, stacked, saved)
     return wrapped
+
+
+def _adapted_and_full(
+    model: Any, part_map: PartMap, parts: str | Iterable[str], train: str | Iterable[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return which parts get LoRA and which are trained in full beside them; ValueError where that cannot be."""
+    if wrapped_by_peft(model):
+        raise ValueError("This model has an adapter already; merge it (merge_adapter), or train that one further.")
+    parts = check_parts(parts, part_map.present())
+    if not parts:
+        raise ValueError(f"lora() names no part; this model has {', '.join(part_map.present())}.")
+    full = (*check_parts(train, part_map.present()), *(["new"] if "new" in part_map.present() else []))
+    if both := set(parts) & set(full):
+        raise ValueError(
+            f"{', '.join(sorted(both))} cannot have LoRA and be trained in full at once; name it in one place."
+        )
+    return parts, full
+
+
+def _by_part(name: str, given: int | Mapping[str, int], parts: tuple[str, ...]) -> dict[str, int]:
+    """Return one number for each part that gets LoRA; ValueError for others than those, and for what is no positive number."""
+    numbers: dict[str, int] = dict(given) if isinstance(given, Mapping) else dict.fromkeys(parts, given)
+    if numbers.keys() != set(parts):
+        raise ValueError(
+            f"lora() {name}={given!r} names {', '.join(numbers) or 'no part'}, but {', '.join(parts)} get LoRA; name a number "
+            "for each of those."
+        )
+    for part, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"lora() {name}={number!r} of {part} must be positive.")
+    return {part: numbers[part] for part in parts}
+
+
+def _other_parts(numbers: Mapping[str, int], names: list[str], part_map: PartMap) -> dict[str, int]:
+    """Return peft's pattern for each part whose number is not that of the first."""
+    first, *others = numbers
+    return {
+        _pattern([name for name in names if part_map.find(name) == part]): numbers[part]
+        for part in others
+        if numbers[part] != numbers[first]
+    }
 
 
 def _frozen_inside_new(model: nn.Module) -> set[str]:
@@ -177,10 +184,6 @@ def _expert_names(model: nn.Module, part_map: PartMap, parts: tuple[str, ...]) -
 def _is_own_kind(linear: nn.Linear) -> bool:
     """Whether a model brought this class of Linear along; Llama 4's router returns a pair, which no wrapper expects."""
     return type(linear).__module__.startswith("transformers.models.")
-
-
-def _in(name: str, paths: Iterable[str]) -> bool:
-    return any(name == path or name.startswith(path + ".") for path in paths)
 
 
 def _pattern(names: list[str]) -> str:
@@ -326,7 +329,7 @@ def quantization_config(
     chosen = check_parts(parts, part_map.present())
     linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
     kept = [path for part in part_map.present() if part not in chosen for path in part_map.paths[part]]
-    kept = [path for path in kept if any(_in(name, [path]) for name in linears)]
+    kept = [path for path in kept if any(is_inside(name, (path,)) for name in linears)]
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(

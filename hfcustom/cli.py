@@ -28,6 +28,8 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     add("--frame-method", default="uniform", help="which frames those are (default: uniform)")
     add("--video-as-images", action="store_true", help="give the frames of a video to the model as images")
     add("--image-root", metavar="DIR", help="where the images are, if not below the folder of the rows")
+    add("--image-hosts", nargs="+", default=[], metavar="HOST", help="hosts from which images at URLs are fetched")
+    add("--image-downloads", metavar="DIR", help="where those are kept; by default hfcustom/images in HF_HOME")
     add("--train-on", choices=("assistant", "last", "all"), default="assistant", help="as in training")
     add("--allowed-tokens", nargs="+", default=[], metavar="TOKEN", help="as in training")
 
@@ -50,7 +52,7 @@ def preflight(argv: Sequence[str]) -> int:
         "--model", help="folder or hub id whose processor reads the rows: tokens, labels, tiles, lengths"
     )
     reader.add_argument("--family", help="a family, with its published image settings and a small tokenizer")
-    parser.add_argument("--eval", dest="eval_data", metavar="FILE", help="held-out rows, which training must not hold")
+    parser.add_argument("--eval", dest="eval_data", metavar="DATA", help="held-out rows, which training must not hold")
     parser.add_argument("--eval-split", help="split of the held-out rows where there are several; by default train")
     parser.add_argument("--max-length", type=int, help="longest row in tokens; needs --model or --family")
     parser.add_argument("--min-pixels", type=int, default=16, help="fewest pixels of an image (default: 16)")

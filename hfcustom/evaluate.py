@@ -13,6 +13,7 @@ from hfcustom.console import out
 from hfcustom.data.collate import process
 from hfcustom.data.control import ControlTokens
 from hfcustom.data.messages import Example, split_answer
+from hfcustom.data.mixtures import Mixture
 from hfcustom.data.sources import Examples
 
 
@@ -82,6 +83,28 @@ def _words(messages: list[dict[str, Any]]) -> str:
         for message in messages
     )
     return "\n".join(turn.strip() for turn in turns)
+
+
+def first_rows(rows: Examples, count: int) -> list[Example]:
+    """Return the first rows of a set to answer, all at most; of a mixture as its weights draw them, each row once.
+
+    RowError for one that cannot be used, or that no answer can be compared with.
+    """
+    count = min(count, len(rows))
+    places = rows.step_rows(0, count, 0) if isinstance(rows, Mixture) else range(count)
+    found: list[Example] = [rows[at] for at in dict.fromkeys(places)]
+    for example in found:
+        split_answer(example)
+    return found
+
+
+def match_by_source(answers: Sequence[Answer]) -> dict[str, float]:
+    """Return the exact match of all answers and, of a mixture, of each source's: {"exact_match": ..., "exact_match/a.jsonl": ...}."""
+    sources = dict.fromkeys(item.example.source for item in answers if item.example.source)
+    parts = {source: [item for item in answers if item.example.source == source] for source in sources}
+    return {"exact_match": exact_match(answers)} | {
+        f"exact_match/{source}": exact_match(part) for source, part in parts.items()
+    }
 
 
 def exact_match(answers: Sequence[Answer]) -> float:

@@ -24,6 +24,8 @@ from rich.text import Text
 
 from hfcustom.data.collate import Collator
 from hfcustom.data.columns import TOKEN_WEIGHTS
+from hfcustom.data.downloads import make_downloads
+from hfcustom.data.images import is_url
 from hfcustom.data.labels import TrainOn
 from hfcustom.data.messages import Example, RowError, read_row
 from hfcustom.data.sources import load_rows
@@ -100,11 +102,12 @@ def _collator(processor: Any, train_on: TrainOn, allowed_tokens: Sequence[str]) 
 def _rows(options: argparse.Namespace) -> Callable[[int], Example]:
     """Return a function that reads a row of the data, or the one that the command line spells out."""
     if options.data is None:
-        paths = [str(Path(name).resolve()) for name in options.image]
+        fetch = make_downloads(options.image_hosts, options.image_downloads)
+        paths = [name if is_url(name) else str(Path(name).resolve()) for name in options.image]
         images = [{"type": "image"} for _ in paths]
         user = {"role": "user", "content": [*images, {"type": "text", "text": options.question}]}
         spelled = {"messages": [user, {"role": "assistant", "content": options.answer}], "images": paths}
-        return lambda row: read_row(spelled, "the row of the command line", Path("/"))
+        return lambda row: read_row(spelled, "the row of the command line", Path("/"), fetch=fetch)
     rows = load_rows(
         json_if_it_looks_so(options.data),
         options.split,
@@ -112,6 +115,8 @@ def _rows(options: argparse.Namespace) -> Callable[[int], Example]:
         frame_method=options.frame_method,
         video_as_images=options.video_as_images,
         image_root=options.image_root,
+        image_hosts=options.image_hosts,
+        image_downloads=options.image_downloads,
     )
 
     def read(row: int) -> Example:

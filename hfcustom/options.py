@@ -9,13 +9,14 @@ set a field. An unknown key or flag is an error that suggests the nearest; all p
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import json
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
@@ -74,6 +75,25 @@ def read(config_class: type[Config], description: str | None, argv: Sequence[str
             "; ".join(problems) if len(problems) == 1 else "\n  ".join(["these options are wrong:", *problems])
         )
     return config
+
+
+def with_values(config: Config, values: Mapping[str, Any], source: str) -> Config:
+    """Return a config like this one with other values for some fields, and say that they are from `source`.
+
+    ConfigError names every unknown key and wrong type; what the values mean together is left to problems().
+    """
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    known = [field.name for field in dataclasses.fields(config) if field.init]
+    problems = [f"{source}: {unknown('key', key, known)}" for key in values if key not in known]
+    named = {key: value for key, value in values.items() if key in known}
+    typed = _typed(named, dict.fromkeys(named, source), hints, problems)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    changed = copy.copy(config)
+    for key, value in typed.items():
+        setattr(changed, key, value)
+    changed.sources = {**config.sources, **dict.fromkeys(typed, source)}
+    return changed
 
 
 def _parser(fields: dict[str, dataclasses.Field[Any]], hints: dict[str, Any], description: str | None) -> _Parser:
@@ -137,6 +157,8 @@ def _typed(
         try:
             if isinstance(value, str) and _allows(kind, dict):
                 value = json_if_it_looks_so(value)
+            elif isinstance(value, list) and _allows_inside(kind, dict):
+                value = [json_if_it_looks_so(item) if isinstance(item, str) else item for item in value]
             if isinstance(value, bool) and not _allows(kind, bool):  # pydantic would read true as 1
                 raise ConfigError("input should not be true or false")
             typed[key] = TypeAdapter(kind).validate_python(value)
@@ -166,8 +188,14 @@ def _allows(kind: Any, wanted: type) -> bool:
     return wanted in (kind, typing.get_origin(kind))
 
 
+def _allows_inside(kind: Any, wanted: type) -> bool:
+    """Whether an annotation is a list of a type."""
+    while typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
+    return typing.get_origin(kind) is list and any(_allows(item, wanted) for item in typing.get_args(kind))
+
+
 def json_if_it_looks_so(value: str) -> Any:
-    """Return the mapping that a word spells in JSON, another word as it is; ConfigError for what is no JSON."""
     """Return the mapping that a word of the command line spells in JSON, any other word as it is; ConfigError for bad JSON."""
     if not value.lstrip().startswith("{"):
         return value

@@ -59,6 +59,11 @@ def check_parts(parts: Iterable[str], allowed: Iterable[str] = PARTS) -> tuple[s
     return parts
 
 
+def is_inside(name: str, paths: Iterable[str]) -> bool:
+    """Whether a name is one of these paths or lies below one."""
+    return any(name == path or name.startswith(path + ".") for path in paths)
+
+
 @dataclass(frozen=True)
 class PartMap:
     """Module paths of each part, as `named_modules()` of the unwrapped model spells them."""
@@ -78,7 +83,7 @@ class PartMap:
         best, part = -1, None
         for candidate, paths in self.paths.items():
             for path in paths:
-                if (name == path or name.startswith(path + ".")) and len(path) > best:
+                if is_inside(name, (path,)) and len(path) > best:
                     best, part = len(path), candidate
         return part
 

@@ -124,9 +124,11 @@ def _scan_options(options: argparse.Namespace) -> ScanOptions:
         "frame_method",
         "video_as_images",
         "image_root",
+        "image_downloads",
     )
     given = {name: vars(options)[name] for name in names}
-    return ScanOptions(**given, allowed_tokens=tuple(options.allowed_tokens))
+    given |= {name: tuple(vars(options)[name]) for name in ("allowed_tokens", "image_hosts")}
+    return ScanOptions(**given)
 
 
 def _workers(asked: int | None, sets: dict[str, Examples]) -> int:
@@ -147,21 +149,13 @@ def _open_state(options: argparse.Namespace, scanned: ScanOptions, sets: dict[st
             f"{path} holds a scan that was interrupted; go on with --resume, or forget it with --overwrite."
         )
     state = ScanState(path)
-    facts = {**vars(scanned), "allowed_tokens": list(scanned.allowed_tokens)}
-    for part, data in ((TRAIN, scanned.data), (EVAL, scanned.eval_data)):
-        facts |= {f"{part}_rows": len(sets[part]) if part in sets else 0, f"{part}_file": _stamp(data)}
+    facts = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(scanned).items()}
+    for part, rows in sets.items():
+        facts |= {f"{part}_rows": len(rows), f"{part}_content": rows.fingerprint()}
     if different := state.describe(facts):
         state.close(delete=False)
         raise ValueError(f"{path} is of another scan: {'; '.join(different)}. Start afresh with --overwrite.")
     return state
-
-
-def _stamp(data: str | None) -> list[int]:
-    """Return a file's size and time, so that a scan does not go on with another file."""
-    if data is None or not Path(data).is_file():
-        return []
-    found = Path(data).stat()
-    return [found.st_size, found.st_mtime_ns]
 
 
 # ---- the scan -------------------------------------------------------------------------------------------------------
@@ -232,52 +226,51 @@ def add_findings_over_all(state: ScanState) -> None:
             state.add_findings(findings)
 
 
-def _other_kinds(state: ScanState) -> list[tuple[Place, Finding]]:
+def _other_kinds(state: ScanState) -> Iterator[tuple[Place, Finding]]:
     rows = "SELECT at, name, kind FROM rows WHERE part = ? AND kind IS NOT NULL"
     first = state.db.execute(f"{rows} ORDER BY at LIMIT 1", (TRAIN,)).fetchone()
-    found = []
     for at, name, kind in state.db.execute(f"{rows} AND kind != ?", (TRAIN, first[2])) if first else ():
         try:
             check_kind(name, kind, first[2])
         except RowError as error:
-            found.append(((TRAIN, at), Finding.of(error, name)))
-    return found
+            yield (TRAIN, at), Finding.of(error, name)
 
 
 def _same_rows(state: ScanState) -> Iterator[tuple[Place, Finding]]:
     """Name each training row that is held out too, or the same as an earlier one."""
-    same = """SELECT this.at, this.name, other.part, other.at, other.name FROM rows AS this JOIN rows AS other
-        ON other.rowid = (SELECT rowid FROM rows WHERE digest = this.digest AND rowid != this.rowid ORDER BY part, at LIMIT 1)
-        WHERE this.digest != '' AND this.part = 'train'"""
-    for at, name, other_part, other_at, other in state.db.execute(same).fetchall():
-        if other_part == EVAL:
-            words = f"{name} is held out too, as {other}; drop one of them."
+    firsts = ", ".join(f"first_value({column}) OVER same" for column in ("part", "at", "name"))
+    same = f"""SELECT part, at, name, {firsts} FROM rows WHERE digest != ''
+        WINDOW same AS (PARTITION BY digest ORDER BY part, at)"""  # held-out rows first
+    for part, at, name, first_part, first_at, first in state.db.execute(same):
+        if part == EVAL or (part, at) == (first_part, first_at):
+            continue
+        if first_part == EVAL:
+            words = f"{name} is held out too, as {first}; drop one of them."
             yield (TRAIN, at), Finding(name, words, "leaked_row", "warning")
-        elif other_at < at:
-            yield (TRAIN, at), Finding(name, f"{name} is the same as {other}.", "duplicate_row", "warning")
+        else:
+            yield (TRAIN, at), Finding(name, f"{name} is the same as {first}.", "duplicate_row", "warning")
 
 
 def _same_images(state: ScanState) -> Iterator[tuple[Place, Finding]]:
-    several = """SELECT digest FROM images GROUP BY digest HAVING count(DISTINCT part || at) > 1 AND min(part = 'eval') = 0"""
-    places = """SELECT DISTINCT images.part, images.at, number, name FROM images JOIN rows
-        ON rows.part = images.part AND rows.at = images.at WHERE images.digest = ? ORDER BY images.part DESC, images.at, number"""
-    for (digest,) in state.db.execute(several).fetchall():
-        rows: dict[Place, tuple[int, str]] = {}
-        for part, at, number, name in state.db.execute(places, (digest,)):
-            rows.setdefault((part, at), (number, name))
-        held_out = [name for (part, _), (_, name) in rows.items() if part == EVAL]
-        first, (number, name) = next(iter(rows.items()))
-        others = [name for place, (_, name) in rows.items() if place != first]
-        code = "leaked_image" if held_out else "duplicate_image"
-        words = f"is held out too, in {_few(held_out)}" if held_out else f"is also in {_few(others)}"
-        yield (
-            first,
-            Finding(name, f"{name}, image {number}: the same picture {words}.", code, "warning", f"image {number}"),
-        )
+    several = """SELECT digest, count(DISTINCT CASE part WHEN 'train' THEN at END) AS train,
+        count(DISTINCT CASE part WHEN 'eval' THEN at END) AS held_out FROM images GROUP BY digest
+        HAVING train > 0 AND train + held_out > 1"""
+    places = f"""SELECT images.at, min(number), name FROM images JOIN rows ON rows.part = images.part AND rows.at = images.at
+        WHERE images.digest = ? AND images.part = ? GROUP BY images.at ORDER BY images.at LIMIT {SHOWN + 1}"""
+    for digest, train, held_out in state.db.execute(several):
+        (at, number, name), *others = state.db.execute(places, (digest, TRAIN)).fetchall()
+        if held_out:
+            shown = [row for _, _, row in state.db.execute(places, (digest, EVAL))]
+            code, words = "leaked_image", f"is held out too, in {_few(shown, held_out)}"
+        else:
+            code, words = "duplicate_image", f"is also in {_few([row for _, _, row in others], train - 1)}"
+        words = f"{name}, image {number}: the same picture {words}."
+        yield (TRAIN, at), Finding(name, words, code, "warning", f"image {number}")
 
 
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+def _few(names: Sequence[str], total: int | None = None) -> str:
+    total = len(names) if total is None else total
+    more = f" and {total - SHOWN} more" if total > SHOWN else ""
     return f"{'; '.join(names[:SHOWN])}{more}"
 
 
@@ -304,8 +297,8 @@ def summarise(state: ScanState, batch_size: int) -> dict[str, Any]:
     size = "tokens" if tokens else "characters"
     names = {size: size, "images": "images"} | ({"tiles": "tiles", "labels": "labels"} if tokens else {})
     numbers = {name: _numbers(state, column) for name, column in names.items()}
-    pixels = np.array(state.db.execute("SELECT width * height / 1e6 FROM images WHERE part = ?", (TRAIN,)).fetchall())
-    numbers["megapixels of an image"] = pixels.ravel()
+    pixels = state.db.execute("SELECT width * height / 1e6 FROM images WHERE part = ?", (TRAIN,))
+    numbers["megapixels of an image"] = np.fromiter((value for (value,) in pixels), dtype=np.float64)
     return {
         "rows": {
             TRAIN: counted.get(TRAIN, 0),

@@ -27,6 +27,7 @@ from hfcustom import checkpoint, randomness
 from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import Caches, check_caches, open_caches, serving, use_caches
 from hfcustom.console import TrainLog, out
+from hfcustom.coverage import every_part_learns
 from hfcustom.custom_model import CustomModel, check_registered
 from hfcustom.data.captions import CaptionCollator
 from hfcustom.data.collate import Batch, Collator
@@ -39,6 +40,7 @@ from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.ranks import check_processes, explained, process_state, wait_at_most
 from hfcustom.run_folder import run_folder
+from hfcustom.sharding import name_blocks
 from hfcustom.signals import StopRequest
 from hfcustom.step_plan import is_blank, plan_step
 from hfcustom.train_config import TrainConfig
@@ -136,6 +138,7 @@ def _run(
         StopRequest() as stop,
         feed.watch.naming_deaths(),
         counting_steps(core),
+        every_part_learns(model, optimizer),
         use_caches(core, feed.caches, accelerator),
         TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names) as log,
     ):
@@ -157,8 +160,9 @@ def _run(
 
 
 def set_up(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> None:
-    """Give a model the run's precision, recomputation, and its companions the run's device."""
+    """Give a model the run's precision, recomputation, and its companions the run's device; tell FSDP its blocks."""
     core = unwrap(model)
+    name_blocks(model, accelerator)
     set_precision(model, config)
     if config.gradient_checkpointing:
         checkpoint_activations(core)

@@ -18,7 +18,7 @@ class TrainConfig:
 
     output_dir: Annotated[str, "folder for checkpoints, metrics and the final model"] = "outputs/run"
     max_steps: Annotated[int | None, "optimiser steps; by default what `epochs` asks for"] = None
-    epochs: Annotated[float, "passes over the training rows when max_steps is not given"] = 1.0
+    epochs: Annotated[float, "passes over the training rows; instead of max_steps, not beside it"] = 1.0
     batch_size: Annotated[int, "rows of one optimiser step, over all processes"] = 32
     micro_batch_size: Annotated[int | None, "rows of one forward on one device; by default batch_size / processes"] = (
         None
@@ -127,6 +127,11 @@ class TrainConfig:
         rules = [
             (self.max_steps is None or self.max_steps > 0, f"max_steps={self.max_steps} must be positive"),
             (0 < self.epochs < math.inf, f"epochs={self.epochs} must be positive and finite"),
+            (
+                self.max_steps is None or ("epochs" not in self.sources and self.epochs == type(self).epochs),
+                f"epochs={self.epochs} has no effect beside max_steps={self.max_steps}, which says when to stop; leave one out "
+                "(max_steps: null in a --config file where it is a recipe's default)",
+            ),
             (self.batch_size > 0, f"batch_size={self.batch_size} must be positive"),
             (self.lr > 0, f"lr={self.lr} must be positive"),
             (self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative"),

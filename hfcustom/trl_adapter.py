@@ -1,8 +1,10 @@
-"""trl's SFTTrainer with a custom model's own forward and loss: `honour_model(trainer)`.
+"""trl's trainers with a custom model's own forward, and SFTTrainer with its loss: `honour_model(trainer)`.
 
 trl (since 1.16) replaces `model.forward` on the instance and has `compute_loss` run the inner model and a fused head, so
 neither the class's forward nor its loss is called (trl/trainer/utils.py, add_fused_lm_head). Here the forward is put
-back and the loss is computed, divided and evaluated by transformers.Trainer, which trl's trainer inherits from.
+back. For SFTTrainer the loss is computed, divided and evaluated by transformers.Trainer, which trl's trainer inherits
+from. DPOTrainer keeps its own loss, which is what it is chosen for; its log probabilities come from the class's forward
+(hfcustom/trl_log_probs.py), those of the reference model too.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from hfcustom.base import CustomVLM
 from hfcustom.losses import count_all_tokens
 from hfcustom.parts import unwrap
 from hfcustom.trainer_callback import LossCallback
+from hfcustom.trl_log_probs import is_read_from_forward, read_from_forward
 
 OWN_LOSSES = {  # what trl's other trainers compute, and what to do instead
-    "DPOTrainer": "a preference loss of pairs. Use hfcustom's loss 'dpo' with fit() or SFTTrainer",
     "GRPOTrainer": "a policy loss of completions that it samples, which a loss of labels cannot stand in for",
     "KTOTrainer": "a preference loss of rated answers. Use hfcustom's loss 'dpo' with fit() or SFTTrainer",
     "RLOOTrainer": "a policy loss of completions that it samples, which a loss of labels cannot stand in for",
@@ -30,24 +32,43 @@ OWN_LOSSES = {  # what trl's other trainers compute, and what to do instead
 
 
 def honour_model(trainer: Any) -> Any:
-    """Make a trl SFTTrainer call its custom model's forward and loss; use it between building it and train().
+    """Make a trl SFTTrainer call its custom model's forward and loss, a DPOTrainer its forward; use it before train().
 
     Named losses are added to the log (hfcustom/trainer_callback.py); trl's entropy and token accuracy, which its fused
-    head computes, are not. Raises TypeError for another trainer, for a subclass with a compute_loss of its own and for a
-    model that is not custom; ValueError for arguments of the trainer that would have no effect.
+    head computes, are not under SFTTrainer. Raises TypeError for another trainer, for a subclass with a compute_loss of
+    its own and for a model that is not custom; ValueError for arguments of the trainer, or under DPOTrainer a loss of the
+    model, that would have no effect.
     """
-    _check_trainer(trainer)
+    library = _check_trainer(trainer)
     core = unwrap(trainer.model)
     if not isinstance(core, CustomVLM):
         raise TypeError(
             f"{type(core).__name__} is no custom model; load it with its family's custom class (hfcustom.load_family), "
             "or leave honour_model() out."
         )
+    if library.__name__ == "DPOTrainer":
+        return _honour_dpo(trainer, core)
     _check_arguments(trainer)
     _restore_forward(core)
     trainer.compute_loss = MethodType(_compute_loss, trainer)
     trainer.prediction_step = MethodType(Trainer.prediction_step, trainer)
     LossCallback.add_to(trainer)
+    return _checked(trainer)
+
+
+def _honour_dpo(trainer: Any, core: CustomVLM) -> Any:
+    if core.config.loss != "cross_entropy":
+        raise ValueError(
+            f"loss={core.config.loss!r} has no effect: DPOTrainer computes its own, of both answers' log probabilities. Set "
+            "model.config.loss = 'cross_entropy', or train with fit() and loss={'dpo': 1.0, ...}, where losses add up."
+        )
+    for model in filter(None, (core, trainer.ref_model)):
+        _restore_forward(unwrap(model))
+        read_from_forward(unwrap(model))
+    return _checked(trainer)
+
+
+def _checked(trainer: Any) -> Any:
     if reasons := why_bypassed(trainer):
         raise RuntimeError(
             f"The model is still bypassed: {'; '.join(reasons)}. This trl is newer than the adapter knows; use "
@@ -59,10 +80,13 @@ def honour_model(trainer: Any) -> Any:
 def why_bypassed(trainer: Any) -> list[str]:
     """Return why a live trainer would not use its model's own forward and loss, one reason a line; empty if it would.
 
-    Read from the trainer, without running it; a Trainer subclass of your own is trusted to call super().compute_loss.
+    Read from the trainer, without running it; a Trainer subclass of your own is trusted to call super().compute_loss. Of a
+    DPOTrainer under honour_model, whose loss is its purpose, the forward counts alone.
     """
     core, reasons = unwrap(trainer.model), []
     library = _trl_class(trainer)
+    if library is not None and library.__name__ == "DPOTrainer" and is_read_from_forward(core):
+        return []
     if library is not None and not _is_honoured(trainer):
         reasons.append(f"compute_loss of trl's {library.__name__} computes a loss of its own from the inner model")
     if (place := _replaced_by(core)) and (place != "trl" or reasons):
@@ -74,18 +98,21 @@ def why_bypassed(trainer: Any) -> list[str]:
     return reasons
 
 
-def _check_trainer(trainer: Any) -> None:
+def _check_trainer(trainer: Any) -> type:
+    """Return which of trl's trainers it is."""
     if not isinstance(trainer, Trainer):
-        raise TypeError(f"honour_model() takes a trl SFTTrainer, not a {type(trainer).__name__}.")
+        raise TypeError(f"honour_model() takes a trl SFTTrainer or DPOTrainer, not a {type(trainer).__name__}.")
     library = _trl_class(trainer)
     if library is None:
         raise TypeError(
             f"{type(trainer).__name__} is a transformers.Trainer, which calls the model's own forward and loss as it is; "
             "leave honour_model() out. hfcustom.LossCallback.add_to(trainer) logs the named losses."
         )
+    if library.__name__ == "DPOTrainer":
+        return library
     if library.__name__ != "SFTTrainer":
         own = OWN_LOSSES.get(library.__name__, "a loss of its own. Use fit() or SFTTrainer with a loss of hfcustom")
-        raise TypeError(f"honour_model() takes a trl SFTTrainer; {library.__name__} computes {own}.")
+        raise TypeError(f"honour_model() takes a trl SFTTrainer or DPOTrainer; {library.__name__} computes {own}.")
     for method in ("compute_loss", "prediction_step"):
         owner = next(cls for cls in type(trainer).__mro__ if method in vars(cls))
         if owner is not library and issubclass(owner, library):
@@ -93,6 +120,7 @@ def _check_trainer(trainer: Any) -> None:
                 f"{owner.__name__}.{method} would be replaced; remove it, or have it call transformers.Trainer.{method}"
                 "(self, ...) in place of super() and leave honour_model() out."
             )
+    return library
 
 
 def _check_arguments(trainer: Any) -> None:

@@ -4,6 +4,14 @@
     accelerate launch recipes/finetune.py --config run.yaml --lr 1e-4 --load-in 8bit --lora
     accelerate launch recipes/finetune.py --model ... --data ... --custom my_file.py:MyModel --freeze vision
 
+Several trainings after one another, as LLaVA's (https://arxiv.org/abs/2304.08485, section 4.2), are stages of one config file:
+each has a name and the options that differ in it, starts from the model that the one before has saved, and has a folder of
+its own below output_dir. --resume goes on in the stage that was interrupted:
+
+    stages:
+      - {name: align, data: captions.jsonl, train: [connector], lr: 1.0e-3, batch_size: 256}
+      - {name: instruct, data: chats.jsonl, train: [connector, language], lr: 2.0e-5, batch_size: 128}
+
 A row is {"messages": [...], "images": [...]}, or of another form that README.md lists, in a file, a folder, a data set on the
 hub, or several of them with weights. Writes checkpoints, metrics.jsonl and the model to --output-dir, and with --merge a
 full-precision model without adapter.
@@ -12,11 +20,15 @@ full-precision model without adapter.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from hfcustom.data.hosts import host_problems
 from hfcustom.exits import exit_codes
-from hfcustom.options import parse
+from hfcustom.options import ConfigError, parse, with_values
 from hfcustom.train_config import TrainConfig
+
+FOR_ALL_STAGES = ("model", "custom", "output_dir", "stages", "resume", "overwrite", "trackers")
 
 
 @dataclass(kw_only=True)
@@ -35,8 +47,17 @@ class FinetuneConfig(TrainConfig):
     max_frames: Annotated[int, "frames of a video that are seen"] = 8
     frame_method: Annotated[str, "which frames those are, a method of `hfcustom frames`"] = "uniform"
     image_root: Annotated[str | None, "folder below which images are read; by default that of the rows"] = None
+    image_hosts: Annotated[
+        list[str], "hosts from which images at URLs are fetched: cdn.example.org, *.example.org for those below it"
+    ] = field(default_factory=list)
+    image_downloads: Annotated[
+        str | None, "folder where fetched images are kept for good; by default hfcustom/images in HF_HOME"
+    ] = None
     video_as_images: Annotated[bool, "give the frames of a video to the model as images"] = False
-    eval_data: Annotated[str | None, "held-out rows, answered by generation every eval_steps and at the end"] = None
+    eval_data: Annotated[
+        str | dict[str, float] | None,
+        "held-out rows, answered by generation every eval_steps and at the end; named as those of data",
+    ] = None
     eval_split: Annotated[str | None, "split of the held-out rows where there are several; by default train"] = None
     eval_rows: Annotated[int, "held-out rows to answer"] = 200
     max_new_tokens: Annotated[int, "longest answer in tokens"] = 64
@@ -51,12 +72,21 @@ class FinetuneConfig(TrainConfig):
     freeze: Annotated[list[str], "parts to keep as they are: vision, connector, language, head"] = field(
         default_factory=list
     )
+    train: Annotated[list[str], "the only parts that are trained, in place of freeze"] = field(default_factory=list)
     attention_only: Annotated[list[str], "parts of which only the attention layers are trained"] = field(
         default_factory=list
     )
+    last_layers: Annotated[dict[str, int], 'parts of which only the last layers are trained, {"vision": 4}'] = field(
+        default_factory=dict
+    )
     lora: Annotated[bool, "train LoRA matrices instead of the parts in lora_parts"] = False
     lora_parts: Annotated[list[str], "parts that get LoRA"] = field(default_factory=lambda: ["language"])
-    lora_rank: Annotated[int, "rank of the LoRA matrices"] = 16
+    lora_rank: Annotated[int | dict[str, int], 'rank of the LoRA matrices, or {"vision": 8, "language": 32}'] = 16
+    lora_alpha: Annotated[int | dict[str, int] | None, "their scale times the rank; by default twice the rank"] = None
+    lora_kind: Annotated[
+        Literal["lora", "rslora", "dora"], "rslora: scale by the root of the rank; dora: lengths beside directions"
+    ] = "lora"
+    lora_experts: Annotated[bool, "LoRA on the routed experts too, each with matrices of its own"] = False
     lora_dropout: Annotated[float, "dropout before the LoRA matrices"] = 0.0
     train_full: Annotated[list[str], "parts trained in full beside LoRA, such as connector"] = field(
         default_factory=list
@@ -66,11 +96,43 @@ class FinetuneConfig(TrainConfig):
         Literal["auto", "float32", "bfloat16"] | None, "weights; by default float32, or as stored with lora"
     ] = None
     merge: Annotated[bool, "after LoRA, also write the adapter merged into full-precision weights"] = False
+    stages: Annotated[list[dict[str, Any]], "trainings after one another: for each its name and what differs"] = field(
+        default_factory=list
+    )
+
+    def in_stages(self) -> list[FinetuneConfig]:
+        """Return the config of each stage, this one where there are none; ConfigError for what a stage cannot set."""
+        return [self._stage(at) for at in range(len(self.stages))] if self.stages else [self]
+
+    def _stage(self, at: int) -> FinetuneConfig:
+        values = dict(self.stages[at])
+        name = values.pop("name", None)
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ConfigError(f"stage {at + 1}: name={name!r} must be a word of letters, digits and underscores")
+        if wrong := [key for key in FOR_ALL_STAGES if key in values]:
+            raise ConfigError(f"stage {name!r}: {wrong[0]} is for all stages; set it beside `stages`")
+        stage = with_values(self, values, f"stage {name!r}")
+        stage.stages = []
+        stage.output_dir = str(Path(self.output_dir) / f"{at + 1}-{name}")
+        stage.merge = stage.merge or (stage.lora and at + 1 < len(self.stages))  # the next one trains all of it
+        return stage
+
+    def _stage_problems(self) -> list[str]:
+        names = [stage.get("name") for stage in self.stages]
+        found = [f"two stages are called {name!r}" for name in dict.fromkeys(names) if names.count(name) > 1]
+        for at, name in enumerate(names):
+            try:
+                found += [f"stage {name!r}: {problem}" for problem in self._stage(at).problems()]
+            except ConfigError as error:
+                found.append(str(error))
+        return found
 
     may_change = TrainConfig.may_change | {"eval_data", "eval_split", "eval_rows", "max_new_tokens", "merge"}
 
     def problems(self) -> list[str]:
-        """Return what is missing, contradictory or out of range."""
+        """Return what is missing, contradictory or out of range, in each stage where there are some."""
+        if self.stages:
+            return self._stage_problems()
         rules = [
             (bool(self.model), "model is missing: --model folder-or-hub-id"),
             (bool(self.data), "data is missing: --data rows.jsonl"),
@@ -90,28 +152,30 @@ class FinetuneConfig(TrainConfig):
                 f"freeze={self.freeze} and attention_only={self.attention_only} name a part twice",
             ),
             (self.eval_data is not None or self.eval_steps is None, "eval_steps has no effect without --eval-data"),
-            (self.lora_rank > 0, f"lora_rank={self.lora_rank} must be positive"),
+            (not (self.lora and self.train), "train has no effect with --lora, which trains what lora_parts name"),
+            (not (self.lora and self.last_layers), "last_layers has no effect with --lora"),
+            (not (self.freeze and self.train), f"freeze={self.freeze} and train={self.train} exclude each other"),
+            (self.eval_rows > 0, f"eval_rows={self.eval_rows} must be positive"),
             (self.max_frames > 0, f"max_frames={self.max_frames} must be positive"),
             (self.shuffle_buffer >= 0, f"shuffle_buffer={self.shuffle_buffer} must not be negative"),
             (self.streaming or not self.shuffle_buffer, "shuffle_buffer has no effect without --streaming"),
             (not self.streaming or self.max_steps is not None, "streaming needs --max-steps: a stream has no length"),
         ]
-        for name in ("lora_parts", "lora_rank", "lora_dropout"):
+        for name in ("lora_parts", "lora_rank", "lora_alpha", "lora_kind", "lora_experts", "lora_dropout"):
             rules.append((self.lora or name not in self.sources, f"{name} has no effect without --lora"))
-        return super().problems() + [message for holds, message in rules if not holds]
+        wrong = host_problems(self.image_hosts, self.image_downloads)
+        return super().problems() + wrong + [message for holds, message in rules if not holds]
 
 
 if __name__ == "__main__":
     CONFIG = parse(FinetuneConfig, __doc__)  # answers --help and a mistyped flag before torch is imported
-
-from pathlib import Path
 
 from accelerate.utils import set_seed
 
 import hfcustom
 from hfcustom import console
 from hfcustom.data.feed import first_example
-from hfcustom.data.messages import split_answer
+from hfcustom.evaluate import first_rows, match_by_source
 from hfcustom.families import class_of
 from hfcustom.losses import import_losses
 from hfcustom.naming import load_object
@@ -158,13 +222,25 @@ def add_companions(model: Any, config: FinetuneConfig) -> None:
 
 
 def choose_what_trains(model: Any, config: FinetuneConfig) -> Any:
-    """Freeze parts, whole or but for their attention, or wrap the model with LoRA."""
+    """Freeze parts, whole or but for their attention or last layers, or wrap the model with LoRA."""
     if config.lora:
         return hfcustom.lora(
-            model, config.lora_parts, rank=config.lora_rank, dropout=config.lora_dropout, train=config.train_full
+            model,
+            config.lora_parts,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            train=config.train_full,
+            experts=config.lora_experts,
+            rslora=config.lora_kind == "rslora",
+            dora=config.lora_kind == "dora",
         )
     if config.freeze:
         hfcustom.freeze(model, config.freeze)
+    if config.train:
+        hfcustom.train_only(model, config.train)
+    for part, count in config.last_layers.items():
+        hfcustom.freeze(model, part, keep_last=count)
     if config.attention_only:
         hfcustom.freeze(model, config.attention_only, keep="attention")
     return model
@@ -172,39 +248,48 @@ def choose_what_trains(model: Any, config: FinetuneConfig) -> Any:
 
 def main(config: FinetuneConfig) -> None:
     console.out.quiet = not process_state().is_main_process  # every fact is printed once, not once a rank
-    videos: dict[str, Any] = {
-        name: getattr(config, name) for name in ("max_frames", "frame_method", "video_as_images", "image_root")
-    }
+    stages, folder = config.in_stages(), config.model
+    for at, stage in enumerate(stages):
+        if len(stages) > 1:
+            console.out.print(f"stage {at + 1} of {len(stages)}, {config.stages[at]['name']}: from {folder}")
+        stage.model = folder
+        folder = str(run(stage))
+    console.out.print(f"The model is in {folder}.")
+
+
+def run(config: FinetuneConfig) -> Path:
+    """Train, score, merge where asked; return the folder of the full model, or of the adapter."""
+    media = ("max_frames", "frame_method", "video_as_images", "image_root", "image_hosts", "image_downloads")
+    read: dict[str, Any] = {name: getattr(config, name) for name in media}
     streams = {"streaming": config.streaming, "shuffle_buffer": config.shuffle_buffer}
-    rows = hfcustom.load_rows(config.data, config.split, **streams, **videos)
+    rows = hfcustom.load_rows(config.data, config.split, **streams, **read)
     held_out = None
     if config.eval_data:
-        held_out = hfcustom.load_rows(config.eval_data, config.eval_split, **videos)
-        held_out = [held_out[at] for at in range(min(config.eval_rows, len(held_out)))]
-        for example in held_out:
-            split_answer(example)  # a row that cannot be scored is an error here, not after the training
+        held_out = hfcustom.load_rows(config.eval_data, config.eval_split, **read)
+        held_out = first_rows(held_out, config.eval_rows)  # a row that cannot be scored is an error here already
     set_seed(config.seed)  # of new modules and LoRA matrices
     model, processor = load_model(config)
     model = choose_what_trains(model, config)
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
         options = {"max_new_tokens": config.max_new_tokens, "allowed_tokens": config.allowed_tokens}
-        answers = hfcustom.generate_answers(model, processor, held_out, **options)
-        return {"exact_match": hfcustom.exact_match(answers)}
+        return match_by_source(hfcustom.generate_answers(model, processor, held_out, **options))
 
     console.show_start(model, processor, first_example(rows, config), config)
     result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
     result.exit_if_interrupted()
     if held_out:
-        console.show_table(
-            ("held-out rows", "exact match"), [(len(held_out), evaluate(model, result.step)["exact_match"])]
-        )
-    console.out.print(f"The model is in {result.model_dir}.")
-    if config.merge and process_state().is_main_process:
-        folder = Path(config.output_dir) / "merged"
+        matches = evaluate(model, result.step)
+        console.show_table(("held-out rows", *matches), [(len(held_out), *matches.values())])
+    if not config.merge:
+        return result.model_dir
+    console.out.print(f"The adapter is in {result.model_dir}; it is merged into full-precision weights.")
+    folder = Path(config.output_dir) / "merged"
+    if process_state().is_main_process:
         hfcustom.merge_adapter(result.model_dir, config.model).save_pretrained(folder)
         processor.save_pretrained(folder)
-        console.out.print(f"The adapter merged into full-precision weights is in {folder}.")
+    process_state().wait_for_everyone()
+    return folder
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from hfcustom.data.hosts import host_problems
 from hfcustom.exits import exit_codes
 from hfcustom.options import parse
 from hfcustom.train_config import TrainConfig
@@ -31,6 +32,12 @@ class FinetuneEncoderConfig(TrainConfig):
     data: Annotated[str, "rows of an image and its text; by default scanned digits"] = ""
     split: Annotated[str | None, "split of the rows where there are several; by default train"] = None
     image_root: Annotated[str | None, "folder below which images are read; by default that of the rows"] = None
+    image_hosts: Annotated[
+        list[str], "hosts from which images at URLs are fetched: cdn.example.org, *.example.org for those below it"
+    ] = field(default_factory=list)
+    image_downloads: Annotated[
+        str | None, "folder where fetched images are kept for good; by default hfcustom/images in HF_HOME"
+    ] = None
     eval_data: Annotated[str | None, "held-out rows, retrieved every eval_steps and at the end"] = None
     eval_split: Annotated[str | None, "split of the held-out rows where there are several; by default train"] = None
     eval_rows: Annotated[int, "held-out rows to retrieve among"] = 1000
@@ -65,7 +72,8 @@ class FinetuneEncoderConfig(TrainConfig):
         ]
         for name in ("lora_parts", "lora_rank"):
             rules.append((self.lora or name not in self.sources, f"{name} has no effect without --lora"))
-        return super().problems() or [message for holds, message in rules if not holds]
+        wrong = host_problems(self.image_hosts, self.image_downloads)
+        return super().problems() or wrong + [message for holds, message in rules if not holds]
 
 
 if __name__ == "__main__":
@@ -118,12 +126,9 @@ def load_data(config: FinetuneEncoderConfig) -> tuple[Any, Any]:
     """Return rows to train on, and held-out rows or None."""
     if not config.data:
         return digit_captions(TRAIN_ROWS), digit_captions(config.eval_rows, "held_out")
-    held_out = config.eval_data and hfcustom.load_rows(
-        config.eval_data, config.eval_split, image_root=config.image_root
-    )
-    return hfcustom.load_rows(config.data, config.split, image_root=config.image_root), held_out and held_out[
-        : config.eval_rows
-    ]
+    images: dict[str, Any] = {name: getattr(config, name) for name in ("image_root", "image_hosts", "image_downloads")}
+    held_out = config.eval_data and hfcustom.load_rows(config.eval_data, config.eval_split, **images)
+    return hfcustom.load_rows(config.data, config.split, **images), held_out and held_out[: config.eval_rows]
 
 
 def main(config: FinetuneEncoderConfig) -> dict[str, float]:

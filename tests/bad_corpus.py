@@ -143,7 +143,8 @@ def bad_sources(folder: Path) -> dict[str, tuple[Any, str]]:
         "url": [f"{scheme}://host/a.png" for scheme in ("http", "https", "file", "ftp", "s3", "zip")],
         "no_image": [3, 1.5, True, [1, 2], {}, {"bytes": None, "path": None}, ""],
     }
-    paths["url"].append("data:image/png;base64,iVBORw0KGgo=")
+    paths["url"] += ["data:image/png,iVBORw0KGgo=", "data:image/png;base64,#"]
+    paths["undecodable"] = ["data:image/png;base64,iVBORw0KGgo="]
     paths["missing"].append(paths["no_image"].pop())
     for code, sources in paths.items():
         found |= {f"{code}: {source!r:.40}": (source, code) for source in sources}
@@ -205,9 +206,9 @@ def bad_rows() -> dict[str, tuple[Any, str]]:
             {**row(), "images": ["good.png"] * 2},
             talk(user([{"type": "image"}] * 3), says(), images=["good.png"]),
             talk(user("<image> what?"), says(), images=["good.png"]),
-            talk(user([{"type": "image", "url": "http://host/a.png"}]), says()),
         ],
         "no_image": [{**row(), "images": [None]}],
+        "url": [talk(user([{"type": "image", "url": "http://host/a.png"}]), says())],
         "missing": [talk(user([{"type": "image", "image": "nope.png"}]), says())],
         "kind": [pair, {**pair, "images": ["good.png"]}, {"prompt": "x", "completion": "y", "label": True}],
         "too_long": [talk(user("word " * 40_000), says())],

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from hfcustom import adapt
-from hfcustom.parts import expert_matrices, find_parts, part_table, unwrap
+from hfcustom import adapt, freezing
+from hfcustom.parts import expert_matrices, find_parts, is_adapter, part_table, unwrap
 from hfcustom.train import fit
 from hfcustom.train_config import TrainConfig
 
@@ -39,56 +39,6 @@ def train_a_little(model: nn.Module, batch: dict[str, torch.Tensor], steps: int 
         losses.append(float(loss.detach()))
     model.eval()
     return losses
-
-
-# ---- freezing -------------------------------------------------------------------------------------------------------
-
-
-def test_freeze_stops_the_named_parts_and_no_other(family: Family) -> None:
-    model = family.model()
-    frozen = [part for part in family.parts if part in ("vision", "connector")]
-    adapt.freeze(model, frozen)
-    trainable = {row.part: row.trainable for row in part_table(model)}
-    assert not any(trainable[part] for part in frozen) and trainable["language"]
-    with pytest.raises(ValueError, match=r"Unknown part 'langauge'.*Did you mean 'language'"):
-        adapt.freeze(model, "langauge")
-    with pytest.raises(ValueError, match=rf"Unknown part 'new'; this model has {', '.join(family.parts)}"):
-        adapt.freeze(model, "new")
-    with pytest.raises(ValueError, match="leaves nothing to train"):
-        adapt.freeze(model, [part for part in family.parts if part not in frozen])
-
-
-def test_freeze_can_leave_the_attention_layers_of_a_part(family: Family) -> None:
-    model = family.model()
-    tower = model.get_submodule(find_parts(model).paths["vision"][0])
-    if not any(type(module).__name__.endswith("Attention") for module in tower.modules()):  # Chameleon's convolutions
-        with pytest.raises(ValueError, match="'vision' .* has no attention layer to keep"):
-            adapt.freeze(model, ["vision", "language"], keep="attention")
-        return
-    adapt.freeze(model, ["vision", "language"], keep="attention")
-    layers = {part: adapt.attention_layers(model, part) for part in ("vision", "language")}
-    for path in (path for paths in layers.values() for path in paths):
-        own = (
-            path.rpartition(".")[2] + type(model.get_submodule(path)).__name__
-        )  # Nemotron-H calls each layer's core `mixer`
-        assert "attn" in own.lower() or "attention" in own.lower()
-    parts = find_parts(model)
-    for name, parameter in model.named_parameters():
-        part = parts.part_of(name)
-        inside = any(name.startswith(path + ".") for path in layers.get(part, ()))
-        assert parameter.requires_grad == (inside or part not in layers), name
-    for part in layers:
-        trained = {p.trainable for p in part_table(model) if p.part == part}
-        assert 0 < max(trained) < sum(row.parameters for row in part_table(model) if row.part == part)
-
-
-def test_attention_that_is_not_there_cannot_be_kept(internvl: Family) -> None:
-    with pytest.raises(
-        ValueError, match=r"The part 'head' \(lm_head\) has no attention layer to keep; freeze it whole"
-    ):
-        adapt.freeze(internvl.model(), "head", keep="attention")
-    with pytest.raises(ValueError, match="freeze\\(\\) keep='attn'; choose 'attention', or leave it out"):
-        adapt.freeze(internvl.model(), "vision", keep="attn")  # type: ignore[arg-type]
 
 
 # ---- LoRA -----------------------------------------------------------------------------------------------------------
@@ -139,7 +89,7 @@ def test_a_scope_that_matches_nothing_is_an_error(internvl: Family) -> None:
     with pytest.raises(ValueError, match="has an adapter already"):
         adapt.lora(adapt.lora(internvl.model()))
     with pytest.raises(ValueError, match=r"freeze\(\) names no part"):
-        adapt.freeze(internvl.model(), [])
+        freezing.freeze(internvl.model(), [])
     with pytest.raises(ValueError, match="connector cannot have LoRA and be trained in full at once"):
         adapt.lora(internvl.model(), "connector", train="connector")
 
@@ -170,7 +120,7 @@ def test_a_bare_parameter_of_the_stock_class_stays_and_that_is_said(
     for name, parameter in wrapped.named_parameters():
         if parts.part_of(name) == "connector" and "original_module" not in name:
             assert parameter.requires_grad != any(name.endswith(path) for path in bare), name
-    adapt.freeze(model := family.model(), ["vision", "language", "head"])  # what the message advises
+    freezing.freeze(model := family.model(), ["vision", "language", "head"])  # what the message advises
     assert all(model.get_parameter(name).requires_grad for name in bare)
 
 
@@ -394,3 +344,65 @@ def test_lora_on_a_quantised_base_learns(family: Family, tmp_path: Path, bits: A
     losses = train_a_little(model, batch, steps=4)
     assert losses[-1] < losses[0]
     adapt.check_quantization(model)
+
+
+# ---- ranks, rsLoRA, DoRA --------------------------------------------------------------------------------------------
+
+
+def test_each_part_has_its_rank_and_alpha(family: Family) -> None:
+    parts = [part for part in ("language", "vision", "connector") if has_linear(family, part)]
+    ranks, alphas = ({part: first + at for at, part in enumerate(parts)} for first in (2, 20))
+    wrapped = adapt.lora(family.model(), parts, rank=ranks, alpha=alphas)
+    part_map, seen = find_parts(wrapped), set()
+    for name, module in unwrap(wrapped).named_modules():
+        if is_adapter(module):
+            part = part_map.part_of(name)
+            assert (module.r["default"], module.lora_alpha["default"]) == (ranks[part], alphas[part]), name
+            assert module.scaling["default"] == alphas[part] / ranks[part]
+            seen.add(part)
+    assert seen == set(parts)
+
+
+def test_experts_have_the_rank_of_their_part(families: dict[str, Family]) -> None:
+    ranks = {"connector": 3, "language": 2}
+    wrapped = adapt.lora(families["aria"].model(), ranks.keys(), rank=ranks, experts=True)
+    adapters = [(name, m) for name, m in unwrap(wrapped).named_modules() if is_adapter(m)]
+    part_map = find_parts(wrapped)
+    assert {(part_map.part_of(name), m.r["default"]) for name, m in adapters} == {("connector", 3), ("language", 2)}
+
+
+def has_linear(family: Family, part: str) -> bool:
+    model = family.model()
+    part_map = find_parts(model)
+    return any(isinstance(m, nn.Linear) and part_map.find(name) == part for name, m in model.named_modules())
+
+
+@pytest.mark.parametrize("kind", ["rslora", "dora"])
+def test_other_kinds_of_lora_train_reload_and_merge(internvl: Family, tmp_path: Path, kind: str) -> None:
+    model = internvl.model()
+    model.save_pretrained(tmp_path / "base")
+    wrapped = adapt.lora(model, ["vision", "language"], rank={"vision": 2, "language": 4}, **{kind: True})
+    scalings = {m.scaling["default"] for m in unwrap(wrapped).modules() if is_adapter(m)}
+    assert scalings == ({4 / 2**0.5, 8 / 4**0.5} if kind == "rslora" else {2.0})
+    train_a_little(wrapped, internvl.batch([1, 1]))
+    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    expected = wrapped(**internvl.batch([1])).logits
+    merged = adapt.merge_adapter(tmp_path / "adapter", tmp_path / "base")
+    assert torch.allclose(merged(**internvl.batch([1])).logits, expected, atol=1e-4)
+    assert not torch.allclose(internvl.model()(**internvl.batch([1])).logits, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": {"vision": 2}}, r"rank={'vision': 2} names vision, but vision, language get LoRA"),
+        ({"rank": {"vision": 2, "language": 2, "head": 2}}, "names vision, language, head, but vision, language get"),
+        ({"alpha": {}}, "alpha={} names no part"),
+        ({"rank": 0}, "rank=0 of vision must be positive"),
+        ({"experts": True, "dora": True}, "dora=True and experts=True exclude each other"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_ranks_that_fit_no_part(internvl: Family, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        adapt.lora(internvl.model(), ["vision", "language"], **options)

@@ -138,6 +138,7 @@ SMALL = {
         ("eager", "batched_mm", "grouped_mm"),
     ),
     "frames": (["--frames", "6", "--k", "2", "--encoder", "tiny"], ("cross_correlation", "embedding")),
+    "scale": (["--rows", "200", "--copies", "0.5"], ("collated", "preflight", "stream")),
 }
 
 

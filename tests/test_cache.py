@@ -319,8 +319,8 @@ def test_known_files_are_not_decoded_again(internvl: Family, tmp_path: Path, mon
         for name, image in zip(row["images"], plain["images"], strict=True):
             image.save(tmp_path / name)
     decoded: list[Any] = []
-    decode = images._decode
-    monkeypatch.setattr(images, "_decode", lambda *args: decoded.append(args) or decode(*args))
+    decode = images.decode_image
+    monkeypatch.setattr(images, "decode_image", lambda *args: decoded.append(args) or decode(*args))
     cache = ImageCache(ShardStore(tmp_path / "cache", "images", 1e12))
     caches = Caches(cache)
     collate, lazy = Collator(internvl.processor, caches=caches), caches.lazy_rows(Examples(rows, root=tmp_path))

@@ -209,7 +209,7 @@ def test_it_learns(internvl: Family, name: str) -> None:
     """Every weight moves, those behind a start at zero too, and the loss falls."""
     model = internvl.model(connector=spec(name))
     batch = internvl.batch(clips(name, [1, 2]), model.match_processor(copy.deepcopy(internvl.processor)))
-    adapt.freeze(model, ["vision", "connector", "head"])
+    hfcustom.freeze(model, ["vision", "connector", "head"])
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in trained.items()}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)

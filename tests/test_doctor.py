@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import KINDS, Family
+from conftest import FAMILIES, KINDS, Family
 from test_report import HOSTILE, Page
 from zoo import DRAWN, ZOO
 
@@ -20,7 +20,9 @@ from hfcustom.doctor.command import line_of, write_page
 from hfcustom.doctor.examine import examine
 from hfcustom.doctor.finding import CHECKS, Finding, Skipped
 from hfcustom.doctor.travel import file_of
+from hfcustom.families import load_family
 from hfcustom.naming import load_object
+from hfcustom.ragged import RaggedImages
 from hfcustom.registry import REGISTERED
 from hfcustom.testing import check_model
 
@@ -122,6 +124,17 @@ def test_families_of_each_kind_pass(name: str) -> None:
         assert all("mask_text_rows=True" in findings[check].cure for check in wrong)
     else:
         assert not wrong
+
+
+WITH_TORCHVISION = [name for name in FAMILIES if getattr(load_family(name), "REQUIRES", ())]
+RAGGED = [name for name in WITH_TORCHVISION if issubclass(REGISTERED[f"custom_{name}"], RaggedImages)]
+
+
+@pytest.mark.parametrize("name", WITH_TORCHVISION)
+def test_families_that_need_torchvision_pass_where_it_is(name: str) -> None:
+    """Without the clean process, which would lack the operators that conftest.py defines for torchvision's import."""
+    traced = ["compiled"] if name in RAGGED[:1] else []  # it takes ten seconds
+    assert not failed(examine(name, [*QUICK, "trainers", *traced]))
 
 
 def test_gradients_name_the_part_and_the_lora_in_it(internvl: Family) -> None:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import Family, chat_row, picture
+from source_files import numbered, write_jsonl
 
 from hfcustom.data.messages import Example, RowError
-from hfcustom.evaluate import Answer, character_accuracy, exact_match, generate_answers
+from hfcustom.data.sources import load_rows
+from hfcustom.evaluate import (
+    Answer,
+    character_accuracy,
+    exact_match,
+    first_rows,
+    generate_answers,
+    match_by_source,
+)
 
 ROWS = [chat_row(1, seed=0), chat_row(0, seed=1), chat_row(2, seed=2, turns=2)]
 
@@ -39,6 +50,42 @@ def test_scores_equal_the_hand_computed_ones(name: str) -> None:
     pairs, exact, characters = SCORES[name]
     assert exact_match(answers(*pairs)) == pytest.approx(exact)
     assert character_accuracy(answers(*pairs)) == pytest.approx(characters)
+
+
+def test_the_first_rows_of_a_mixture_are_those_that_its_weights_draw(tmp_path: Path) -> None:
+    files = {name: write_jsonl(tmp_path / f"{name}.jsonl", *map(numbered, range(20))) for name in "ab"}
+    mixed = load_rows({files["a"]: 0.75, files["b"]: 0.25})
+    found = first_rows(mixed, 16)
+    assert [row.source for row in found].count("a.jsonl") == 12
+    assert len({row.name for row in found}) == len(found) == 16
+    assert [row.name for row in first_rows(mixed, 16)] == [row.name for row in found]
+    short = load_rows({files["a"]: 0.1, write_jsonl(tmp_path / "c.jsonl", numbered(0)): 0.9})
+    assert [row.source for row in first_rows(short, 20)].count("c.jsonl") == 1  # no row twice
+    alone = first_rows(load_rows(files["a"]), 3)
+    assert [row.name for row in alone] == [f"a.jsonl, line {at}" for at in (1, 2, 3)]
+    assert len(first_rows(load_rows(files["a"]), 100)) == 20
+
+
+def test_rows_without_an_answer_are_refused_before_they_are_asked(tmp_path: Path) -> None:
+    path = write_jsonl(
+        tmp_path / "a.jsonl", numbered(0), {"messages": [*numbered(1)["messages"], *numbered(2)["messages"][:1]]}
+    )
+    assert len(first_rows(load_rows(path), 1)) == 1
+    with pytest.raises(RowError, match="line 2: the last turn is not the assistant's"):
+        first_rows(load_rows(path), 2)
+
+
+def test_each_source_has_its_own_score() -> None:
+    given = answers(("1", "1"), ("2", "3"), ("4", "4"))
+    assert match_by_source(given) == {"exact_match": pytest.approx(2 / 3)}
+    mixed = [
+        replace(item, example=replace(item.example, source=name)) for item, name in zip(given, "abb", strict=True)
+    ]
+    assert match_by_source(mixed) == {
+        "exact_match": pytest.approx(2 / 3),
+        "exact_match/a": 1.0,
+        "exact_match/b": 0.5,
+    }
 
 
 def said(family: Family, rows: list[Any] = ROWS, model: Any = None, **options: Any) -> list[str]:

@@ -117,7 +117,7 @@ WRONG_ROWS = {
     ),
     "an image that cannot be read": (
         {"messages": [user(SLOT, SLOT)], "images": [picture(), "https://example.org/a.png"]},
-        ("image 1: Image 'https://example.org/a.png' is a URL; none is fetched. Download it",),
+        ("image 1: Image 'https://example.org/a.png' is a URL; none is fetched. Name its host in image_hosts",),
     ),
     "an image of no kind": (
         {"messages": [user(SLOT)], "images": [3]},

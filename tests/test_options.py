@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import typing
@@ -314,6 +315,28 @@ def test_every_number_of_the_config_has_a_rule() -> None:
     kinds = (int, float, int | None, float | None)
     numbers = {name for name, kind in typing.get_type_hints(TrainConfig).items() if kind in kinds}
     assert numbers - {"seed"} == {name for name, _, _ in RULES}
+
+
+@pytest.mark.parametrize("flags", [["--max-steps", "5", "--epochs", "2"], ["--epochs", "1", "--max-steps", "5"]])
+def test_epochs_beside_max_steps_are_an_error(flags: list[str]) -> None:
+    told = r"epochs=\d.0 has no effect beside max_steps=5, which says when to stop; leave one out"
+    assert re.search(told, problems(*flags, config_class=TrainConfig))
+
+
+def test_epochs_beside_max_steps_are_an_error_without_a_command_line_too() -> None:
+    (problem,) = TrainConfig(max_steps=5, epochs=2).problems()
+    assert "epochs=2 has no effect beside max_steps=5" in problem
+
+
+def test_epochs_may_replace_the_steps_that_a_recipe_has_by_default(tmp_path: Path) -> None:
+    @dataclass(kw_only=True)
+    class Recipe(TrainConfig):
+        max_steps: Annotated[int | None, "another default"] = 400
+
+    (tmp_path / "run.yaml").write_text("max_steps: null\n")
+    found = read(Recipe, None, ["--epochs", "2", "--config", str(tmp_path / "run.yaml")])
+    assert (found.max_steps, found.epochs) == (None, 2.0)
+    assert "max_steps: null in a --config file" in problems("--epochs", "2", config_class=Recipe)
 
 
 def test_problems_of_a_train_config_are_told_together() -> None:

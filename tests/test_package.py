@@ -65,6 +65,7 @@ def test_the_version_is_that_of_the_package() -> None:
     "module",
     [
         "hfcustom",
+        "hfcustom.data.hosts",
         "hfcustom.encoders",
         "hfcustom.families",
         "hfcustom.naming",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from hfcustom import load_rows
 from hfcustom.cli import main
 from hfcustom.data import token_checks
 from hfcustom.data.collate import Collator
-from hfcustom.data.findings import code_of
+from hfcustom.data.findings import Finding, code_of
 from hfcustom.data.messages import RowError, read_row
-from hfcustom.data.scan import TRAIN, RowReader, ScanOptions, run_chunks
+from hfcustom.data.scan import TRAIN, RowFacts, RowReader, ScanOptions, ScanState, run_chunks
 from hfcustom.encoders import load_encoder
+from hfcustom.preflight import add_findings_over_all
 from hfcustom.registry import REGISTERED
 
 CORPUS_FAMILIES = [name for name in (*KINDS, "gemma3", "idefics3") if name in FAMILIES]
@@ -190,6 +192,14 @@ def test_the_exit_code_says_whether_training_would_stop(folder: Path, capsys: py
     assert not Path("bad_rows.jsonl.part").exists()
 
 
+def test_held_out_rows_may_be_a_mixture(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(folder / "rows.jsonl", good_rows(4))
+    for name in ("a", "b"):
+        write(folder / f"{name}.jsonl", [*good_rows(2), "no row"])
+    code, summary = preflight(capsys, "rows.jsonl", "--eval", '{"a.jsonl": 1, "b.jsonl": 2}')
+    assert code == 1 and summary["rows"] == {"train": 4, "eval": 6, "bad": 0, "bad_eval": 2}
+
+
 def test_warnings_name_what_training_takes_as_it_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     frames = [picture(at, (20, 20)) for at in range(3)]
     frames[0].save("film.gif", save_all=True, append_images=frames[1:])
@@ -298,6 +308,21 @@ def test_an_interrupted_scan_goes_on_where_it_stopped(
     assert len(asked) == 80 and len(set(asked)) == 72  # the eight before the interruption are read again
 
 
+@pytest.mark.parametrize("data", ["rows.jsonl", ".", '{"rows.jsonl": 1}'])
+def test_an_interrupted_scan_does_not_go_on_with_other_rows(
+    data: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: RowReader, place: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RowReader, "__call__", interrupt)
+    assert main(["preflight", data, "--workers", "0", "--output", "out/bad.jsonl"]) == 7
+    content = Path("rows.jsonl").read_text()
+    Path("rows.jsonl").write_text(content.replace("Is it 3?", "Is it 8?"))
+    assert main(["preflight", data, "--resume", "--workers", "0", "--output", "out/bad.jsonl"]) == 2
+    assert "is of another scan: train_content was" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -329,3 +354,56 @@ def test_processes_yield_in_order_and_one_that_is_killed_costs_its_item_alone() 
     assert list(run_chunks(scan_tasks.make, chunks, 2, lambda item: -item)) == [[0, 10], [20, -3, 40], [50], [60, 70]]
     with pytest.raises(ValueError, match="no such model"):
         list(run_chunks(scan_tasks.cannot, chunks, 1, abs))
+
+
+# ---- large sets -----------------------------------------------------------------------------------------------------
+
+
+def work_over_all(path: Path, num_rows: int, same: str) -> int:
+    """Return the steps of the database, in hundreds, that findings over all rows take where all rows have the same text or image."""
+    state = ScanState(path)
+    digests = {"row": "same" if same == "row" else "", "image": "same"}
+    images = [(digests["image"], 30, 30)] if same == "image" else []
+    for first in range(0, num_rows, 100):
+        places = [(TRAIN, at) for at in range(first, first + 100)]
+        state.add([RowFacts(place, f"row {place[1]}", "ordinary", digests["row"], 9, images) for place in places])
+    steps = [0]
+
+    def count() -> int:
+        steps[0] += 1
+        return 0
+
+    state.db.set_progress_handler(count, 100)
+    add_findings_over_all(state)
+    state.db.set_progress_handler(None, 0)
+    (found,) = state.db.execute("SELECT count(*) FROM findings").fetchone()
+    assert found == (num_rows - 1 if same == "row" else 1)
+    state.close(delete=True)
+    return steps[0]
+
+
+@pytest.mark.parametrize("same", ["row", "image"])
+def test_four_times_the_copies_take_four_times_the_work(same: str, tmp_path: Path) -> None:
+    few, many = (work_over_all(tmp_path / f"{count}.part", count, same) for count in (500, 2000))
+    assert many < 6 * few
+
+
+def test_what_a_killed_scan_has_written_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = ScanState(tmp_path / "a.part")
+    row = partial(RowFacts, kind="ordinary", findings=[Finding("row", "reason")])
+    state.add([row((TRAIN, 0), "row 0")])
+    state._commit()
+    state.add([row((TRAIN, 1), "row 1")])
+    assert state.count() == 2
+
+    def interrupt(findings: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(state, "add_findings", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        state.add([row((TRAIN, 2), "row 2")])
+    state.close(delete=False)
+    again = ScanState(tmp_path / "a.part")
+    counts = [again.db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("rows", "findings")]
+    assert counts == [1, 1]
+    assert [place for chunk in again.missing({TRAIN: 4}) for place in chunk] == [(TRAIN, at) for at in (1, 2, 3)]

@@ -15,6 +15,8 @@ import pytest
 import torch
 from conftest import ROOT, Family, picture
 
+from hfcustom.options import read
+
 DOCUMENTS = ("README.md", "README_customize_hf_models.md")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CHECKPOINT = "OpenGVLab/InternVL3-1B-hf"  # the name that the documents use; here a folder of that name
@@ -24,6 +26,7 @@ SMALL = {
     "accelerate launch recipes/finetune.py": "--max-steps 2 --batch-size 2",
     "hfcustom doctor": "--check parity overrides",  # all: tests/test_doctor.py
     "hfcustom families": "",
+    "hfcustom preflight rows.jsonl --image-hosts": "--workers 0",
     "hfcustom preflight": "",
     "hfcustom frames": "",
     "hfcustom lens": "",
@@ -66,11 +69,17 @@ def run(command: list[str], cwd: Path) -> str:
     return done.stdout
 
 
+def as_script(text: str) -> str:
+    """Return a snippet as it runs among others: a file's first line out of place, transformers' own files from outside."""
+    text = text.replace("from __future__ import annotations\n", "")
+    return re.sub(r"^from \.\.(\w+)\.", r"from transformers.models.\1.", text, flags=re.MULTILINE)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_python_blocks_run_and_print_what_they_say(document: str, workplace: Path) -> None:
     found = blocks(document)
-    texts = [text.replace("from __future__ import annotations\n", "") for kind, text in found if kind == "python"]
-    (workplace / "snippets.py").write_text("\n".join(texts))  # a file that is shown whole begins in their middle
+    texts = [as_script(text) for kind, text in found if kind == "python"]
+    (workplace / "snippets.py").write_text("\n".join(texts))
     printed = run([sys.executable, "snippets.py"], workplace)
     at = 0
     for before, (kind, text) in zip(found, found[1:], strict=False):
@@ -107,6 +116,14 @@ def run_here(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     (script,) = entry_points(group="console_scripts", name=words[0])
     monkeypatch.setattr(sys, "argv", words)
     assert script.load()() == 0
+
+
+@pytest.mark.parametrize("text", [text for kind, text in blocks(DOCUMENTS[1]) if kind == "yaml"])
+def test_config_files_of_the_guide_are_sound(text: str, tmp_path: Path) -> None:
+    from finetune import FinetuneConfig
+
+    (tmp_path / "run.yaml").write_text(text)
+    assert read(FinetuneConfig, None, ["--config", str(tmp_path / "run.yaml")]).in_stages()
 
 
 def test_the_guide_needs_no_command_or_language_that_is_not_tested() -> None:

@@ -181,6 +181,67 @@ def test_a_class_and_a_loss_of_the_users_own(internvl: Family, tmp_path: Path) -
     assert model.config.loss == {"harder": {"weight": 0.5, "power": 1.5}, "z_loss": 1e-4}
 
 
+STAGES = [
+    {"name": "align", "train": ["connector"], "lr": 1e-2, "max_steps": 2},
+    {"name": "instruct", "train": ["connector", "language"], "last_layers": {"language": 1}},
+    {"name": "adapt", "lora": True, "lora_rank": {"vision": 2, "language": 4}, "lora_parts": ["vision", "language"]},
+    {"name": "polish", "train": ["head"], "batch_size": 4},
+]
+
+
+def staged(folder: Path, *arguments: str, stages: Any = None) -> Path:
+    return finetune(folder, *arguments, "--stages", *map(json.dumps, STAGES if stages is None else stages))
+
+
+def test_stages_train_what_they_say_one_on_the_other(internvl: Family, tmp_path: Path) -> None:
+    folder = stock_checkpoint(internvl, tmp_path)
+    out = staged(folder)
+    models = [folder / "stock", *(out / f"{path}" for path in ("1-align/model", "2-instruct/model", "3-adapt/merged"))]
+    models.append(out / "4-polish/model")
+    loaded = [AutoModelForImageTextToText.from_pretrained(path) for path in models]
+    changes = [changed_parts(after, before.state_dict()) for before, after in zip(loaded, loaded[1:], strict=False)]
+    assert changes == [{"connector"}, {"connector", "language"}, {"vision", "language"}, {"head"}]
+    first, second = (model.model.language_model.layers for model in loaded[1:3])
+    moved = [not torch.equal(a.mlp.up_proj.weight, b.mlp.up_proj.weight) for a, b in zip(first, second, strict=True)]
+    assert moved == [False, True]
+
+
+def test_an_interrupted_stage_is_resumed_and_the_end_is_the_same(internvl: Family, tmp_path: Path) -> None:
+    folder, whole = stock_checkpoint(internvl, tmp_path), tmp_path / "whole"
+    stages = STAGES[:2]
+    staged(folder, "--output-dir", str(whole), stages=stages)
+    out = staged(folder, "--save-steps", "1", "--keep-checkpoints", "9", stages=stages)
+    for last in ("checkpoints/step-000002/manifest.json", "model/config.json"):
+        (out / "2-instruct" / last).unlink()  # as if it had been stopped after one step
+    staged(folder, "--save-steps", "1", "--keep-checkpoints", "9", "--resume", stages=stages)
+    once, again = (load_file(path / "2-instruct/model/model.safetensors") for path in (whole, out))
+    assert once.keys() == again.keys() and all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_every_mistake_in_a_stage_is_named_before_the_first_one_runs(tmp_path: Path) -> None:
+    import finetune as recipe
+
+    stages: list[Any] = [
+        {"name": "a", "trian": ["connector"]},
+        {"name": "b", "lr": "fast"},
+        {"name": "a", "freeze": ["vision"], "train": ["head"]},
+        {"lr": 1e-3},
+        {"name": "e", "output_dir": "x"},
+    ]
+    with pytest.raises(ConfigError) as caught:
+        read(recipe.FinetuneConfig, None, ["--model", "m", "--data", "d", "--stages", *map(json.dumps, stages)])
+    said = str(caught.value)
+    for part in (
+        "two stages are called 'a'",
+        "stage 'a': Unknown key 'trian'. Did you mean 'train'?",
+        "stage 'b': lr='fast': input should be a valid number",
+        "stage 'a': freeze=['vision'] and train=['head'] exclude each other",
+        "stage 4: name=None must be a word",
+        "stage 'e': output_dir is for all stages; set it beside `stages`",
+    ):
+        assert part in said, said
+
+
 MISTAKES = {
     "freeze": (["--freeze", "visoin"], "Unknown part 'visoin'.*Did you mean 'vision'"),
     "lora parts": (["--lora", "--lora-parts", "langauge"], "Unknown part 'langauge'.*'language'"),
@@ -188,8 +249,13 @@ MISTAKES = {
     "connector": (["--connector", "average_pol"], "Unknown connector 'average_pol'. Did you mean 'average_pool'"),
     "custom form": (["--custom", "MyModel"], "'MyModel' is not of the form path/to/file.py:Name"),
     "custom file": (["--custom", "nowhere.py:MyModel"], "there is no file .*nowhere.py"),
+    "lora rank": (
+        ["--lora", "--lora-rank", '{"vision": 4}'],
+        "rank={'vision': 4} names vision, but language get LoRA",
+    ),
+    "last layers": (["--last-layers", '{"language": 9}'], "keep_last=9: the part 'language' has 2 layers"),
     "vision lr": (["--freeze", "vision", "--vision-lr", "1e-5"], "vision_lr=1e-05 has no effect"),
-    "epochs of a stream": (["--streaming", "--epochs", "2"], "epochs=2.0 has no effect on a stream"),
+    "epochs of a stream": (["--streaming", "--epochs", "2"], "epochs=2.0 has no effect beside max_steps="),
     "occupied": (["--batch-size", "3", "--micro-batch-size", "2"], "batch_size=3 rows cannot be shared"),
 }
 
@@ -206,6 +272,10 @@ CONTRADICTIONS = {
     "quantised without lora": (["--load-in", "8bit"], "load_in=8bit needs --lora"),
     "merge without lora": (["--merge"], "merge has no effect without --lora"),
     "freeze with lora": (["--lora", "--freeze", "vision"], "freeze has no effect with --lora"),
+    "train with lora": (["--lora", "--train", "vision"], "train has no effect with --lora"),
+    "train and freeze": (["--train", "head", "--freeze", "vision"], "exclude each other"),
+    "last layers with lora": (["--lora", "--last-layers", '{"vision": 1}'], "last_layers has no effect with --lora"),
+    "kind without lora": (["--lora-kind", "dora"], "lora_kind has no effect without --lora"),
     "attention with lora": (["--lora", "--attention-only", "vision"], "attention_only has no effect with --lora"),
     "attention of a frozen part": (["--freeze", "vision", "--attention-only", "vision"], "name a part twice"),
     "full without lora": (["--train-full", "connector"], "train_full has no effect without --lora"),
@@ -239,6 +309,19 @@ def test_the_seed_is_that_of_new_weights_too(internvl: Family, tmp_path: Path) -
     )
     assert all(torch.equal(weight, again[name]) for name, weight in first.items())
     assert not any(torch.equal(weight, other[name]) for name, weight in first.items())
+
+
+def test_held_out_rows_may_be_a_mixture_with_a_score_for_each_source(
+    internvl: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stock_checkpoint(internvl, tmp_path)
+    (folder / "more.jsonl").write_text((folder / "rows.jsonl").read_text())
+    mixture = json.dumps({str(folder / "rows.jsonl"): 0.5, str(folder / "more.jsonl"): 0.5})
+    out = finetune(folder, "--eval-data", mixture, "--eval-steps", "1", "--max-new-tokens", "2", "--eval-rows", "4")
+    names = {"exact_match", "exact_match/rows.jsonl", "exact_match/more.jsonl"}
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [entry.keys() - {"step"} for entry in lines if "exact_match" in entry] == [names] * 2
+    assert "exact_match/more.jsonl" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_rows_that_cannot_be_scored_are_refused_before_training(internvl: Family, tmp_path: Path) -> None:

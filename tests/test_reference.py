@@ -11,12 +11,14 @@ import torch
 from conftest import Family, chat_row
 from kinds import family_of_each_kind  # noqa: F401
 from pairs import IMAGES, WORDS, answered, pair_rows, perturb
+from PIL import Image
 from training import curve, short_config, weights
 
 import hfcustom
 from hfcustom.data.collate import Collator
 from hfcustom.data.reference import RowsWithColumns
 from hfcustom.data.sources import Examples
+from hfcustom.data.steps import TooManyBadRows
 from hfcustom.losses import loss_columns, parse_losses
 from hfcustom.train import fit
 
@@ -129,6 +131,61 @@ def test_a_model_in_16_bits_is_asked_under_autocast_as_in_training(internvl: Fam
     assert curve(result)[0] == pytest.approx(LOG_2, abs=1e-5)
 
 
+def spoiled_rows() -> list[dict[str, Any]]:
+    """Pairs of which rows 2 (an image too small), 3 (no answer) and 6 (no pair) cannot be used."""
+    rows: list[dict[str, Any]] = pair_rows((1, 0, 1, 1, 0, 1, 1, 0))
+    rows[2]["images"] = [Image.new("RGB", (2, 2))]
+    rows[3]["chosen"] = [*rows[3]["chosen"][:-1], {"role": "assistant", "content": " "}]
+    rows[6] = chat_row(0)
+    return rows
+
+
+def test_bad_rows_are_left_out_by_the_cache_as_by_training(
+    internvl: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, skip = spoiled_rows(), {"on_bad_row": "skip", "max_bad_share": 0.5}
+    options = {**skip, "max_steps": 3, "lr": 1e-2}
+    usable = [row for at, row in enumerate(rows) if at not in (2, 3, 6)]
+    expected = hfcustom.cache_reference(internvl.model(), internvl.processor, usable)
+    weighted = []
+    for given in ("cached", "asked"):
+        model = hfcustom.lora(perturb(internvl.model(loss=DPO)), rank=2)
+        if given == "cached":
+            found = hfcustom.cache_reference(internvl.model(), internvl.processor, rows, batch_size=3, **skip)  # type: ignore[arg-type]
+            told = capsys.readouterr().out
+        else:
+            found = rows  # type: ignore[assignment]
+            model.base_model.model.set_reference(internvl.model())
+        fit(model, internvl.processor, found, short_config(tmp_path / given, **options))
+        weighted.append(weights(model))
+    assert [line.partition(":")[0] for line in told.splitlines() if "left out" in line] == ["left out"] * 3
+    cached = hfcustom.cache_reference(internvl.model(), internvl.processor, rows, batch_size=3, **skip)  # type: ignore[arg-type]
+    for name, values in cached.columns.items():
+        assert [at for at, value in enumerate(values) if value != value] == [2, 3, 6]
+        assert [value for value in values if value == value] == pytest.approx(expected.columns[name], rel=1e-5)
+    for at in (2, 3, 6):
+        with pytest.raises(hfcustom.RowError, match=f"^row {at}"):
+            cached[at]
+    listed = [(tmp_path / given / "bad_rows.jsonl").read_text() for given in ("cached", "asked")]
+    assert sorted(listed[0].splitlines()) == sorted(listed[1].splitlines()) and listed[0].count("\n") == 3
+    for key, value in weighted[0].items():
+        torch.testing.assert_close(weighted[1][key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_too_many_bad_rows_end_the_cache_and_listed_ones_do_not_count(internvl: Family, tmp_path: Path) -> None:
+    rows, model = spoiled_rows(), internvl.model()
+    with pytest.raises(
+        TooManyBadRows, match=r"3 of 8 rows cannot be used, more than max_bad_share=0.3 .*\n +row 2, image 0"
+    ):
+        hfcustom.cache_reference(model, internvl.processor, rows, on_bad_row="skip", max_bad_share=0.3)
+    with pytest.raises(hfcustom.RowError, match="^row 3, chosen"):
+        hfcustom.cache_reference(model, internvl.processor, rows)
+    listed = tmp_path / "bad_rows.jsonl"
+    listed.write_text("".join(f'{{"row": "row {at}", "reason": "row {at}: listed"}}\n' for at in (2, 3, 6)))
+    cached = hfcustom.cache_reference(model, internvl.processor, rows, exclude=str(listed))
+    assert set(cached.bad) == {2, 3, 6}
+
+
 def test_what_cannot_be_cached_is_told(internvl: Family) -> None:
     with pytest.raises(TypeError, match="cache_reference.. wants a custom model; load the Linear"):
         hfcustom.cache_reference(torch.nn.Linear(1, 1), internvl.processor, pair_rows([0]))
@@ -136,7 +193,7 @@ def test_what_cannot_be_cached_is_told(internvl: Family) -> None:
         hfcustom.cache_reference(internvl.model(), internvl.processor, [])
     with pytest.raises(ValueError, match="in batches of 0"):
         hfcustom.cache_reference(internvl.model(), internvl.processor, pair_rows([0]), batch_size=0)
-    with pytest.raises(hfcustom.RowError, match="row 1 is an ordinary row .*, but row 0 of the same batch is a pair"):
+    with pytest.raises(hfcustom.RowError, match="row 1 is an ordinary row .*, but the first row is a pair"):
         hfcustom.cache_reference(internvl.model(), internvl.processor, [*pair_rows([0]), chat_row(0)])
     with pytest.raises(ValueError, match="column 'score' has 1 values for 2 rows"):
         RowsWithColumns(pair_rows([0, 1]), {"score": [1.0]})

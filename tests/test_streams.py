@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from training import curve, train, weights
 
 from hfcustom.data.feed import as_rows, first_example
 from hfcustom.data.findings import Finding
+from hfcustom.data.jsonl import JsonlRows
 from hfcustom.data.messages import RowError
 from hfcustom.data.sources import as_examples, load_rows
 from hfcustom.data.steps import StepBatches
@@ -235,3 +238,47 @@ def test_what_a_stream_needs_is_told(internvl: Family, tmp_path: Path) -> None:
         as_examples(stream)
     with pytest.raises(TypeError, match="rows is a generator; pass hfcustom.load_rows"):
         as_rows(row for row in [numbered(0)])
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def growth(read: Callable[[], object], first: int, last: int) -> int:
+    """Return the bytes that Python holds more of after the last call than after the first ones."""
+    held = []
+    tracemalloc.start()
+    try:
+        for at in range(1, last + 1):
+            read()
+            if at in (first, last):
+                gc.collect()
+                held.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    return held[1] - held[0]
+
+
+@pytest.mark.parametrize(("kind", "shuffle_buffer"), [("jsonl", 0), ("parquet", 50), ("mixture", 50)])
+def test_a_long_stream_takes_no_more_memory_than_its_beginning(kind: str, shuffle_buffer: int, tmp_path: Path) -> None:
+    rows = [numbered(at) for at in range(3000)]
+    files = {
+        "jsonl": write_jsonl(tmp_path / "a.jsonl", *rows),
+        "parquet": write_groups(tmp_path / "a.parquet", rows, 500),
+    }
+    source: Any = {files["jsonl"]: 0.5, files["parquet"]: 0.5} if kind == "mixture" else files[kind]
+    cursor = load_rows(source, streaming=True, shuffle_buffer=shuffle_buffer).cursor(Share(), 0)
+    last = cursor.epoch
+    assert growth(lambda: next(cursor), 1100, 2600) < 40_000  # bytes, of 1500 rows of several hundred
+    assert cursor.epoch == last
+
+
+def test_the_places_of_lines_take_16_bytes_a_row(tmp_path: Path) -> None:
+    path = Path(write_jsonl(tmp_path / "a.jsonl", *["{}"] * 20_000))
+    tracemalloc.start()
+    try:
+        rows = JsonlRows(path)
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert (len(rows), rows.name_of(19_999)) == (20_000, "a.jsonl, line 20000")
+    assert held < 20 * len(rows)

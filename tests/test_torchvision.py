@@ -66,7 +66,7 @@ def test_families_that_work_without_torchvision_work_with_it() -> None:
 @pytest.fixture(scope="module")
 def with_torchvision(request: pytest.FixtureRequest) -> tuple[str, list[str]]:
     """Run every test of the families that need it, in one process; return its output and the lines of what failed."""
-    own = ["labels", *(name for name in NEED_IT if (ROOT / f"tests/test_{name}.py").is_file())]
+    own = ["labels", "doctor", *(name for name in NEED_IT if (ROOT / f"tests/test_{name}.py").is_file())]
     options = ["--record-families"] if request.config.getoption("--record-families") else []
     code, output = run_tests(" or ".join(NEED_IT), own, options)
     failed = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]

@@ -344,13 +344,13 @@ def test_a_transformers_trainer_needs_no_adapter(internvl: Family, tmp_path: Pat
         hfcustom.honour_model(trainer)
 
 
-@pytest.mark.parametrize("name", ["DPOTrainer", "GRPOTrainer", "KTOTrainer", "RLOOTrainer", "RewardTrainer"])
+@pytest.mark.parametrize("name", ["GRPOTrainer", "KTOTrainer", "RLOOTrainer", "RewardTrainer"])
 def test_trl_s_other_trainers_say_what_to_do_instead(internvl: Family, tmp_path: Path, name: str) -> None:
     kind = getattr(trl, name)
     trainer = kind.__new__(kind)  # what it would be built with does not matter
     trainer.model, trainer.compute_loss_func, trainer.label_smoother = internvl.model(), None, None
-    cure = "Use hfcustom's loss 'dpo' with fit" if name in ("DPOTrainer", "KTOTrainer") else ""
-    with pytest.raises(TypeError, match=f"takes a trl SFTTrainer; {name} computes a .* loss.*{cure}"):
+    cure = "Use hfcustom's loss 'dpo' with fit" if name == "KTOTrainer" else ""
+    with pytest.raises(TypeError, match=f"takes a trl SFTTrainer or DPOTrainer; {name} computes a .* loss.*{cure}"):
         hfcustom.honour_model(trainer)
     assert hfcustom.why_bypassed(trainer) == [
         f"compute_loss of trl's {name} computes a loss of its own from the inner model"
@@ -365,7 +365,7 @@ def test_a_trainer_of_trl_s_that_inherits_sft_is_refused(internvl: Family) -> No
 
 
 def test_what_is_no_trainer_is_refused(internvl: Family) -> None:
-    with pytest.raises(TypeError, match="takes a trl SFTTrainer, not a Custom"):
+    with pytest.raises(TypeError, match="takes a trl SFTTrainer or DPOTrainer, not a Custom"):
         hfcustom.honour_model(internvl.model())
 
 

@@ -146,7 +146,7 @@ def test_parts_freezing_and_lora_follow_the_graph() -> None:
         "new": (),
         "other": (),
     }
-    adapt.freeze(model, "vision")
+    hfcustom.freeze(model, "vision")
     assert {row.part for row in part_table(model) if not row.trainable} == {"vision"}
     tuned = adapt.lora(hfcustom.wrap(stranger()), "language", rank=2).train()
     tuned(**batch()).loss.backward()

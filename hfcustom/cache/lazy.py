@@ -44,25 +44,29 @@ class Keeper:
     def __init__(self, size_of: Callable[[str], tuple[int, int] | None]) -> None:
         self.size_of = size_of
 
-    def __call__(self, source: Any, root: Path | None) -> Image.Image:
-        data = _bytes_of(source, root)
+    def __call__(self, source: Any, root: Path | None, fetch: images.Fetch | None) -> Image.Image:
+        data = _bytes_of(source, root, fetch)
         if data is None:
-            return self._load(source, root)
+            return self._load(source, root, fetch)
         digest = hashlib.sha256(data).hexdigest()[:32]
         size = self.size_of(digest)
-        image = self._load(source, root) if size is None else LazyImage(size, lambda: self._load(source, root))
+        image = (
+            self._load(source, root, fetch)
+            if size is None
+            else LazyImage(size, lambda: self._load(source, root, fetch))
+        )
         vars(image)[DIGEST] = digest  # not in info, which a changed copy would take along
         return image
 
-    def _load(self, source: Any, root: Path | None) -> Image.Image:
+    def _load(self, source: Any, root: Path | None, fetch: images.Fetch | None) -> Image.Image:
         token = images.KEEPER.set(None)
         try:
-            return images.load_image(source, root)
+            return images.load_image(source, root, fetch)
         finally:
             images.KEEPER.reset(token)
 
 
-def _bytes_of(source: Any, root: Path | None) -> bytes | None:
+def _bytes_of(source: Any, root: Path | None, fetch: images.Fetch | None) -> bytes | None:
     """Return the bytes of an encoded image; None for anything else, about which load_image says what there is to say."""
     if isinstance(source, Mapping):
         source = source.get("bytes") or source.get("path")
@@ -70,6 +74,8 @@ def _bytes_of(source: Any, root: Path | None) -> bytes | None:
         return source
     if not isinstance(source, str | Path):
         return None
+    if isinstance(source, str) and images.is_url(source):
+        return images.read_url(source, fetch)
     with images.open_regular(images.resolve_path(str(source), root)) as file:
         return file.read()
 

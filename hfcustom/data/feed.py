@@ -60,8 +60,6 @@ class Feed:
             raise ValueError(
                 f"exclude={self.config.exclude} has no effect on a stream, whose rows have no fixed names; use on_bad_row=skip."
             )
-        if "epochs" in self.config.sources:
-            raise ValueError(f"epochs={self.config.epochs} has no effect on a stream; max_steps says when to stop.")
         facts = check_shards(stream, self.accelerator.num_processes, self.config.num_workers)
         for fact in [*facts, *batched_maps(stream)]:
             self.accelerator.print(fact)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from hfcustom.data.images import is_url
 from hfcustom.data.turns import RowError
 from hfcustom.data.webdataset import VIDEOS
 
@@ -61,4 +62,5 @@ class MetadataRows(Sequence[Any]):
         listed = row.get(media) or []
         if not isinstance(listed, list):
             raise RowError(f"{place}: the row has {media!r} too, which is no list; drop the column that is not meant.")
-        row[media] = [*listed, str(PurePosixPath(self.prefix.as_posix(), file))]
+        path = file if is_url(file) else str(PurePosixPath(self.prefix.as_posix(), file))
+        row[media] = [*listed, path]

@@ -1,16 +1,19 @@
 """One image loader: from a PIL image, bytes, or a path below an allowed folder, to upright 8-bit RGB.
 
 Only raster formats are opened (never one for which Pillow would start another program), pixels and shape are checked from
-the header, before anything is decoded, and no URL is fetched. Of several frames the first is taken; what was left out or
+the header, before anything is decoded, and nothing is fetched but by the function that the rows bring
+(hfcustom/data/downloads.py). Of several frames the first is taken; what was left out or
 ignored goes with the image as notes.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +27,7 @@ KEEPER: ContextVar[Any] = ContextVar("keeper", default=None)  # hfcustom/cache/l
 MAX_PIXELS = 89_478_485  # Pillow's own warning level, a third of a GiB as RGB
 MAX_BYTES = 2**29  # of a file
 MAX_ASPECT = 200  # of the sides; Qwen's processors refuse more, so no family gets more
+Fetch = Callable[[str], bytes]  # of an address its bytes; ImageError where they may not or cannot be had
 ORIENTATION = 0x0112  # the EXIF tag
 NOTES = "hfcustom_notes"  # key in Image.info
 
@@ -43,25 +47,28 @@ class Note(NamedTuple):
     text: str
 
 
-def load_image(source: Any, root: Path | None = None) -> Image.Image:
-    """Return an upright RGB image from a PIL image, bytes, {"bytes": ..., "path": ...} or a path below `root`.
+def load_image(source: Any, root: Path | None = None, fetch: Fetch | None = None) -> Image.Image:
+    """Return an upright RGB image from a PIL image, bytes, {"bytes": ..., "path": ...}, a path below `root` or a data: URL.
 
-    Raises ImageError, a ValueError, for a source of another kind, an image that cannot be decoded, has too many pixels or too
-    extreme a shape, and a path outside `root`; FileNotFoundError for a missing file.
+    Other URLs are for `fetch`, without which they are refused. Raises ImageError, a ValueError, for a source of another kind,
+    an image that cannot be decoded, has too many pixels or too extreme a shape, and a path outside `root`; FileNotFoundError
+    for a missing file.
     """
     if (keeper := KEEPER.get()) is not None:
-        return keeper(source, root)
+        return keeper(source, root, fetch)
     if isinstance(source, Mapping):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, Image.Image):
         check_size(source, "the image")
         return _convert(source, "the image")
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), "image bytes")
+        return decode_image(io.BytesIO(source), "image bytes")
+    if isinstance(source, str) and is_url(source):
+        return decode_image(io.BytesIO(read_url(source, fetch)), f"image {source!r:.200}")
     if isinstance(source, str | Path):
         path = resolve_path(str(source), root)
         with open_regular(path) as file:
-            return _decode(file, str(path))
+            return decode_image(file, str(path))
     raise ImageError(
         f"An image is a PIL image, bytes or a path, not {type(source).__name__} ({source!r:.80}).", "no_image"
     )
@@ -73,13 +80,47 @@ def notes_of(image: Image.Image) -> tuple[Note, ...]:
     return notes
 
 
+# ---- URLs -----------------------------------------------------------------------------------------------------------
+
+
+def is_url(source: str) -> bool:
+    """Whether a string is no path: it names a scheme, or holds the image itself."""
+    return "://" in source or source[:5].lower() == "data:"
+
+
+def read_url(url: str, fetch: Fetch | None) -> bytes:
+    """Return the bytes that a data: URL holds, or that `fetch` returns for another one."""
+    if url[:5].lower() == "data:":
+        return _inline(url)
+    if fetch is not None:
+        return fetch(url)
+    if url.lower().startswith(("http://", "https://")):
+        cure = "Name its host in image_hosts (--image-hosts) if you trust it, or download it and give the path."
+    else:
+        cure = "Give the path of a file."
+    raise ImageError(f"Image {url!r:.200} is a URL; none is fetched. {cure}", "url")
+
+
+def _inline(url: str) -> bytes:
+    """Return what a URL of the form data:image/png;base64,... holds."""
+    head, comma, data = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise ImageError(f"Image {url!r:.80} is no 'data:image/png;base64,...'; encode its bytes so.", "url")
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"Image {url!r:.80} has {len(data)} characters; at most {MAX_BYTES} are read.", "enormous")
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise ImageError(f"Image {url!r:.80} is no base64: {error}. Encode its bytes anew.", "url") from error
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
 def resolve_path(source: str, root: Path | None) -> Path:
     """Return the real path of an image file, which must be below `root`; without a root no path is read."""
-    if "://" in source or source[:5].lower() == "data:":
-        raise ImageError(f"Image {source!r:.200} is a URL; none is fetched. Download it and give the path.", "url")
+    if is_url(source):
+        raise ImageError(f"{source!r:.200} is a URL; none is fetched. Download it and give the path.", "url")
     if root is None:
         raise ImageError(
             f"Image {source!r:.200} is a path, but these rows have no folder of their own; pass the image.", "outside"
@@ -118,7 +159,8 @@ def open_regular(path: Path) -> BinaryIO:
     raise ImageError(f"{path} has {found.st_size} bytes; at most {MAX_BYTES} are read. Shrink the image.", "enormous")
 
 
-def _decode(file: BinaryIO, name: str) -> Image.Image:
+def decode_image(file: BinaryIO, name: str) -> Image.Image:
+    """Return the image of an open file; ImageError for what is none of FORMATS, or of a size that is not read."""
     kinds = "/".join(FORMATS)
     try:
         image = Image.open(file, formats=FORMATS)

@@ -10,6 +10,7 @@ import codecs
 import csv
 import json
 import sys
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ class JsonlRows(Sequence[Any]):
     def __init__(self, path: Path, label: str | None = None) -> None:
         self.path = path
         self.label = label or path.name
-        self.starts: list[tuple[int, int]] = []  # (line number, byte offset)
+        self.lines, self.starts = (
+            array("q"),
+            array("q"),
+        )  # numbers and byte offsets: 16 bytes a row, shared after a fork
         with path.open("rb") as file:
             offset = 0
             for number, line in enumerate(file, start=1):
@@ -34,7 +38,8 @@ class JsonlRows(Sequence[Any]):
                     _refuse_wide(line, path)
                     skipped = len(codecs.BOM_UTF8) if line.startswith(codecs.BOM_UTF8) else 0
                 if line[skipped:].strip():
-                    self.starts.append((number, offset + skipped))
+                    self.lines.append(number)
+                    self.starts.append(offset + skipped)
                 offset += len(line)
 
     def __len__(self) -> int:
@@ -42,11 +47,11 @@ class JsonlRows(Sequence[Any]):
 
     def name_of(self, index: int) -> str:
         """Return the file and line of a row."""
-        return f"{self.label}, line {self.starts[index][0]}"
+        return f"{self.label}, line {self.lines[index]}"
 
     def __getitem__(self, index: Any) -> Any:
         with self.path.open("rb") as file:
-            file.seek(self.starts[index][1])
+            file.seek(self.starts[index])
             line = file.readline()
         return parse_object(line, self.name_of(index))
 

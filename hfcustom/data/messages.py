@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from hfcustom.data.images import load_image
+from hfcustom.data.images import Fetch, load_image
 from hfcustom.data.row_forms import FORM, Parsed, find_form, take_media
 from hfcustom.data.turns import Message, RowError, check_answers, place_media, without_weights
 from hfcustom.data.video_frames import VIDEO_DEFAULTS, Frames, VideoOptions, load_video
@@ -37,9 +37,13 @@ class Example:
 
 
 def read_row(
-    row: Mapping[str, Any], name: str, root: Path | None = None, video: VideoOptions = VIDEO_DEFAULTS
+    row: Mapping[str, Any],
+    name: str,
+    root: Path | None = None,
+    video: VideoOptions = VIDEO_DEFAULTS,
+    fetch: Fetch | None = None,
 ) -> Example:
-    """Check one row and load its images and videos; RowError names the row, the field, the value and the cure."""
+    """Check one row and load its images and videos, those at URLs by `fetch`; RowError names the row, the field, the value and the cure."""
     if not isinstance(row, Mapping):
         raise RowError(f"{name}: {type(row).__name__}, no mapping; a row is {FORM}.")
     given = {key: value for key, value in row.items() if value is not None}  # Arrow fills missing keys with None
@@ -53,11 +57,11 @@ def read_row(
     messages, sources = place_media(parsed.turns, media, name)
     rejected = None
     check_answers(messages, f"{name}{', chosen:' if parsed.rejected is not None else ','} message")
-    images, videos = _load_media(sources, name, root, video)
+    images, videos = _load_media(sources, name, root, video, fetch)
     if parsed.rejected is not None:
         rejected, others = _place_rejected(parsed, media, name)
         check_answers(rejected, f"{name}, rejected: message")
-        _check_same_media(sources, others, images, name, root)
+        _check_same_media(sources, others, images, name, root, fetch)
     example = Example(messages, images, name, rejected, parsed.preferred, given, videos=videos, used=used)
     return videos_as_images(example) if video.as_images else example
 
@@ -89,9 +93,10 @@ def _check_same_media(
     images: Sequence[Image.Image],
     name: str,
     root: Path | None,
+    fetch: Fetch | None,
 ) -> None:
     for at, (source, other) in enumerate(zip(sources["image"], others["image"], strict=True)):
-        if other is not source and _load_image(other, at, f"{name}, rejected", root) != images[at]:
+        if other is not source and _load_image(other, at, f"{name}, rejected", root, fetch) != images[at]:
             raise RowError(
                 f"{name}, image {at}: chosen shows another image than rejected; both answers must be about the same images."
             )
@@ -103,21 +108,21 @@ def _check_same_media(
 
 
 def _load_media(
-    sources: Mapping[str, Sequence[Any]], name: str, root: Path | None, video: VideoOptions
+    sources: Mapping[str, Sequence[Any]], name: str, root: Path | None, video: VideoOptions, fetch: Fetch | None
 ) -> tuple[list[Image.Image], list[Frames]]:
-    images = [_load_image(source, at, name, root) for at, source in enumerate(sources["image"])]
+    images = [_load_image(source, at, name, root, fetch) for at, source in enumerate(sources["image"])]
     videos = []
     for at, source in enumerate(sources["video"]):
         try:
-            videos.append(load_video(source, root, video))
+            videos.append(load_video(source, root, video, fetch))
         except (ValueError, OSError) as error:
             raise RowError(f"{name}, video {at}: {error}") from error
     return images, videos
 
 
-def _load_image(source: Any, at: int, name: str, root: Path | None) -> Image.Image:
+def _load_image(source: Any, at: int, name: str, root: Path | None, fetch: Fetch | None) -> Image.Image:
     try:
-        return load_image(source, root)
+        return load_image(source, root, fetch)
     except (ValueError, OSError) as error:
         raise RowError(f"{name}, image {at}: {error}") from error
 

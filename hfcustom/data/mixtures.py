@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -88,7 +89,7 @@ class Mixture(Examples):
         self.weights = check_weights({name: weights[name] for name in sources})
         self.rows: list[tuple[str, Examples]] = list(self.sources.items())
         self.starts = np.cumsum([0, *(len(rows) for _, rows in self.rows)]).tolist()
-        self.epochs: dict[int, tuple[tuple[int, int], list[int]]] = {}  # of each source, the one it is in
+        self.epochs: dict[int, tuple[tuple[int, int], array[int]]] = {}  # of each source, the one it is in
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -1,7 +1,7 @@
 """Rows -> what preflight notes of each, in processes of their own, kept in a file that an interrupted scan goes on from.
 
 An SQLite file holds a line a row, image and finding, written a chunk of rows at a time: memory stays that of a chunk, what
-is done survives Ctrl-C, and duplicates are found by its indices.
+is done survives Ctrl-C (all but the last second a crash), and duplicates are found by its indices.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
+
+import numpy as np
 
 from hfcustom.data.checks import check_row, count_characters, find_warnings, kind_of
 from hfcustom.data.findings import Finding
@@ -30,6 +33,7 @@ from hfcustom.data.video_frames import VIDEO_DEFAULTS
 from hfcustom.options import json_if_it_looks_so
 
 CHUNK = 32  # rows that are handed to a process, and written, at once
+COMMIT_S = 1.0  # waiting for the disk after each chunk would take longer than reading rows of text
 TRAIN, EVAL = "train", "eval"
 Place = tuple[str, int]  # which set, which row
 
@@ -53,6 +57,8 @@ class ScanOptions:
     frame_method: str = VIDEO_DEFAULTS.method
     video_as_images: bool = False
     image_root: str | None = None
+    image_hosts: tuple[str, ...] = ()
+    image_downloads: str | None = None
 
     def load_sets(self) -> dict[str, Examples]:
         """Return the rows to train on and, where there are some, those held out; errors as `load_rows`."""
@@ -61,10 +67,12 @@ class ScanOptions:
             "frame_method": self.frame_method,
             "video_as_images": self.video_as_images,
             "image_root": self.image_root,
+            "image_hosts": self.image_hosts,
+            "image_downloads": self.image_downloads,
         }
         sets = {TRAIN: load_rows(json_if_it_looks_so(self.data), self.split, **videos)}
         if self.eval_data is not None:
-            sets[EVAL] = load_rows(self.eval_data, self.eval_split, **videos)
+            sets[EVAL] = load_rows(json_if_it_looks_so(self.eval_data), self.eval_split, **videos)
         return sets
 
 
@@ -239,18 +247,19 @@ CREATE TABLE IF NOT EXISTS rows (part TEXT, at INTEGER, name TEXT, kind TEXT, di
     tokens INTEGER, labels INTEGER, tiles INTEGER, PRIMARY KEY (part, at));
 CREATE TABLE IF NOT EXISTS images (digest TEXT, part TEXT, at INTEGER, number INTEGER, width INTEGER, height INTEGER);
 CREATE TABLE IF NOT EXISTS findings (part TEXT, at INTEGER, row TEXT, reason TEXT, code TEXT, severity TEXT, field TEXT);
-CREATE INDEX IF NOT EXISTS by_image ON images (digest);
-CREATE INDEX IF NOT EXISTS by_row ON rows (digest);
+CREATE INDEX IF NOT EXISTS by_image ON images (digest, part, at, number);
+CREATE INDEX IF NOT EXISTS by_row ON rows (digest, part, at);
 """
 
 
 class ScanState:
-    """The file of a scan: `add` writes a chunk of rows at once or not at all."""
+    """The file of a scan: `add` writes a chunk of rows at once or not at all, for good within COMMIT_S."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.db = sqlite3.connect(path)
         self.db.executescript(TABLES)
+        self.committed = monotonic()
 
     def describe(self, facts: dict[str, Any]) -> list[str]:
         """Take down what is scanned; return in words how a scan that has begun differs."""
@@ -269,27 +278,41 @@ class ScanState:
     def missing(self, sizes: dict[str, int]) -> Iterator[list[Place]]:
         """Yield chunks of the rows that are not known yet."""
         for part, size in sizes.items():
-            done = {at for (at,) in self.db.execute("SELECT at FROM rows WHERE part = ?", (part,))}
-            left = [at for at in range(size) if at not in done] if done else range(size)
+            places = self.db.execute("SELECT at FROM rows WHERE part = ?", (part,))
+            unknown = np.ones(size, dtype=bool)
+            unknown[np.fromiter((at for (at,) in places), dtype=np.int64)] = False
+            left = np.flatnonzero(unknown)
             for first in range(0, len(left), CHUNK):
-                yield [(part, at) for at in left[first : first + CHUNK]]
+                yield [(part, at) for at in left[first : first + CHUNK].tolist()]
 
     def add(self, rows: Sequence[RowFacts]) -> None:
         """Write rows."""
-        with self.db:
+        try:
             for row in rows:
-                numbers = (row.characters, len(row.images), row.tokens, row.labels, row.tiles)
-                self.db.execute(
-                    f"INSERT INTO rows VALUES ({', '.join('?' * 10)})",
-                    (*row.place, row.name, row.kind, row.digest, *numbers),
-                )
-                images = [(digest, *row.place, at, w, h) for at, (digest, w, h) in enumerate(row.images)]
-                self.db.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", images)
-                self.add_findings((row.place, finding) for finding in row.findings)
+                self._add(row)
+        except BaseException:  # Ctrl-C between a row and its findings
+            self.db.rollback()
+            raise
+        if monotonic() - self.committed > COMMIT_S:
+            self._commit()
+
+    def _add(self, row: RowFacts) -> None:
+        numbers = (row.characters, len(row.images), row.tokens, row.labels, row.tiles)
+        self.db.execute(
+            f"INSERT INTO rows VALUES ({', '.join('?' * 10)})",
+            (*row.place, row.name, row.kind, row.digest, *numbers),
+        )
+        images = [(digest, *row.place, at, w, h) for at, (digest, w, h) in enumerate(row.images)]
+        self.db.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", images)
+        self.add_findings((row.place, finding) for finding in row.findings)
+
+    def _commit(self) -> None:
+        self.db.commit()
+        self.committed = monotonic()
 
     def add_findings(self, findings: Iterable[tuple[Place, Finding]]) -> None:
         """Write findings, as part of the caller's transaction."""
-        lines = [(*place, f.row, f.reason, f.code, f.severity, f.field) for place, f in findings]
+        lines = ((*place, f.row, f.reason, f.code, f.severity, f.field) for place, f in findings)
         self.db.executemany("INSERT INTO findings VALUES (?, ?, ?, ?, ?, ?, ?)", lines)
 
     def count(self) -> int:
@@ -298,6 +321,7 @@ class ScanState:
 
     def close(self, *, delete: bool) -> None:
         """Close the file; one that is of no more use goes."""
+        self._commit()
         self.db.close()
         if delete:
             self.path.unlink(missing_ok=True)

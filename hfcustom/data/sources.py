@@ -11,14 +11,18 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.utils import logging
 
+from hfcustom.data.downloads import make_downloads
+from hfcustom.data.findings import Finding
 from hfcustom.data.fingerprint import files_fingerprint, rows_fingerprint
+from hfcustom.data.images import Fetch
 from hfcustom.data.messages import Example, read_row
 from hfcustom.data.parquet import ParquetRows, leave_encoded
 from hfcustom.data.row_files import KINDS, FileRows, RowFile, card_patterns, files_of_folder
+from hfcustom.data.turns import RowError
 from hfcustom.data.video_frames import VIDEO_DEFAULTS, VideoOptions
 from hfcustom.data.webdataset import IMAGES
 from hfcustom.naming import unknown
@@ -27,7 +31,7 @@ logger = logging.get_logger("hfcustom")
 
 
 class Examples(Sequence[Example]):
-    """Rows of any sequence (a list, a `datasets.Dataset`) as checked Examples; image paths are read below `root`."""
+    """Rows of any sequence (a list, a `datasets.Dataset`) as checked Examples; image paths are read below `root`, URLs by `fetch`."""
 
     def __init__(
         self,
@@ -37,11 +41,13 @@ class Examples(Sequence[Example]):
         video: VideoOptions = VIDEO_DEFAULTS,
         *,
         fingerprint: Callable[[], str] | None = None,
+        fetch: Fetch | None = None,
     ) -> None:
         self.rows = rows
         self.name = name
         self.root = None if root is None else Path(root)
         self.video = video
+        self.fetch = fetch
         self._fingerprint = fingerprint
 
     def __len__(self) -> int:
@@ -51,7 +57,9 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         row = self.rows[index]
-        return row if isinstance(row, Example) else read_row(row, self.name_of(index), self.root, self.video)
+        if isinstance(row, Example):
+            return row
+        return read_row(row, self.name_of(index), self.root, self.video, self.fetch)
 
     def name_of(self, index: int) -> str:
         """Return what messages call a row: its file and line, or its source and place."""
@@ -65,11 +73,17 @@ class Examples(Sequence[Example]):
 
 
 class RowsWithColumns(Examples):
-    """Rows read when asked for, with columns added; `columns` holds these, by name, to be stored beside the rows."""
+    """Rows read when asked for, with columns added; `columns` holds these, by name, to be stored beside the rows.
 
-    def __init__(self, rows: Sequence[Any], columns: Mapping[str, Sequence[Any]]) -> None:
+    Rows in `bad` raise what was found there as RowError, as rows that cannot be used do; their values count for nothing.
+    """
+
+    def __init__(
+        self, rows: Sequence[Any], columns: Mapping[str, Sequence[Any]], bad: Mapping[int, Finding] | None = None
+    ) -> None:
         self.rows: Examples = as_examples(rows)
         self.columns = dict(columns)
+        self.bad = dict(bad or {})
         for name, values in self.columns.items():
             if len(values) != len(self.rows):
                 raise ValueError(
@@ -79,6 +93,8 @@ class RowsWithColumns(Examples):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
+        if (found := self.bad.get(range(len(self))[index])) is not None:
+            raise RowError(found.reason, found.code)
         example = self.rows[index]
         own = {name: values[index] for name, values in self.columns.items()}
         return replace(example, columns={**example.columns, **own})
@@ -111,19 +127,22 @@ def load_rows(
     frame_method: str = VIDEO_DEFAULTS.method,
     video_as_images: bool = False,
     image_root: str | Path | None = None,
+    image_hosts: Sequence[str] = (),
+    image_downloads: str | Path | None = None,
 ) -> Any:
     """Return the rows of a file, a folder, a data set's name on the hub, or a mixture {source: weight} of them.
 
     A file is .jsonl, .json with one list, .csv, .parquet or .tar (WebDataset); a folder holds such files, or images with
     metadata, or is what `datasets` saved or can read. `split` is for sources that have several, "train" where none is given.
-    Image paths are read below the file's (or folder's) own folder only, or below `image_root` where that is given. With `streaming` rows come in the order of the files,
+    Image paths are read below the file's (or folder's) own folder only, or below `image_root` where that is given; those at URLs are fetched
+    from `image_hosts` only (hfcustom/data/hosts.py) and kept in `image_downloads`, by default hfcustom/images in HF_HOME. With `streaming` rows come in the order of the files,
     shuffled within `shuffle_buffer` of them, and nothing is read ahead of need; fit() then wants max_steps. Of a video
     `max_frames` frames are seen, chosen by `frame_method` (`hfcustom frames`), as images if `video_as_images`. Raises FileNotFoundError for a path that does not exist and
-    ValueError for an unknown split, a split of a source that has none, or a source without rows.
+    ValueError for an unknown split or host, a split of a source that has none, or a source without rows.
     """
     from hfcustom.data import mixtures, streams
 
-    root = None if image_root is None else check_root(image_root)
+    place = Place(None if image_root is None else check_root(image_root), make_downloads(image_hosts, image_downloads))
     video = VideoOptions(max_frames, frame_method, video_as_images)
     if shuffle_buffer < 0 or (shuffle_buffer and not streaming):
         raise ValueError(
@@ -135,15 +154,15 @@ def load_rows(
         weights = {names[each]: weight for each, weight in weights.items()}
         if streaming:
             parts = {
-                name: look_below(root, streams.open_stream(each, split, shuffle_buffer, video))
+                name: place.give(streams.open_stream(each, split, shuffle_buffer, video))
                 for each, name in names.items()
             }
             return streams.StreamMixture(parts, weights)
-        sources = {name: look_below(root, load_source(each, split, video)) for each, name in names.items()}
+        sources = {name: place.give(load_source(each, split, video)) for each, name in names.items()}
         return mixtures.Mixture(sources, weights)
     if streaming:
-        return look_below(root, streams.open_stream(str(source), split, shuffle_buffer, video))
-    return look_below(root, load_source(str(source), split, video))
+        return place.give(streams.open_stream(str(source), split, shuffle_buffer, video))
+    return place.give(load_source(str(source), split, video))
 
 
 def check_root(image_root: str | Path) -> Path:
@@ -154,11 +173,18 @@ def check_root(image_root: str | Path) -> Path:
     return root
 
 
-def look_below(root: Path | None, rows: Any) -> Any:
-    """Have the images and videos of rows read below another folder than their own; None leaves it at that."""
-    if root is not None:
-        rows.root = root
-    return rows
+class Place(NamedTuple):
+    """Where images are, if not below the folder of their rows, and what fetches those at URLs."""
+
+    root: Path | None
+    fetch: Fetch | None
+
+    def give(self, rows: Any) -> Any:
+        """Return rows that read their images and videos from here."""
+        if self.root is not None:
+            rows.root = self.root
+        rows.fetch = self.fetch
+        return rows
 
 
 def load_source(source: str, split: str | None, video: VideoOptions) -> Examples:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from hfcustom.data.fingerprint import files_fingerprint
+from hfcustom.data.images import Fetch
 from hfcustom.data.messages import Example, RowError, read_row
 from hfcustom.data.mixtures import check_weights, drawn
 from hfcustom.data.row_files import RowFile
@@ -46,7 +47,7 @@ class Share:
 
 
 class Stream:
-    """The rows of a `datasets.IterableDataset`; image paths are read below `root`."""
+    """The rows of a `datasets.IterableDataset`; image paths are read below `root`, URLs by `fetch`."""
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class Stream:
         self.name = name
         self.root = root
         self.video = video
+        self.fetch: Fetch | None = None
         self.shuffle_buffer = shuffle_buffer
         self.files = files
 
@@ -81,9 +83,9 @@ class Stream:
     def example(self, item: Mapping[str, Any], name: str) -> Example:
         """Return the row of an item; RowError names it."""
         if not self.files:
-            return read_row(item, name, self.root, self.video)
+            return read_row(item, name, self.root, self.video, self.fetch)
         rows, at = item["rows"], item["at"]
-        return read_row(rows[at], rows.name_of(at), self.root, self.video)
+        return read_row(rows[at], rows.name_of(at), self.root, self.video, self.fetch)
 
 
 class StreamMixture:

@@ -217,7 +217,7 @@ def place_media(
 
 def _source(block: dict[str, Any], pending: list[Any], given: int, where: str) -> Any:
     kind = block["type"]
-    inline = [block[key] for key in (kind, "path") if key in block]
+    inline = [block[key] for key in (kind, "path", "url") if key in block]
     if inline:
         return inline[0]
     if not pending:

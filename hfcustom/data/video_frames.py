@@ -17,7 +17,7 @@ from PIL import Image
 
 from hfcustom.data.frames import Clip, open_clip, select_frames
 from hfcustom.data.frames import find_selector as find_frame_method
-from hfcustom.data.images import load_image, resolve_path
+from hfcustom.data.images import Fetch, load_image, resolve_path
 
 HEAD = 12  # bytes that tell a container
 MATROSKA = b"\x1a\x45\xdf\xa3"
@@ -40,16 +40,18 @@ class VideoOptions:
 VIDEO_DEFAULTS = VideoOptions()
 
 
-def load_video(source: Any, root: Path | None = None, options: VideoOptions = VIDEO_DEFAULTS) -> Frames:
+def load_video(
+    source: Any, root: Path | None = None, options: VideoOptions = VIDEO_DEFAULTS, fetch: Fetch | None = None
+) -> Frames:
     """Return the chosen frames of a video: a list of frames, bytes, {"bytes": ..., "path": ...} or a path below `root`.
 
-    Raises ValueError for a source of another kind, an empty or undecodable video and a path outside `root`,
+    Frames may be URLs for `fetch`, a video file may not. Raises ValueError for a source of another kind, an empty or undecodable video and a path outside `root`,
     FileNotFoundError for a missing file, ImportError where the package that decodes such a file is missing.
     """
     if isinstance(source, Mapping):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, list | tuple):
-        return _choose(ListClip(source, root), options)
+        return _choose(ListClip(source, root, fetch), options)
     if isinstance(source, bytes):
         with tempfile.NamedTemporaryFile(suffix=_suffix(source[:HEAD])) as file:
             file.write(source)
@@ -94,15 +96,15 @@ class Frames(list[Image.Image]):
 class ListClip(Clip):
     """Frames that a row lists, each what the image loader takes, of which only those that are looked at are loaded."""
 
-    def __init__(self, sources: Sequence[Any], root: Path | None) -> None:
+    def __init__(self, sources: Sequence[Any], root: Path | None, fetch: Fetch | None = None) -> None:
         super().__init__("the video", len(sources))
-        self.sources, self.root = sources, root
+        self.sources, self.root, self.fetch = sources, root, fetch
 
     def read(self, step: int = 1) -> Iterator[Image.Image]:
         """Yield every `step`-th frame, from the first."""
-        return (load_image(source, self.root) for source in self.sources[::step])
+        return (load_image(source, self.root, self.fetch) for source in self.sources[::step])
 
     def pictures(self, indices: Sequence[int]) -> list[Image.Image]:
         """Return the frames at these places; no other one is touched."""
         self.check_places(indices)
-        return [load_image(self.sources[index], self.root) for index in indices]
+        return [load_image(self.sources[index], self.root, self.fetch) for index in indices]

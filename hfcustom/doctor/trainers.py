@@ -1,6 +1,6 @@
 """A check of what trains the model: whether it calls the class's own forward and loss.
 
-transformers.Trainer and trl's SFTTrainer take a step with the forward counted; of trl's DPOTrainer the code is looked at.
+transformers.Trainer and trl's SFTTrainer and DPOTrainer take a step each with the forward counted.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from hfcustom.doctor.patient import Patient
 from hfcustom.trl_adapter import honour_model, why_bypassed
 
 ROWS = 2
+TRL_OPTIONS = {"gradient_checkpointing": False, "bf16": False}
 
 
 @check(
-    expected="transformers.Trainer calls the class's forward and loss, and trl's SFTTrainer does under hfcustom.honour_model",
+    expected="transformers.Trainer calls the class's forward and loss; under hfcustom.honour_model trl's SFTTrainer does so "
+    "too, and DPOTrainer calls the forward",
     why="A trainer with a loss or a forward of its own trains another model than the one that was written, and says nothing.",
     cure="Override methods on the class, replace none on the instance; with trl call hfcustom.honour_model(trainer).",
 )
@@ -31,25 +33,77 @@ def trainers(patient: Patient) -> str:
     said = ["Trainer " + _step(patient, Trainer, _arguments(patient.folder / "trainer"))]
     if find_spec("trl") is None:
         return f"{said[0]}; trl is not installed"
-    said += _of_trl(patient)
+    said += [_of_sft(patient), _of_dpo(patient)]
     return "; ".join(said)
 
 
-def _of_trl(patient: Patient) -> list[str]:
+def _of_sft(patient: Patient) -> str:
     import trl
 
     version = importlib.metadata.version("trl")
-    more = {"dataset_kwargs": {"skip_prepare_dataset": True}, "gradient_checkpointing": False, "bf16": False}
-    options = _arguments(patient.folder / "sft", trl.SFTConfig, **more)
+    options = _arguments(
+        patient.folder / "sft", trl.SFTConfig, **TRL_OPTIONS, dataset_kwargs={"skip_prepare_dataset": True}
+    )
     trainer = _build(patient, patient.model(), trl.SFTTrainer, options)
-    bypass = why_bypassed(trainer)
-    alone = "calls neither forward nor loss by itself" if bypass else "calls forward and loss by itself"
-    said = [f"trl {version} SFTTrainer {alone}"]
-    if bypass:
-        said.append("under honour_model it " + _step(patient, trl.SFTTrainer, options, honours=True))
-    if "compute_loss" in vars(trl.DPOTrainer):
-        said.append("DPOTrainer computes a loss of its own: for the class's use hfcustom's loss 'dpo' with fit()")
-    return said
+    if not why_bypassed(trainer):
+        return f"trl {version} SFTTrainer calls forward and loss by itself"
+    honoured = _step(patient, trl.SFTTrainer, options, honours=True)
+    return f"trl {version} SFTTrainer calls neither forward nor loss by itself, under honour_model it {honoured}"
+
+
+def _of_dpo(patient: Patient) -> str:
+    """Take a step over pairs; the loss is trl's, so what is looked for is the class's forward."""
+    import trl
+
+    options = _arguments(
+        patient.folder / "dpo", trl.DPOConfig, **TRL_OPTIONS, max_length=None, router_aux_loss_coef=0.0
+    )
+    calls: list[int] = []
+    model = patient.variant(patient.model(), {"forward": _counted(patient, calls)}, loss="cross_entropy")
+    trainer = _build_dpo(patient, model, options)
+    bypassed = bool(why_bypassed(trainer))
+    if bypassed:
+        honour_model(trainer)
+    trainer.train()
+    if not calls:
+        raise Failed("DPOTrainer called forward 0 times, under honour_model")
+    alone = "does not call forward by itself, under honour_model it does" if bypassed else "calls forward by itself"
+    return f"DPOTrainer {alone}; its loss is its own"
+
+
+def _build_dpo(patient: Patient, model: Any, options: Any) -> Any:
+    import trl
+    from datasets import Dataset
+
+    pairs = _Pairs(Collator(patient.processor))
+    rows = [_as_blocks(patient.row(1, seed)) for seed in range(ROWS)]
+    columns = [{"prompt": r["messages"][:1], "chosen": r["messages"][1:], "rejected": r["messages"][1:]} for r in rows]
+    data = [{**columns[at], "images": row["images"]} for at, row in enumerate(rows)]
+    return trl.DPOTrainer(
+        model,
+        patient.model(),
+        options,
+        data_collator=pairs,
+        train_dataset=Dataset.from_list(data),
+        processing_class=patient.processor,
+    )
+
+
+class _Pairs:
+    """Rows of pairs -> the batch that DPOTrainer wants: all chosen answers, all rejected ones, which tokens are theirs."""
+
+    def __init__(self, collate: Collator) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        whole = [
+            {"messages": row["prompt"] + row[answer], "images": row["images"]}
+            for answer in ("chosen", "rejected")
+            for row in rows
+        ]
+        batch = dict(self.collate(whole))
+        labels = batch.pop("labels")
+        return {**batch, "completion_mask": (labels != -100).long()}
 
 
 def _arguments(folder: Path, kind: Any = None, **more: Any) -> Any:
@@ -87,16 +141,20 @@ def _as_blocks(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "messages": [{**message, "content": content} for message, content in pairs]}
 
 
-def _step(patient: Patient, kind: Any, arguments: Any, honours: bool = False) -> str:
-    """Train one step; return what was called, or raise Failed."""
-    calls: list[int] = []
+def _counted(patient: Patient, calls: list[int]) -> Any:
+    """Return the class's forward, which adds to a list at each call."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return patient.model_class.forward(self, *args, **kwargs)
 
-    base = patient.model()
-    model = patient.variant(base, {"forward": forward})
+    return forward
+
+
+def _step(patient: Patient, kind: Any, arguments: Any, honours: bool = False) -> str:
+    """Train one step; return what was called, or raise Failed."""
+    calls: list[int] = []
+    model = patient.variant(patient.model(), {"forward": _counted(patient, calls)})
     model.loss_values = {}
     trainer = _build(patient, model, kind, arguments)
     if honours:

@@ -1,4 +1,7 @@
-"""Random damage to the files of a checkpoint: what may happen to one, and what a resume then has to say and do."""
+"""Random damage to the files of a checkpoint: what may happen to one, and what a resume then has to say and do.
+
+python tests/faults/damage.py [DAMAGES]        # as `make faults` does
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 Damage = Callable[[Path, Path, random.Random], str]  # the file, the checkpoint before, dice -> what must be named
 
@@ -161,3 +167,7 @@ def main(count: int) -> int:
         f"({time.monotonic() - began:.0f} s)"
     )
     return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 1000))

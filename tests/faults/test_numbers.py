@@ -20,7 +20,9 @@ from hfcustom.train import fit
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_the_step_is_not_applied_and_the_rows_and_the_last_good_checkpoint_are_named(value: float, tmp_path: Path) -> None:
+def test_the_step_is_not_applied_and_the_rows_and_the_last_good_checkpoint_are_named(
+    value: float, tmp_path: Path
+) -> None:
     with user_losses():
 
         @hfcustom.token_loss

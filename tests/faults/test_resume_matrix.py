@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matrix import AXES, Cell, all_cells, covering_cells, resumed, run_of, unbroken
-from tiny_run import Run
+from tiny_run import Run, end_of, train
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,21 @@ def test_a_cell_is_bit_equal(cell: Cell, ends: Any, tmp_path: Path) -> None:
     run = run_of(cell)
     folder, expected = ends(run)
     assert resumed(run, folder, cell[-1], tmp_path / "resumed") == expected
+
+
+@pytest.mark.parametrize("accumulated", [1, 2, 3])
+def test_every_cut_is_bit_equal(accumulated: int, tmp_path: Path) -> None:
+    """Steps of 6 of 8 rows, so that epochs end within a step."""
+    run, options = Run(workers=0), {"batch_size": 6, "micro_batch_size": 6 // accumulated, "max_steps": 6}
+    train(run, tmp_path / "unbroken", keep_checkpoints=9, **options)
+    expected = end_of(tmp_path / "unbroken")
+    for cut in range(6):
+        folder = tmp_path / str(cut)
+        shutil.copytree(tmp_path / "unbroken", folder)
+        for step in range(cut + 1, 7):
+            shutil.rmtree(folder / "checkpoints" / f"step-{step:06d}")
+        assert train(run, folder, resume=True, save_steps=7, **options).step == 6
+        assert end_of(folder) == expected
 
 
 def test_what_is_compared_tells_runs_apart(ends: Any) -> None:

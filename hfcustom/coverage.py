@@ -1,0 +1,92 @@
+"""Gradient coverage while training starts: a part that is to be trained and gets no gradient stops the run.
+
+with every_part_learns(model, optimizer): ...  looks at gradients before the first optimiser steps, until each part that has
+trainable parameters and was run has had one. Nothing is looked at after that. `hfcustom doctor` asks the same beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from hfcustom.parts import find_parts, unwrap
+
+PATIENCE = 3  # steps of zeros: behind a gate that starts at zero, the gradient is zero until the gate has moved
+
+
+@contextmanager
+def every_part_learns(model: nn.Module, optimizer: Any) -> Iterator[None]:
+    """Raise ValueError before a step in which a part was run and none of its trainable parameters has a gradient.
+
+    Zeros are given three steps. A step in which no part has any (no supervised token) is not counted.
+    """
+    watched = _Watch(model)
+    hooks = watched.hooks()
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks
+    hooks.append(inner.register_step_pre_hook(lambda *_: watched.look()))
+    try:
+        yield
+    finally:
+        for remove in hooks:
+            remove.remove()
+
+
+class _Watch:
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.parts = model, find_parts(model)
+        trainable: dict[str, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                trainable.setdefault(self.parts.part_of(name), []).append((name, parameter))
+        self.waiting = {part: parameters for part, parameters in trainable.items() if part != "other"}
+        self.zeros = dict.fromkeys(self.waiting, 0)
+        self.ran: set[str] = set()
+
+    def hooks(self) -> list[Any]:
+        core, found = unwrap(self.model), []
+        modules = dict(core.named_modules())
+        for part in self.waiting:
+            for path in self.parts.paths[part]:
+                if path in modules:
+                    found.append(modules[path].register_forward_hook(self._noting(part)))
+        return found
+
+    def _noting(self, part: str) -> Callable[..., None]:
+        def note(*_: Any) -> None:
+            self.ran.add(part)
+
+        return note
+
+    def look(self) -> None:
+        """Take parts that have a gradient off the list; raise for one that should have."""
+        if not self.waiting:
+            return
+        learning = {part for part, parameters in self.waiting.items() if any(_has_gradient(p) for _, p in parameters)}
+        everything_idle = not learning and len(self.waiting) == len(self.zeros)
+        for part in sorted(self.ran & self.waiting.keys() - learning):
+            if everything_idle:
+                continue
+            self.zeros[part] += 1
+            reached = any(p.grad is not None for _, p in self.waiting[part])
+            if not reached or self.zeros[part] >= PATIENCE:
+                raise ValueError(self._message(part, reached))
+        for part in learning:
+            del self.waiting[part]
+        self.ran.clear()
+
+    def _message(self, part: str, reached: bool) -> str:
+        parameters = self.waiting[part]
+        what = f"a gradient of 0 in each of {PATIENCE} steps" if reached else "no gradient"
+        why = "multiplied by zero" if reached else "detached, computed under no_grad, or left out"
+        return (
+            f"The part {part!r} is to be trained ({len(parameters)} tensors, {parameters[0][0]} first) and was run, but has "
+            f"{what}: on the way to the loss its output is {why}. Freeze it, or look at what is overridden behind it; "
+            "`hfcustom doctor` with --check gradients shows each part."
+        )
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())

@@ -1,0 +1,116 @@
+"""A part that is to be trained and gets no gradient stops the run at its first step, or at its third."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Family
+from kinds import family_of_each_kind  # noqa: F401
+from torch import nn
+from training import train, uneven_rows
+
+import hfcustom
+from hfcustom import coverage
+from hfcustom.parts import find_parts
+
+
+def test_healthy_training_is_not_stopped_and_soon_not_looked_at(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    has_gradient = coverage._has_gradient
+    monkeypatch.setattr(coverage, "_has_gradient", lambda p: looked.append(1) or has_gradient(p))
+    train(family.model(), family, tmp_path, uneven_rows())
+    assert 0 < len(looked) <= 2 * len(find_parts(family.model()).present()) + 200
+
+
+def test_lora_starts_with_zeros_in_half_of_its_matrices(internvl: Family, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    train(hfcustom.lora(internvl.model(), ["vision", "language"], rank=2), internvl, tmp_path, uneven_rows())
+
+
+def detached(base: Any) -> Any:
+    @hfcustom.register
+    class Detached(base):
+        def transform_vision_features(self, features: torch.Tensor) -> torch.Tensor:
+            return features.detach()
+
+    return Detached
+
+
+def gated(base: Any, learns: bool) -> Any:
+    @hfcustom.register(model_type=f"gated_{learns}".lower())
+    class Gated(base):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.gate = nn.Linear(1, 1, bias=False)
+            nn.init.zeros_(self.gate.weight)
+            self.gate.requires_grad_(learns)
+            self.post_init()
+
+        def _init_weights(self, module: nn.Module) -> None:
+            if getattr(self, "gate", None) is not module:
+                super()._init_weights(module)
+
+        def transform_vision_features(self, features: torch.Tensor) -> torch.Tensor:
+            return features * self.gate(features.new_ones(1)).to(features.dtype)
+
+    return Gated
+
+
+def test_what_is_detached_is_an_error(internvl: Family, tmp_path: Path) -> None:
+    model = internvl.model(detached(internvl.model_class))
+    message = r"The part 'vision' is to be trained \(\d+ tensors, model.vision_tower\..* first\) and was run, but has "
+    with pytest.raises(ValueError, match=message):
+        train(model, internvl, tmp_path, uneven_rows())
+    frozen = internvl.model(detached(internvl.model_class))
+    hfcustom.freeze(frozen, "vision")
+    train(frozen, internvl, tmp_path / "frozen", uneven_rows())
+
+
+def test_what_is_multiplied_by_zero_is_an_error_at_the_third_step(internvl: Family, tmp_path: Path) -> None:
+    model = internvl.model(gated(internvl.model_class, learns=False))
+    model.gate.requires_grad_(False)
+    with pytest.raises(ValueError, match="'vision' .* a gradient of 0 in each of 3 steps: .* multiplied by zero"):
+        train(model, internvl, tmp_path, uneven_rows())
+
+
+def test_a_gate_that_opens_from_zero_is_none(internvl: Family, tmp_path: Path) -> None:
+    model = internvl.model(gated(internvl.model_class, learns=True))
+    train(model, internvl, tmp_path, uneven_rows())
+
+
+def test_rows_of_text_say_nothing_about_the_tower(internvl: Family, tmp_path: Path) -> None:
+    rows = [{**row, "images": [], "messages": words_only(row["messages"])} for row in uneven_rows()]
+    train(internvl.model(detached(internvl.model_class)), internvl, tmp_path, rows)
+
+
+class Dropped(nn.Module):
+    """An output that is not used, behind one that is."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.spare = inner, nn.Linear(1, 1)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def test_what_the_backward_pass_never_reaches_is_an_error_at_the_first_step(internvl: Family, tmp_path: Path) -> None:
+    model = internvl.model()
+    hfcustom.freeze(model, "connector")
+    model.model.multi_modal_projector = Dropped(model.model.multi_modal_projector)
+    with pytest.raises(ValueError, match=r"The part 'new' .*\(2 tensors, .*spare.weight first.* but has no gradient"):
+        train(model, internvl, tmp_path, uneven_rows(), max_steps=1)
+
+
+def words_only(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    kept = []
+    for message in messages:
+        blocks = message["content"]
+        text = blocks if isinstance(blocks, str) else " ".join(b["text"] for b in blocks if b["type"] == "text")
+        kept.append({**message, "content": text})
+    return kept
