@@ -18,6 +18,7 @@ import copy
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,7 @@ class Checkpoints:
         self.resumed: Path | None = None
         self.newest: Path | None = None
         self.history: list[dict[str, float]] = []
+        self.began, self.saving, self.saves = time.monotonic(), 0.0, 0
         self.bytes = checkpoint_bytes(unwrapped(model), optimizer)
         self.pending: list[dict[str, dict[str, float]]] = []  # losses and metrics of the steps since the last log line
 
@@ -137,7 +139,7 @@ class Checkpoints:
 
     def save(self, step: int, history: list[dict[str, float]], pending: list[dict[str, dict[str, float]]]) -> Path:
         """Write the checkpoint of a step and delete those beyond `keep_checkpoints`; SaveError leaves those before it."""
-        target = self.folder / f"step-{step:06d}"
+        target, began = self.folder / f"step-{step:06d}", time.monotonic()
         try:
             self._write(target, step, history, pending)
         except (OSError, SafetensorError) as error:  # safetensors writes by itself, and has an error of its own
@@ -146,6 +148,7 @@ class Checkpoints:
             for old in complete_checkpoints(self.folder)[: -self.config.keep_checkpoints]:
                 remove_folder(old)
         self.newest = target
+        self.saving, self.saves = self.saving + time.monotonic() - began, self.saves + 1
         return target
 
     def _write(self, target: Path, step: int, history: Any, pending: Any) -> None:
@@ -175,6 +178,11 @@ class Checkpoints:
     def publish(self) -> Path:
         """Put the newest checkpoint's model where people look for it, output_dir/model, and return that path."""
         model_dir = self.output_dir / "model"
+        if self.saves:
+            share = self.saving / (time.monotonic() - self.began)
+            self.accelerator.print(
+                f"{self.saves} checkpoint{'s' * (self.saves > 1)} took {self.saving:.1f} s, {share:.1%} of the time."
+            )
         if self.accelerator.is_main_process:
             replace_folder(self.model_dir(), model_dir)
         self.accelerator.wait_for_everyone()

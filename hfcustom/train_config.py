@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that `--help` and a mistyped flag answer at o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, ClassVar, Literal
 
 from hfcustom.naming import unknown
@@ -178,6 +178,6 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             rules.append((value is None or value > 0, f"{name}={value} must be positive"))
-        known = {*self.__dataclass_fields__, "data"} - {"sources"}
+        known = {"data", *(each.name for each in fields(self) if each.init)}
         rules += [(name in known, unknown("option in allow_change", name, known)) for name in self.allow_change]
         return [message for holds, message in rules if not holds]

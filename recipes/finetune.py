@@ -127,7 +127,18 @@ class FinetuneConfig(TrainConfig):
                 found.append(str(error))
         return found
 
-    may_change = TrainConfig.may_change | {"eval_data", "eval_split", "eval_rows", "max_new_tokens", "merge"}
+    # what the data hold is compared, wherever they lie
+    may_change = TrainConfig.may_change | {
+        "eval_data",
+        "eval_split",
+        "eval_rows",
+        "max_new_tokens",
+        "merge",
+        "data",
+        "image_root",
+        "image_hosts",
+        "image_downloads",
+    }
 
     def problems(self) -> list[str]:
         """Return what is missing, contradictory or out of range, in each stage where there are some."""

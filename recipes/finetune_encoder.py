@@ -50,7 +50,16 @@ class FinetuneEncoderConfig(TrainConfig):
     lora_parts: Annotated[list[str], "parts that get LoRA"] = field(default_factory=lambda: ["vision", "language"])
     lora_rank: Annotated[int, "rank of the LoRA matrices"] = 16
 
-    may_change = TrainConfig.may_change | {"eval_data", "eval_split", "eval_rows"}
+    # what the data hold is compared, wherever they lie
+    may_change = TrainConfig.may_change | {
+        "eval_data",
+        "eval_split",
+        "eval_rows",
+        "data",
+        "image_root",
+        "image_hosts",
+        "image_downloads",
+    }
 
     def problems(self) -> list[str]:
         """Return what is missing, contradictory or out of range."""

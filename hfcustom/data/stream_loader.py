@@ -57,7 +57,7 @@ class StepStream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[StepBatches | None]:
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        cursor = self.stream.cursor(Share(self.rank, self.world_size, worker, num_workers), self.seed)
+        cursor = self.stream.cursor(Share(self.rank, self.world_size, worker, num_workers), self.seed, self.watch.tick)
         if worker in self.positions:
             cursor.load(self.positions[worker])
         if worker < self.steps.start % num_workers:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,9 @@ class Stream:
         self.shuffle_buffer = shuffle_buffer
         self.files = files
 
-    def cursor(self, share: Share, seed: int) -> Cursor:
-        """Return a reader of a share, at its beginning."""
-        return Cursor(self, share, seed)
+    def cursor(self, share: Share, seed: int, moved: Callable[[], None] = lambda: None) -> Cursor:
+        """Return a reader of a share, at its beginning, which calls `moved` for each row that it reads ahead."""
+        return Cursor(self, share, seed, moved)
 
     def parts(self) -> dict[str, Stream]:
         """Return the streams that this one is made of, by name."""
@@ -95,9 +95,9 @@ class StreamMixture:
         self.streams = dict(streams)
         self.weights = check_weights(weights)
 
-    def cursor(self, share: Share, seed: int) -> MixtureCursor:
-        """Return a reader of a share, at its beginning."""
-        return MixtureCursor(self, share, seed)
+    def cursor(self, share: Share, seed: int, moved: Callable[[], None] = lambda: None) -> MixtureCursor:
+        """Return a reader of a share, at its beginning, which calls `moved` for each row that it reads ahead."""
+        return MixtureCursor(self, share, seed, moved)
 
     def parts(self) -> dict[str, Stream]:
         """Return the streams by name."""
@@ -111,7 +111,7 @@ class StreamMixture:
 class Cursor:
     """Reads one share of a stream; `state` is where it stands."""
 
-    def __init__(self, stream: Stream, share: Share, seed: int) -> None:
+    def __init__(self, stream: Stream, share: Share, seed: int, moved: Callable[[], None]) -> None:
         from datasets.distributed import split_dataset_by_node
 
         self.stream = stream
@@ -126,6 +126,7 @@ class Cursor:
         self.first = 0  # rows of this epoch before the window
         self.start: State | None = None  # of the data set, where the window begins; None at the beginning of an epoch
         self.used = 0  # rows of the window
+        self.moved = moved
 
     def state(self) -> State:
         """Return where the reader stands, after the last row that it gave."""
@@ -196,14 +197,15 @@ class Cursor:
             if item is None:
                 break
             self.window.append(item)
+            self.moved()
         self.order = np.random.default_rng(self._key(0)).permutation(len(self.window)).tolist()
 
 
 class MixtureCursor:
     """Reads one share of several streams."""
 
-    def __init__(self, mixture: StreamMixture, share: Share, seed: int) -> None:
-        self.cursors = {name: stream.cursor(share, seed) for name, stream in mixture.streams.items()}
+    def __init__(self, mixture: StreamMixture, share: Share, seed: int, moved: Callable[[], None]) -> None:
+        self.cursors = {name: stream.cursor(share, seed, moved) for name, stream in mixture.streams.items()}
         self.weights = list(mixture.weights.values())
         self.seed = (seed, share.rank, share.worker)
         self.drawn = 0

@@ -24,7 +24,13 @@ from torch.utils.data import get_worker_info
 from hfcustom.data.turns import RowError
 from hfcustom.exits import WorkerError
 
-PID, SINCE, FIRST, WORDS = 0, 1, 2, 64  # of a loading process's words: its pid, since when, what its row is called
+PID, SINCE, TICKS, FIRST, WORDS = (
+    0,
+    1,
+    2,
+    3,
+    64,
+)  # of a loading process: its pid, since when, signs of life, its row's name
 
 
 class Watch:
@@ -52,7 +58,13 @@ class Watch:
         first = worker * WORDS
         packed = name.encode(errors="replace")[-4 * (WORDS - FIRST) :].ljust(4 * (WORDS - FIRST), b"\0")
         words = [float(int.from_bytes(packed[at : at + 4], "big")) for at in range(0, len(packed), 4)]
-        self.notes[first : first + WORDS] = [float(os.getpid()), time.monotonic(), *words]
+        ticks = self.notes[first + TICKS] + 1
+        self.notes[first : first + WORDS] = [float(os.getpid()), time.monotonic(), ticks, *words]
+
+    def tick(self) -> None:
+        """Show that the loading process moves, between two rows too."""
+        if (info := get_worker_info()) is not None:
+            self.notes[info.id * WORDS + TICKS] += 1
 
     def rows(self, only: Callable[[int, float], bool] = lambda pid, since: True) -> list[str]:
         """Return the rows that loading processes are at, of those of which `only(pid, since)` is true."""
