@@ -142,9 +142,6 @@ class TrainConfig:
             (self.max_grad_norm >= 0, f"max_grad_norm={self.max_grad_norm} must not be negative"),
             (self.num_workers >= 0, f"num_workers={self.num_workers} must not be negative"),
             (self.log_steps > 0, f"log_steps={self.log_steps} must be positive"),
-            (self.row_seconds > 0, f"row_seconds={self.row_seconds} must be positive"),
-            (self.rank_seconds > 0, f"rank_seconds={self.rank_seconds} must be positive"),
-            (self.resume or not self.allow_change, f"allow_change={self.allow_change} has no effect without resume"),
             (not (self.resume and self.overwrite), "resume and overwrite exclude each other"),
             (0 <= self.max_bad_share <= 1, f"max_bad_share={self.max_bad_share} must be in [0, 1]"),
             (
@@ -178,6 +175,14 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             rules.append((value is None or value > 0, f"{name}={value} must be positive"))
-        known = {"data", *(each.name for each in fields(self) if each.init)}
-        rules += [(name in known, unknown("option in allow_change", name, known)) for name in self.allow_change]
+        rules += self._rules_of_going_on()
         return [message for holds, message in rules if not holds]
+
+    def _rules_of_going_on(self) -> list[tuple[bool, str]]:
+        known = {"data", *(each.name for each in fields(self) if each.init)}
+        return [
+            (self.row_seconds > 0, f"row_seconds={self.row_seconds} must be positive"),
+            (self.rank_seconds > 0, f"rank_seconds={self.rank_seconds} must be positive"),
+            (self.resume or not self.allow_change, f"allow_change={self.allow_change} has no effect without resume"),
+            *((name in known, unknown("option in allow_change", name, known)) for name in self.allow_change),
+        ]
