@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hfcustom import __version__
+from hfcustom.card import write_beside
 from hfcustom.commit import atomic_folder, damage, remove_folder, replace_folder, sweep, write_json
 from hfcustom.exits import CheckpointError, ConfigError, SaveError
 from hfcustom.parts import unwrap, wrapped_by_peft
@@ -77,6 +78,11 @@ class Checkpoints:
         self.began, self.saving, self.saves = time.monotonic(), 0.0, 0
         self.bytes = checkpoint_bytes(unwrapped(model), optimizer)
         self.pending: list[dict[str, dict[str, float]]] = []  # losses and metrics of the steps since the last log line
+
+    @property
+    def unwrapped(self) -> Any:
+        """The model without DDP."""
+        return unwrapped(self.model)
 
     def begin(self) -> int:
         """Start afresh at step 0; ConfigError when the folder holds another run's checkpoints and none may be deleted."""
@@ -243,6 +249,8 @@ def save_model(model: Any, processor: Any, folder: Path) -> None:
         config = copy.deepcopy(unwrap(model).config)
         vars(config).pop("quantization_config", None)  # how the base was held while training, not what it is
         config.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's own, of headings to be filled in
+        write_beside(model, folder, adapter=True)
         write_json(folder / BASE_FILE, base_fingerprint(unwrap(model)))
     else:
         model.save_pretrained(folder)

@@ -146,12 +146,47 @@ def doctor(argv: Sequence[str]) -> int:
     return show_doctor(options)
 
 
+def card(argv: Sequence[str]) -> int:
+    """Print the change card of a model: what its class overrides and adds, what was trained on what, how to load it."""
+    parser = argparse.ArgumentParser(prog="hfcustom card", description=card.__doc__)
+    parser.add_argument(
+        "target", help="a folder or hub id, whose weights are not read, a family, or my_file.py:MyModel"
+    )
+    parser.add_argument(
+        "--custom", metavar="FILE.py:CLASS", help="import this first: the class that wrote the folder, if it is yours"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="put it into the folder's README.md; one of your own stays"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    from hfcustom.card_command import show_card
+
+    return show_card(options)
+
+
+def push(argv: Sequence[str]) -> int:
+    """Upload a saved model: weights, processor, change card; nothing of a checkpoint's optimiser, no hidden file."""
+    parser = argparse.ArgumentParser(prog="hfcustom push", description=push.__doc__)
+    parser.add_argument("folder", help="what save_pretrained, fit() or a recipe wrote, with config.json in it")
+    parser.add_argument("name", help="owner/name on the hub; made where there is none")
+    parser.add_argument("--public", action="store_true", help="if it is made, let everybody see it (default: private)")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to upload to (default: main)")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and stop")
+    options = parser.parse_args(argv)
+    from hfcustom import card_command
+
+    return card_command.push(options)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "card": card,
     "doctor": doctor,
     "families": families,
     "frames": frames,
     "lens": lens,
     "preflight": preflight,
+    "push": push,
 }
 
 

@@ -20,6 +20,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from hfcustom.card import keep_readme
+
 MANIFEST = "manifest.json"
 
 
@@ -66,6 +68,7 @@ def replace_folder(source: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, copy_function=_link_or_copy)
+    keep_readme(target, partial)
     flush(partial)
     put_in_place(partial, target)
 
@@ -97,6 +100,10 @@ def sweep(parent: Path, name: str) -> None:
 
 
 def _link_or_copy(source: str, target: str) -> None:
+    """Share weights between two names; what people edit is a file of its own, so that the other one stays as it was."""
+    if not source.endswith(".safetensors"):
+        shutil.copy2(source, target)
+        return
     try:
         os.link(source, target)
     except OSError:

@@ -39,6 +39,7 @@ from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, real
 from hfcustom.naming import unknown
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.ranks import check_processes, explained, process_state, wait_at_most
+from hfcustom.record import begin_run, run_of
 from hfcustom.run_folder import run_folder
 from hfcustom.sharding import name_blocks
 from hfcustom.signals import StopRequest
@@ -126,6 +127,7 @@ def _run(
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, feed)
     start = state.resume() if config.resume else state.begin()
+    run = begin_run(core, run_of(state.unwrapped, config, feed), config.resume) if accelerator.is_main_process else {}
     feed.caches = open_caches(model, processor, config, accelerator)
     collate = make_collator(core, processor, config, feed.first_columns(weighted), feed.caches)
     steps = iter(feed.loader(collate, range(start, max_steps), micro_batches, make_packer(core, config)))
@@ -148,10 +150,10 @@ def _run(
             core.loss_step = step
             batches = feed.next_batches(steps, bad_rows)
             report = train_step(model, batches, optimizer, accelerator, config) if batches else None
-            step += 1
+            run["steps"] = step = step + 1
             log.step(step, report, optimizer)
             if evaluate is not None and _due(step, config.eval_steps):
-                log.metrics(step, run_evaluation(model, evaluate, step))
+                log.metrics(step, run_evaluation(model, evaluate, step, run))
             stopped = stop.agreed(accelerator)
             if _due(step, config.save_steps) or stopped or step == max_steps:
                 state.save(step, log.history, log.pending())
@@ -409,14 +411,15 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, max_steps: int, config: 
         group["lr"] = group["peak_lr"] * factor
 
 
-def run_evaluation(model: nn.Module, evaluate: Evaluate, step: int) -> dict[str, float]:
-    """Evaluate without gradients and without moving training's random state."""
+def run_evaluation(model: nn.Module, evaluate: Evaluate, step: int, run: dict[str, Any]) -> dict[str, float]:
+    """Evaluate without gradients and without moving training's random state; the record of the run has the newest numbers."""
     model.eval()
     before = randomness.rng_state()
     with torch.no_grad():
         metrics = {name: float(value) for name, value in evaluate(unwrap(model), step).items()}
     randomness.set_rng_state(before)
     model.train()
+    run["evaluation"] = {"step": step, "values": metrics}
     return metrics
 
 

@@ -186,3 +186,25 @@ class TrainConfig:
             (self.resume or not self.allow_change, f"allow_change={self.allow_change} has no effect without resume"),
             *((name in known, unknown("option in allow_change", name, known)) for name in self.allow_change),
         ]
+
+
+@dataclass(kw_only=True)
+class HubOptions:
+    """Options of a recipe that uploads what it has trained."""
+
+    push_to_hub: Annotated[str | None, "name on the hub (owner/name) to upload the model to at the end"] = None
+    hub_revision: Annotated[str | None, "branch to upload to; by default main"] = None
+    hub_public: Annotated[bool, "make the repository public; by default it is private"] = False
+
+    def hub_problems(self) -> list[str]:
+        """Return what is wrong with these options, in words."""
+        if self.push_to_hub is None:
+            given = {"hub_revision": self.hub_revision, "hub_public": self.hub_public}
+            return [f"{name} has no effect without --push-to-hub" for name, value in given.items() if value]
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            validate_repo_id(self.push_to_hub)
+        except ValueError as error:
+            return [f"push_to_hub={self.push_to_hub!r} is no name on the hub: {str(error).strip().splitlines()[0]}"]
+        return []

@@ -20,11 +20,11 @@ from typing import Annotated, Any
 from hfcustom.data.hosts import host_problems
 from hfcustom.exits import exit_codes
 from hfcustom.options import parse
-from hfcustom.train_config import TrainConfig
+from hfcustom.train_config import HubOptions, TrainConfig
 
 
 @dataclass(kw_only=True)
-class FinetuneEncoderConfig(TrainConfig):
+class FinetuneEncoderConfig(HubOptions, TrainConfig):
     """TrainConfig with this recipe's defaults, and what to train on what."""
 
     output_dir: Annotated[str, "folder for everything this recipe writes"] = "outputs/finetune_encoder"
@@ -81,7 +81,7 @@ class FinetuneEncoderConfig(TrainConfig):
         ]
         for name in ("lora_parts", "lora_rank"):
             rules.append((self.lora or name not in self.sources, f"{name} has no effect without --lora"))
-        wrong = host_problems(self.image_hosts, self.image_downloads)
+        wrong = self.hub_problems() + host_problems(self.image_hosts, self.image_downloads)
         return super().problems() or wrong + [message for holds, message in rules if not holds]
 
 
@@ -93,9 +93,11 @@ from accelerate.utils import set_seed
 
 import hfcustom
 from hfcustom import console
+from hfcustom.card import add_results
 from hfcustom.data.digits import digit_captions
 from hfcustom.data.feed import first_example
 from hfcustom.encoders import class_of, clip
+from hfcustom.hub import check_upload, upload_result
 from hfcustom.naming import load_object
 from hfcustom.train import process_state
 
@@ -142,7 +144,10 @@ def load_data(config: FinetuneEncoderConfig) -> tuple[Any, Any]:
 
 def main(config: FinetuneEncoderConfig) -> dict[str, float]:
     """Run the recipe; return the recall on held-out rows, nothing where there are none."""
-    console.out.quiet = not process_state().is_main_process  # every fact is printed once, not once a rank
+    is_main = process_state().is_main_process
+    console.out.quiet = not is_main  # every fact is printed once, not once a rank
+    if is_main:
+        check_upload(config)
     set_seed(config.seed)
     rows, held_out = load_data(config)
     model, processor = load_model(config) if config.model else small_clip(config)
@@ -156,7 +161,12 @@ def main(config: FinetuneEncoderConfig) -> dict[str, float]:
     recall = evaluate(model, result.step) if held_out else {}
     if held_out:
         console.show_table(("held-out rows", *recall), [(len(held_out), *recall.values())])
+    if held_out and is_main:
+        data = {"data": config.eval_data or "scanned digits", "split": config.eval_split, "rows": len(held_out)}
+        add_results(model, result.model_dir, recall, **data)
     console.out.print(f"The model is in {result.model_dir}.")
+    if config.push_to_hub and is_main:
+        console.out.print(f"The model is uploaded: {upload_result(config, result.model_dir)}")
     return recall
 
 

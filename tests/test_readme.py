@@ -24,6 +24,7 @@ SMALL = {
     "make quickstart": "--max-steps 3 --lora-steps 2 --train-rows 24 --held-out-rows 6 --batch-size 4",
     "make test": "tests/test_naming.py -q -n 0",
     "accelerate launch recipes/finetune.py": "--max-steps 2 --batch-size 2",
+    "hfcustom card": "",
     "hfcustom doctor": "--check parity overrides",  # all: tests/test_doctor.py
     "hfcustom families": "",
     "hfcustom preflight rows.jsonl --image-hosts": "--workers 0",

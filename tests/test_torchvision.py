@@ -29,8 +29,10 @@ FILES = [
     "connector_values",
     "families",
     "adapt",
+    "added_tower",
     "loading",
     "parts",
+    "patches",
     "pipeline",
     "questions",
     "evaluate",
@@ -38,6 +40,7 @@ FILES = [
     "experts",
     "ragged",
     "resize",
+    "two_encoders",
     "video_rows",
     "videos",
 ]

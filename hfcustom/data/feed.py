@@ -81,6 +81,12 @@ class Feed:
         return rows if isinstance(rows, Mixture) else None
 
     @property
+    def weights(self) -> dict[str, float]:
+        """The sources of a mixture with their weights, nothing where there is one."""
+        rows = self.mixture or self.rows
+        return dict(rows.weights) if isinstance(rows, Mixture | StreamMixture) else {}
+
+    @property
     def source_names(self) -> list[str]:
         """The sources of a mixture, whose shares of the tokens are logged."""
         if isinstance(self.rows, Examples):

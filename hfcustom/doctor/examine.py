@@ -23,7 +23,7 @@ from hfcustom.families import class_of, family_names, load_family, missing_packa
 from hfcustom.naming import load_object, unknown
 from hfcustom.registry import REGISTERED
 
-SUBJECTS = ("identity", "travel", "learning", "batches", "generation", "numerics", "adapters", "trainers")
+SUBJECTS = ("identity", "upgrade", "travel", "learning", "batches", "generation", "numerics", "adapters", "trainers")
 for subject in SUBJECTS:
     importlib.import_module(f"hfcustom.doctor.{subject}")
 
@@ -41,17 +41,22 @@ def examine(target: Target, checks: Sequence[str] = ()) -> Iterator[Finding]:
     model_class, settings = find_target(target)
     with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
         with quiet():
-            patient = _admit(model_class, Path(folder), settings)
+            patient = _admit(model_class, Path(folder), settings, checkpoint_of(target))
         for name in checks or CHECKS:
             with quiet():
                 finding = CHECKS[name](patient)
             yield finding
 
 
-def _admit(model_class: type[CustomVLM], folder: Path, settings: dict[str, Any]) -> Patient:
+def checkpoint_of(target: Target) -> str | None:
+    """Return the folder or hub id that a target is, None for a class or a family."""
+    return target if isinstance(target, str) and ".py:" not in target and target not in family_names() else None
+
+
+def _admit(model_class: type[CustomVLM], folder: Path, settings: dict[str, Any], checkpoint: str | None) -> Patient:
     """Return the patient; ValueError for a class that is not registered, or that cannot be built small."""
     try:
-        patient = Patient(model_class, folder, settings)
+        patient = Patient(model_class, folder, settings, checkpoint)
         model = patient.model()
     except Exception as error:  # whatever a user's __init__ raises
         raise ValueError(
