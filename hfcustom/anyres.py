@@ -2,7 +2,8 @@
 
 Stock puts the tiles of an image together, cuts off what is padding, and packs base view, rows and a newline after each row.
 A connector sees the base view as a square and the rest as rows and columns without newlines; a newline then follows
-each row that it leaves: (P, N, D) a base view and tiles -> (M + rows * (columns + 1), D) an image.
+each row that it leaves: (P, N, D) a base view and tiles -> (M + rows * (columns + 1), D) an image. One that looks at pictures
+sees that of the base view with it, and those of all tiles with the rest.
 Letters: P crops, N tokens a crop, M tokens out, D hidden. Paper: https://llava-vl.github.io/blog/2024-01-30-llava-next/
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hfcustom.connectors import Grid, count_tokens_out, grid_out, of_each
+from hfcustom.connectors import Grid, count_tokens_out, grid_out, of_each, takes_pictures
 from hfcustom.processors import ConnectedProcessor
 from hfcustom.ragged import RaggedImages
 
@@ -23,15 +24,19 @@ from hfcustom.ragged import RaggedImages
 class AnyresImages(RaggedImages):
     """Mixin between CustomVLM and a stock class that has `pack_image_features`."""
 
-    no_pictures = no_resizing = ""  # crops reach the tower as pictures of one size
-    no_pictures_of_tokens = (
-        "the tiles of an image are put together and cut before a connector behind the projector sees them"
-    )
+    no_tower_cache = no_resizing = ""  # crops reach the tower as pictures of one size
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
-        """Take vision features before the projector, which gets crops of one size."""
-        projector = self.stock_parts().paths["connector"][0]
-        return [*super().seam_hooks(), (projector, "register_forward_pre_hook", "_at_connector_input", {})]
+        """Take vision features before the projector, which gets crops of one size, and pictures before the tower."""
+        vision, projector = (self.stock_parts().paths[part][0] for part in ("vision", "connector"))
+        looks: list[tuple[str, str, str, dict[str, bool]]] = [
+            (vision, "register_forward_pre_hook", "_at_vision_input", {"with_kwargs": True})
+        ]
+        return [
+            *super().seam_hooks(),
+            *(looks if takes_pictures(self.custom_connector) else []),
+            (projector, "register_forward_pre_hook", "_at_connector_input", {}),
+        ]
 
     def seam_methods(self) -> list[tuple[str, str, str]]:
         """Stand in for pack_image_features, where the tiles of an image come together."""
@@ -66,14 +71,19 @@ class AnyresImages(RaggedImages):
         images, lengths = stock(**inputs | {"image_newline": None})  # (N + rows * columns, D) each
         thin = {"image_features": [image[..., :1] for image in crops], "image_newline": lengths.new_zeros(1)}
         rows = (stock(**inputs | thin)[1] - lengths).tolist()  # with newlines there is a token more a row
+        views = self._views_of([len(image) for image in crops]) if self.looks_behind_projector else None
         bases = [image[0] for image in crops]
         rests = [image[len(base) :] for image, base in zip(images, bases, strict=True)]  # (rows * columns, D)
         grids = [(height, len(rest) // height) for height, rest in zip(rows, rests, strict=True)]
         told = self.question_of(self._packed_lengths([len(base) for base in bases], grids, newline is not None))
-        bases = self._reduce(bases, [square(len(base)) for base in bases], told)
+        squares = [square(len(base)) for base in bases]
+        bases = self._reduce(bases, squares, told, views and [image[:1] for image in views])
         tiled = [image for image, rest in enumerate(rests) if len(rest)]
         found = self._reduce(
-            [rests[image] for image in tiled], [grids[image] for image in tiled], of_each(told, tiled)
+            [rests[image] for image in tiled],
+            [grids[image] for image in tiled],
+            of_each(told, tiled),
+            views and [views[image][1:] for image in tiled],
         )
         reduced = dict(zip(tiled, found, strict=True))
         packed = [
@@ -81,6 +91,12 @@ class AnyresImages(RaggedImages):
             for image, base in enumerate(bases)
         ]
         return packed, lengths.new_tensor([len(image) for image in packed])
+
+    def _views_of(self, counts: list[int]) -> list[torch.Tensor]:
+        """Return the pictures of each image, (K, 3, H, W), its base view and then its tiles."""
+        pictures, self._pictures = self._pictures, None
+        assert pictures is not None and len(pictures) == sum(counts), "the tower has looked at these crops"
+        return list(pictures.split(counts))
 
     def _packed_lengths(self, bases: list[int], grids: list[Grid], newlines: bool) -> list[int]:
         """Return the tokens of each image after the connector, from those of its base view and how its tiles lie."""

@@ -6,7 +6,9 @@ __init__ made them, loads strictly (hfcustom/loading.py), and saves what loads b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,16 +16,24 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from hfcustom import loading, parts, seams
+from hfcustom.card import write_beside
+from hfcustom.hub import PUSHED, push_folder
 
 
 class CustomModel(PreTrainedModel):
     """Base of the mixins CustomVLM and CustomDualEncoder; they stand before a stock class."""
 
     processor_class: ClassVar[type[ProcessorMixin]]
+    auto_classes: ClassVar[tuple[Any, ...]] = ()  # of transformers, which load the class's checkpoints
+    task_table: ClassVar[dict[str, Any]]  # of transformers, by which pipeline() and trl decide what a model is for
     lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, "connector"), or "placeholders" -> why not
     default_connector: ClassVar[str | dict[str, Any] | None] = None
     default_loss: ClassVar[str | dict[str, Any]]
     feature_cache: Any = None  # hfcustom/cache/features.py, while fit() trains with it
+    training_runs: Sequence[
+        dict[str, Any]
+    ] = ()  # what fit() did to the weights, the earliest first: hfcustom/record.py
+    origin: Mapping[str, Any] | None = None  # the checkpoint that they began as
     _stock_tensors: frozenset[str] | None = None  # until the stock part is built
     _frozen_by_init: tuple[str, ...] = ()
 
@@ -102,11 +112,30 @@ class CustomModel(PreTrainedModel):
 
         As `PreTrainedModel.save_pretrained` with save_original_format=False: by default transformers reverts names to the
         hub's old layout, which the stock class cannot convert back under a custom model_type (conversion_mapping.py,
-        5.23.0). Raises ValueError for a class that is not registered: what it saves would load as its parent.
+        5.23.0). Beside them: the change card (README.md, one of your own stays) and hfcustom.json. Raises ValueError for a
+        class that is not registered: what it saves would load as its parent.
         """
         check_registered(self)
         kwargs.setdefault("save_original_format", False)
+        push = (
+            {name: kwargs.pop(name) for name in PUSHED if name in kwargs} if kwargs.pop("push_to_hub", False) else None
+        )
         super().save_pretrained(save_directory, *args, **kwargs)
+        main = kwargs.get("is_main_process", args[0] if args else True)
+        if self.should_save_on_this_rank(main):
+            write_beside(self, Path(save_directory))
+            if push is not None:
+                push_folder(save_directory, push.pop("repo_id", Path(save_directory).resolve().name), **push)
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: Any = "50GB", **options: Any) -> Any:  # type: ignore[override]
+        """Upload the weights, the change card and hfcustom.json; a README.md that somebody wrote on the hub stays.
+
+        `options` are those of `hfcustom.hub.push_folder`: private, revision, token, commit_message, create_pr, and so on.
+        Returns what the hub said of the commit.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return push_folder(folder, repo_id, **options)
 
 
 def check_registered(model: CustomModel) -> None:

@@ -22,7 +22,9 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from hfcustom import parts
+from hfcustom import parts, sentinel
+from hfcustom.record import origin_of, read_record
+from hfcustom.sentinel import Drift
 
 if TYPE_CHECKING:
     from hfcustom.custom_model import CustomModel
@@ -44,15 +46,37 @@ def load_strictly(
         cls.check_loss(kwargs["loss"])  # a mistyped name is an error before gigabytes are read
     if kwargs.get("config") is None:
         kwargs |= _own_defaults(cls, source, kwargs)
-    with report_in_error():
-        model, info = load(*args, output_loading_info=True, **kwargs)
-    fresh = _check_missing(model, sorted(info["missing_keys"]), tuple(new_modules), source)
+    record = {} if source is None else read_record(source, **_hub_options(kwargs))
+    drifts = sentinel.check_class(cls, record, source)
+    with _explained(cls, record, drifts, source):
+        with report_in_error():
+            model, info = load(*args, output_loading_info=True, **kwargs)
+        drifts += sentinel.check_model(model, record, source)
+        fresh = _check_missing(model, sorted(info["missing_keys"]), tuple(new_modules), source)
+    sentinel.warn(model, record, source, drifts)
+    model.training_runs = record.get("training", [])
+    model.origin = origin_of(source, record, **_hub_options(kwargs))
     _say_unexpected(model, sorted(info["unexpected_keys"]), source)
     _fill(model, fresh)
     _keep_4bit_layout(model)
     for name in model._frozen_by_init:  # transformers makes every loaded parameter trainable
         model.get_parameter(name).requires_grad_(False)
     return (model, info) if wants_info else model
+
+
+def _hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+
+
+@contextmanager
+def _explained(cls: Any, record: Mapping[str, Any], drifts: list[Drift], source: Any) -> Iterator[None]:
+    """Add to an error what has changed since the checkpoint was saved, which may be why."""
+    try:
+        yield
+    except Exception as error:
+        if drifts:
+            error.add_note(sentinel.message(cls, record["relies_on"], drifts, source))
+        raise
 
 
 def _keep_4bit_layout(model: nn.Module) -> None:
@@ -76,8 +100,7 @@ def _own_defaults(cls: type[CustomModel], source: Any, kwargs: Mapping[str, Any]
     """Return the class's own connector and loss where the checkpoint recorded only the defaults of another class."""
     from hfcustom.registry import REGISTERED
 
-    hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-    stored = PretrainedConfig.get_config_dict(source, **hub)[0]
+    stored = PretrainedConfig.get_config_dict(source, **_hub_options(kwargs))[0]
     writer = REGISTERED.get(stored.get("model_type", ""))
     own: dict[str, Any] = {}
     for name in ("connector", "loss") if writer is not None else ():

@@ -9,7 +9,7 @@ Letters: P images and videos, B rows, T text tokens, D hidden; a grid is (frames
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,8 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 from transformers.vision_utils import get_vision_window_index
 
-from hfcustom import losses
-from hfcustom.connectors import Grid, grids_out, of_each
+from hfcustom import losses, patches
+from hfcustom.connectors import Grid, grids_out, of_each, takes_lists
 from hfcustom.ragged import RaggedImages
 from hfcustom.videos import VideoFrames
 
@@ -39,6 +39,17 @@ class MRopeImages(VideoFrames, RaggedImages):
         """Return the rows and columns of tokens of each image, or of each frame of a video, after the 2 x 2 merge."""
         merge = self.config.vision_config.spatial_merge_size
         return [(rows // merge, columns // merge) for _, rows, columns in _grids(inputs).tolist()]
+
+    def pictures_of_images(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return the picture of each image; of a video's frames, which are two pictures, the first."""
+        name = "pixel_values" if inputs.get("pixel_values") is not None else "pixel_values_videos"
+        vision: Any = self.config.vision_config
+        grids = _grids(inputs).tolist()
+        parts = inputs[name].split([frames * rows * columns for frames, rows, columns in grids])
+        return [
+            patches.from_merged(part, frames, (rows, columns), vision.patch_size, vision.spatial_merge_size)
+            for part, (frames, rows, columns) in zip(parts, grids, strict=True)
+        ]
 
     def patch_order(self, grids: torch.Tensor) -> torch.Tensor | None:
         """Return which token's patches reach the merger at each place, (tokens,); None where they come in image order."""
@@ -103,14 +114,23 @@ class MRopeImages(VideoFrames, RaggedImages):
         if self.image_inputs is None:  # the tower is run by itself
             return args
         features, grids = args[0], _grids(self.image_inputs)  # (patches, D_vision), (P, 3)
-        lengths = [rows * columns for frames, rows, columns in grids.tolist() for _ in range(frames)]
+        of_frames = [(rows, columns) for frames, rows, columns in grids.tolist() for _ in range(frames)]
         order = self.patch_order(grids)
         if order is None:
-            return (self.transform_ragged(features, lengths), *args[1:])
+            return (self.transform_ragged(features, of_frames), *args[1:])
         order = order.to(features.device)
         merged = features.unflatten(0, (len(order), -1))  # (tokens, patches a token, D_vision)
-        ordered = self.transform_ragged(merged[order.argsort()].flatten(0, 1), lengths)  # (patches, D_vision)
+        ordered = self.transform_ragged(merged[order.argsort()].flatten(0, 1), of_frames)  # (patches, D_vision)
         return (ordered.view_as(merged)[order].flatten(0, 1), *args[1:])
+
+    def _look_at_images(
+        self, images: Sequence[torch.Tensor], pictures: Sequence[torch.Tensor], grids: Sequence[Grid]
+    ) -> list[torch.Tensor]:
+        """Show the connector an image's patches row by row, and bring them back in the order that the merger wants."""
+        merge = self.config.vision_config.spatial_merge_size
+        rows = [patches.rows_of_merged(image, grid, merge) for image, grid in zip(images, grids, strict=True)]
+        looked = super()._look_at_images(rows, pictures, grids)
+        return [patches.merged_of_rows(image, grid, merge) for image, grid in zip(looked, grids, strict=True)]
 
     def _video_outputs(self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Treat a video as images of one size."""
@@ -118,13 +138,17 @@ class MRopeImages(VideoFrames, RaggedImages):
 
     def _connect(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """Run the connector on one video after the other: what takes frames together never takes those of two."""
-        if self.video_inputs is None:
+        if self.video_inputs is None or takes_lists(self.custom_connector):
             return super()._connect(features)
         assert self.image_inputs is not None, "its arguments stand here too"
         grids = self.image_grids(self.image_inputs)
         told = self.question_of(self.tokens_left(features, grids))
+        pictures = self.pictures_of_images(self.image_inputs) if self.looks_behind_projector else None
         parts = enumerate(zip(features, grids, strict=True))
-        return [self._reduce([video], [grid], of_each(told, [at]))[0] for at, (video, grid) in parts]
+        return [
+            self._reduce([video], [grid], of_each(told, [at]), pictures and [pictures[at]])[0]
+            for at, (video, grid) in parts
+        ]
 
     def _at_rope_index(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inputs = inspect.signature(stock).bind(*args, **kwargs).arguments

@@ -246,9 +246,9 @@ class PartRow:
     dtypes: str
 
 
-def part_table(model: nn.Module) -> list[PartRow]:
-    """Count parameters, trainable parameters and bytes of each part of a model, wrapped or not."""
-    parts = find_parts(model)
+def part_table(model: nn.Module, part_map: PartMap | None = None) -> list[PartRow]:
+    """Count parameters, trainable parameters and bytes of each part of a model, wrapped or not; `part_map` where it is known."""
+    parts = part_map or find_parts(model)
     rows = []
     by_part: dict[str, list[nn.Parameter]] = {part: [] for part in parts.present()}
     copies: dict[str, int] = dict.fromkeys(by_part, 0)

@@ -15,7 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfcustom.connectors import Grid, Told, count_tokens_out, frames_together, of_each, reduce_tokens
+from hfcustom.connectors import (
+    Grid,
+    Told,
+    count_tokens_out,
+    frames_together,
+    look_at,
+    of_each,
+    reduce_tokens,
+    takes_lists,
+    works_before_projector,
+)
+from hfcustom.connectors.grids import alike
 from hfcustom.processors import match_connector
 from hfcustom.seam_hooks import SeamHooks
 
@@ -23,7 +34,7 @@ from hfcustom.seam_hooks import SeamHooks
 class RaggedImages(SeamHooks):
     """Mixin between CustomVLM and a stock class whose `get_image_features` returns a sequence of (N_i, D)."""
 
-    no_pictures = "images have sizes of their own and reach the tower as patches"
+    no_tower_cache = "images have sizes of their own and reach the tower as patches"
     no_resizing = "takes pictures of any size as they are: set the size in the processor alone"
     image_inputs: Mapping[str, Any] | None = None  # arguments of get_image_features while it runs, for hooks below it
 
@@ -33,9 +44,15 @@ class RaggedImages(SeamHooks):
             f"{type(self).__name__} does not say how its image tokens lie: define image_grids()."
         )
 
+    def pictures_of_images(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return the picture of each image, (1, 3, H, W), or those of a video's frames, from those arguments."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say what its images look like: define pictures_of_images()."
+        )
+
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
-        """Leave the connector's own border alone: what passes it is not yet split by image."""
-        borders = ("_at_connector_input", "_at_connector_output")
+        """Leave the connector's own border alone: what passes it is not yet split by image. Pictures are in the inputs."""
+        borders = ("_at_connector_input", "_at_connector_output", "_at_vision_input")
         return [hook for hook in super().seam_hooks() if hook[2] not in borders]
 
     def seam_methods(self) -> list[tuple[str, str, str]]:
@@ -71,7 +88,8 @@ class RaggedImages(SeamHooks):
         """Run the connector on what get_image_features returned, one tensor an image."""
         assert self.image_inputs is not None, "get_image_features is running"
         grids = self.image_grids(self.image_inputs)
-        return self._reduce(features, grids, self.question_of(self.tokens_left(features, grids)))
+        pictures = self.pictures_of_images(self.image_inputs) if self.looks_behind_projector else None
+        return self._reduce(features, grids, self.question_of(self.tokens_left(features, grids)), pictures)
 
     def tokens_left(self, features: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[int]:
         """Return how many tokens the connector leaves of each image, (N_i, D), or of a video's frames together."""
@@ -80,20 +98,27 @@ class RaggedImages(SeamHooks):
         return [len(image) // size * count for image, size, count in zip(features, sizes, counts, strict=True)]
 
     def _reduce(
-        self, features: Sequence[torch.Tensor], grids: Sequence[Grid], told: Told | None = None
+        self,
+        features: Sequence[torch.Tensor],
+        grids: Sequence[Grid],
+        told: Told | None = None,
+        pictures: Sequence[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """Run the connector on all images that have the same grid; on a video's frames, which share theirs, together.
 
-        `told` is what the connector asks for, an entry an image or video.
+        `told` is what the connector asks for, an entry an image or video; `pictures` are (F * K, 3, H, W), K of each of
+        its F frames, for one that looks at them.
         """
-        told = told or {}
         crops = [
             image.unflatten(0, (-1, math.prod(grid))) for image, grid in zip(features, grids, strict=True)
         ]  # (F, N, D)
+        if pictures is not None and not told and takes_lists(self.custom_connector):
+            looked = look_at(self.custom_connector, crops, pictures, grids, self.config.connector)
+            return [image.flatten(0, 1) for image in looked]
         if any(len(image) > 1 for image in crops):
             return [
-                reduce_tokens(
-                    self.custom_connector, image, grid, self.config.connector, of_each(told, [at] * len(image))
+                self._reduce_alike(
+                    [image], grid, of_each(told or {}, [at] * len(image)), pictures and [pictures[at]]
                 ).flatten(0, 1)
                 for at, (image, grid) in enumerate(zip(crops, grids, strict=True))
             ]
@@ -105,20 +130,42 @@ class RaggedImages(SeamHooks):
                     f"connector={self.config.connector!r} takes {frames} neighbouring images together, which must have one "
                     f"size; the tokens of some lie {' and '.join(str(grids[image]) for image in clip)}."
                 )
+        sizes = [pictures and pictures[clip[0]].shape for clip in clips]
         reduced: dict[int, torch.Tensor] = {}
-        for grid in dict.fromkeys(grids):
-            at = [image for clip in clips if grids[clip[0]] == grid for image in clip]
-            stacked = torch.cat([crops[image] for image in at])  # (P, N, D)
-            left = reduce_tokens(self.custom_connector, stacked, grid, self.config.connector, of_each(told, at))
+        for places in alike([(grids[clip[0]], size) for clip, size in zip(clips, sizes, strict=True)]):
+            at = [image for place in places for image in clips[place]]
+            seen = None if pictures is None else [pictures[image] for image in at]
+            left = self._reduce_alike([crops[image] for image in at], grids[at[0]], of_each(told or {}, at), seen)
             reduced.update(zip(at, left, strict=True))
         return [reduced[image] for image in range(len(features))]
 
-    def transform_ragged(self, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Show transform_vision_features one image after the other: (sum of lengths, D_vision) -> the same shape."""
-        features = torch.cat([self._vision_features(image[None])[0] for image in features.split(list(lengths))])
+    def _reduce_alike(
+        self, crops: Sequence[torch.Tensor], grid: Grid, told: Told, pictures: Sequence[torch.Tensor] | None
+    ) -> torch.Tensor:
+        """Run the connector on images of one grid: (F, N, D) each, `told` an entry a frame -> (all F, M, D)."""
+        told = told if pictures is None else {**told, "pixel_values": torch.cat(list(pictures))}
+        return reduce_tokens(self.custom_connector, torch.cat(list(crops)), grid, self.config.connector, told)
+
+    def transform_ragged(self, features: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """Show the seam of vision features one image, or frame, after the other: (patches of all, D_vision) -> the same shape.
+
+        `grids` are the rows and columns of patches of each.
+        """
+        images = [self._transformed(image[None]) for image in features.split([math.prod(grid) for grid in grids])]
+        if works_before_projector(self.custom_connector):
+            assert self.image_inputs is not None, "get_image_features is running"
+            images = self._look_at_images(images, self.pictures_of_images(self.image_inputs), grids)
+        features = torch.cat(images, 1)[0]
         if self._pass is not None and self._pass.records:
             self._pass.vision_features = features[None]  # (1, patches of all images, D_vision)
         return features
+
+    def _look_at_images(
+        self, images: Sequence[torch.Tensor], pictures: Sequence[torch.Tensor], grids: Sequence[Grid]
+    ) -> list[torch.Tensor]:
+        """Run a connector that works on vision features and pictures, on all images in one call: (1, N, D_vision) each."""
+        each = [picture[None] for image in pictures for picture in image]  # (1, 3, H, W), a frame each
+        return look_at(self.custom_connector, images, each, grids, self.config.connector)
 
 
 class SizedImages(RaggedImages):
@@ -140,6 +187,12 @@ class SizedImages(RaggedImages):
         side = self.config.vision_config.patch_size * merged
         return [(height // side, width // side) for height, width in torch.as_tensor(inputs["image_sizes"]).tolist()]
 
+    def pictures_of_images(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return each image without what pads it to the size of the largest."""
+        side = self.config.vision_config.patch_size
+        sizes = zip(inputs["pixel_values"], self._grids(inputs, 1), strict=True)
+        return [picture[None, :, : rows * side, : columns * side] for picture, (rows, columns) in sizes]
+
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features before the projector."""
         projector = self.stock_parts().paths["connector"][0]
@@ -147,6 +200,6 @@ class SizedImages(RaggedImages):
 
     def _at_projector_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         assert self.image_inputs is not None, "the projector ran outside of get_image_features"
-        lengths = [rows * columns for rows, columns in self._grids(self.image_inputs, 1)]
-        features = self.transform_ragged(args[0].flatten(0, -2), lengths)  # (patches of all images, D_vision)
+        grids = self._grids(self.image_inputs, 1)
+        features = self.transform_ragged(args[0].flatten(0, -2), grids)  # (patches of all images, D_vision)
         return (features.view_as(args[0]), *args[1:])

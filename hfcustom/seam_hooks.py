@@ -17,6 +17,7 @@ from torch import nn
 
 from hfcustom import parts, seams
 from hfcustom.connectors import (
+    Told,
     build_connector,
     count_tokens_out,
     find_connector,
@@ -45,13 +46,9 @@ class SeamHooks(CustomModel):
     state_modules: ClassVar[tuple[type[nn.Module], ...]] = ()  # what carries a state from one token to the next
     crop_dims: ClassVar[Mapping[str, int]] = {}  # image tensor -> the dimension along which it has crops, by default 0
     keeps_mask: ClassVar[bool] = False  # the stock forward reads more from attention_mask than where padding is
-    no_pictures: ClassVar[str] = ""  # why no picture of a crop can be handed to a connector that wants one
-    no_pictures_of_tokens: ClassVar[str] = (
-        ""  # why there is no one picture of what a connector behind the projector sees
-    )
-    no_frames: ClassVar[str] = ""  # why neighbouring crops can never be frames of one clip
     no_connector_cache: ClassVar[str] = ""  # why what the connector makes of an image cannot be kept
     no_feature_cache: ClassVar[str] = ""  # why what is made of an image cannot be kept
+    no_tower_cache: ClassVar[str] = ""  # why what the tower alone makes of an image cannot be kept
     no_resizing: ClassVar[str] = ""  # why resize_images has nothing to do, or cannot do it
     custom_connector: nn.Module | None
     _pictures: torch.Tensor | None = None  # (P, 3, H, W), what the vision tower is looking at
@@ -88,6 +85,10 @@ class SeamHooks(CustomModel):
         """Return D_vision, the width of what transform_vision_features sees; a family with another one says so."""
         return int(self.config.vision_config.hidden_size)
 
+    def looked_at_width(self) -> int:
+        """Return the width of what a connector sees that works before the projector: that of the vision features."""
+        return self.vision_width()
+
     def make_connector(self) -> nn.Module | None:
         """Build the configured connector; ValueError when this family cannot give it what it works on."""
         spec = self.config.connector
@@ -95,17 +96,8 @@ class SeamHooks(CustomModel):
             return None
         if "connector" in self.lacks:
             raise ValueError(f"connector={spec!r}: this family takes none: {self.lacks['connector']}")
-        module_class = find_connector(spec)[0]
-        before = works_before_projector(module_class)
-        why_not = self.no_pictures or ("" if before else self.no_pictures_of_tokens)
-        if takes_pictures(module_class) and why_not:
-            raise ValueError(f"connector={spec!r} looks at pictures, but in this family {why_not}.")
-        module = build_connector(spec, self.vision_width() if before else self.config.get_text_config().hidden_size)
-        if frames_together(module) > 1 and self.no_frames:
-            raise ValueError(
-                f"connector={spec!r} takes crops together as frames, but in this family {self.no_frames}."
-            )
-        return module
+        before = works_before_projector(find_connector(spec)[0])
+        return build_connector(spec, self.looked_at_width() if before else self.config.get_text_config().hidden_size)
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Return (module path, hook registrar, method, options) for each seam."""
@@ -240,13 +232,16 @@ class SeamHooks(CustomModel):
         return (self._vision_features(args[0]), *args[1:])
 
     def _vision_features(self, features: torch.Tensor) -> torch.Tensor:
-        given = features
-        features = self.transform_vision_features(features)  # (P, patches, D_vision)
-        seams.check_kept("transform_vision_features", features, given)
+        features = self._transformed(features)  # (P, patches, D_vision)
         if works_before_projector(self.custom_connector):
             features = self._look_again(features)
         if self._pass is not None and self._pass.records:
             self._pass.vision_features = features
+        return features
+
+    def _transformed(self, given: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.transform_vision_features(given)  # (P, patches, D_vision)
+        seams.check_kept("transform_vision_features", features, given)
         return features
 
     def _look_again(self, features: torch.Tensor) -> torch.Tensor:
@@ -258,9 +253,12 @@ class SeamHooks(CustomModel):
 
     def pictures_of_tokens(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return what a connector behind the projector is told of the pictures of (P, N, D), nothing for another one."""
-        if not takes_pictures(self.custom_connector) or works_before_projector(self.custom_connector):
-            return {}
-        return {"pixel_values": self._pictures_of(features)}
+        return {"pixel_values": self._pictures_of(features)} if self.looks_behind_projector else {}
+
+    @property
+    def looks_behind_projector(self) -> bool:
+        """Whether the connector looks at pictures where every other one works."""
+        return takes_pictures(self.custom_connector) and not works_before_projector(self.custom_connector)
 
     def _pictures_of(self, features: torch.Tensor) -> torch.Tensor:
         """Return the pictures that the tower has just looked at, (P, 3, H, W), for what became of them, (P, ...)."""
@@ -276,12 +274,16 @@ class SeamHooks(CustomModel):
     def _at_connector_output(self, module: nn.Module, args: tuple[Any, ...], features: torch.Tensor) -> torch.Tensor:
         if self.custom_connector is not None:
             tokens = count_tokens_out(self.custom_connector, features.shape[1])
-            told = self.question_of([tokens] * len(features)) | self.pictures_of_tokens(features)
-            features = reduce_tokens(self.custom_connector, features, None, self.config.connector, told)  # (P, M, D)
+            features = self._reduced(features, self.question_of([tokens] * len(features)))  # (P, M, D)
             self._check_placeholders(features.shape[0] * features.shape[1], len(features))
         if self._pass is not None and self._pass.records:
             self._pass.image_features = features
         return features
+
+    def _reduced(self, features: torch.Tensor, told: Told) -> torch.Tensor:
+        """Run a connector behind the projector, `told` what the texts ask: (P, N, D) -> (P, M, D)."""
+        told = {**told, **self.pictures_of_tokens(features)}
+        return reduce_tokens(self.custom_connector, features, None, self.config.connector, told)
 
     def _check_placeholders(
         self,

@@ -24,15 +24,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hfcustom.data.hosts import host_problems
+from hfcustom.exits import exit_codes
 from hfcustom.options import ConfigError, parse, with_values
-from hfcustom.train_config import TrainConfig
+from hfcustom.train_config import HubOptions, TrainConfig
 
-FOR_ALL_STAGES = ("model", "custom", "output_dir", "stages", "resume", "overwrite", "trackers")
+FOR_ALL_STAGES = (
+    *("model", "custom", "output_dir", "stages", "resume", "overwrite", "trackers"),
+    *("push_to_hub", "hub_revision", "hub_public"),
+)
 
 
 @dataclass(kw_only=True)
-class FinetuneConfig(TrainConfig):
-    """TrainConfig, and what to train on what."""
+class FinetuneConfig(HubOptions, TrainConfig):
+    """TrainConfig, what to train on what, and where to upload it."""
 
     model: Annotated[str, "folder or hub id of the checkpoint"] = ""
     data: Annotated[
@@ -112,6 +116,7 @@ class FinetuneConfig(TrainConfig):
             raise ConfigError(f"stage {name!r}: {wrong[0]} is for all stages; set it beside `stages`")
         stage = with_values(self, values, f"stage {name!r}")
         stage.stages = []
+        stage.push_to_hub, stage.hub_revision, stage.hub_public = None, None, False  # the last one's model goes there
         stage.output_dir = str(Path(self.output_dir) / f"{at + 1}-{name}")
         stage.merge = stage.merge or (stage.lora and at + 1 < len(self.stages))  # the next one trains all of it
         return stage
@@ -126,10 +131,23 @@ class FinetuneConfig(TrainConfig):
                 found.append(str(error))
         return found
 
+    # what the data hold is compared, wherever they lie
+    may_change = TrainConfig.may_change | {
+        "eval_data",
+        "eval_split",
+        "eval_rows",
+        "max_new_tokens",
+        "merge",
+        "data",
+        "image_root",
+        "image_hosts",
+        "image_downloads",
+    }
+
     def problems(self) -> list[str]:
         """Return what is missing, contradictory or out of range, in each stage where there are some."""
         if self.stages:
-            return self._stage_problems()
+            return self.hub_problems() + self._stage_problems()
         rules = [
             (bool(self.model), "model is missing: --model folder-or-hub-id"),
             (bool(self.data), "data is missing: --data rows.jsonl"),
@@ -160,7 +178,7 @@ class FinetuneConfig(TrainConfig):
         ]
         for name in ("lora_parts", "lora_rank", "lora_alpha", "lora_kind", "lora_experts", "lora_dropout"):
             rules.append((self.lora or name not in self.sources, f"{name} has no effect without --lora"))
-        wrong = host_problems(self.image_hosts, self.image_downloads)
+        wrong = self.hub_problems() + host_problems(self.image_hosts, self.image_downloads)
         return super().problems() + wrong + [message for holds, message in rules if not holds]
 
 
@@ -171,11 +189,11 @@ from accelerate.utils import set_seed
 
 import hfcustom
 from hfcustom import console
+from hfcustom.card import add_results
 from hfcustom.data.feed import first_example
-from hfcustom.data.messages import RowError
-from hfcustom.data.steps import EXIT_BAD_ROWS
 from hfcustom.evaluate import first_rows, match_by_source
 from hfcustom.families import class_of
+from hfcustom.hub import check_upload, upload_result
 from hfcustom.losses import import_losses
 from hfcustom.naming import load_object
 from hfcustom.train import process_state
@@ -245,8 +263,22 @@ def choose_what_trains(model: Any, config: FinetuneConfig) -> Any:
     return model
 
 
+def load_data(config: FinetuneConfig) -> tuple[Any, Any]:
+    """Return rows to train on, and held-out rows or None; a row that cannot be scored is an error here already."""
+    media = ("max_frames", "frame_method", "video_as_images", "image_root", "image_hosts", "image_downloads")
+    read: dict[str, Any] = {name: getattr(config, name) for name in media}
+    streams = {"streaming": config.streaming, "shuffle_buffer": config.shuffle_buffer}
+    rows = hfcustom.load_rows(config.data, config.split, **streams, **read)
+    if not config.eval_data:
+        return rows, None
+    return rows, first_rows(hfcustom.load_rows(config.eval_data, config.eval_split, **read), config.eval_rows)
+
+
 def main(config: FinetuneConfig) -> None:
-    console.out.quiet = not process_state().is_main_process  # every fact is printed once, not once a rank
+    is_main = process_state().is_main_process
+    console.out.quiet = not is_main  # every fact is printed once, not once a rank
+    if is_main:
+        check_upload(config)
     stages, folder = config.in_stages(), config.model
     for at, stage in enumerate(stages):
         if len(stages) > 1:
@@ -254,18 +286,13 @@ def main(config: FinetuneConfig) -> None:
         stage.model = folder
         folder = str(run(stage))
     console.out.print(f"The model is in {folder}.")
+    if config.push_to_hub and is_main:
+        console.out.print(f"The model is uploaded: {upload_result(config, Path(folder))}")
 
 
 def run(config: FinetuneConfig) -> Path:
     """Train, score, merge where asked; return the folder of the full model, or of the adapter."""
-    media = ("max_frames", "frame_method", "video_as_images", "image_root", "image_hosts", "image_downloads")
-    read: dict[str, Any] = {name: getattr(config, name) for name in media}
-    streams = {"streaming": config.streaming, "shuffle_buffer": config.shuffle_buffer}
-    rows = hfcustom.load_rows(config.data, config.split, **streams, **read)
-    held_out = None
-    if config.eval_data:
-        held_out = hfcustom.load_rows(config.eval_data, config.eval_split, **read)
-        held_out = first_rows(held_out, config.eval_rows)  # a row that cannot be scored is an error here already
+    rows, held_out = load_data(config)
     set_seed(config.seed)  # of new modules and LoRA matrices
     model, processor = load_model(config)
     model = choose_what_trains(model, config)
@@ -274,16 +301,15 @@ def run(config: FinetuneConfig) -> Path:
         options = {"max_new_tokens": config.max_new_tokens, "allowed_tokens": config.allowed_tokens}
         return match_by_source(hfcustom.generate_answers(model, processor, held_out, **options))
 
-    try:
-        console.show_start(model, processor, first_example(rows, config), config)
-        result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
-    except RowError as error:  # it names the row, where and the cure
-        console.out.print(f"finetune.py: {error}")
-        raise SystemExit(EXIT_BAD_ROWS) from error
+    console.show_start(model, processor, first_example(rows, config), config)
+    result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
     result.exit_if_interrupted()
     if held_out:
         matches = evaluate(model, result.step)
         console.show_table(("held-out rows", *matches), [(len(held_out), *matches.values())])
+        if process_state().is_main_process:
+            facts = {"data": config.eval_data, "split": config.eval_split, "rows": len(held_out)}
+            add_results(model, result.model_dir, matches, **facts)
     if not config.merge:
         return result.model_dir
     console.out.print(f"The adapter is in {result.model_dir}; it is merged into full-precision weights.")
@@ -296,4 +322,5 @@ def run(config: FinetuneConfig) -> Path:
 
 
 if __name__ == "__main__":
-    main(CONFIG)
+    with exit_codes():
+        main(CONFIG)

@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from hfcustom.data.hosts import host_problems
+from hfcustom.exits import exit_codes
 from hfcustom.options import parse
-from hfcustom.train_config import TrainConfig
+from hfcustom.train_config import HubOptions, TrainConfig
 
 
 @dataclass(kw_only=True)
-class FinetuneEncoderConfig(TrainConfig):
+class FinetuneEncoderConfig(HubOptions, TrainConfig):
     """TrainConfig with this recipe's defaults, and what to train on what."""
 
     output_dir: Annotated[str, "folder for everything this recipe writes"] = "outputs/finetune_encoder"
@@ -49,6 +50,17 @@ class FinetuneEncoderConfig(TrainConfig):
     lora_parts: Annotated[list[str], "parts that get LoRA"] = field(default_factory=lambda: ["vision", "language"])
     lora_rank: Annotated[int, "rank of the LoRA matrices"] = 16
 
+    # what the data hold is compared, wherever they lie
+    may_change = TrainConfig.may_change | {
+        "eval_data",
+        "eval_split",
+        "eval_rows",
+        "data",
+        "image_root",
+        "image_hosts",
+        "image_downloads",
+    }
+
     def problems(self) -> list[str]:
         """Return what is missing, contradictory or out of range."""
         rules = [
@@ -69,7 +81,7 @@ class FinetuneEncoderConfig(TrainConfig):
         ]
         for name in ("lora_parts", "lora_rank"):
             rules.append((self.lora or name not in self.sources, f"{name} has no effect without --lora"))
-        wrong = host_problems(self.image_hosts, self.image_downloads)
+        wrong = self.hub_problems() + host_problems(self.image_hosts, self.image_downloads)
         return super().problems() or wrong + [message for holds, message in rules if not holds]
 
 
@@ -81,11 +93,11 @@ from accelerate.utils import set_seed
 
 import hfcustom
 from hfcustom import console
+from hfcustom.card import add_results
 from hfcustom.data.digits import digit_captions
 from hfcustom.data.feed import first_example
-from hfcustom.data.messages import RowError
-from hfcustom.data.steps import EXIT_BAD_ROWS
 from hfcustom.encoders import class_of, clip
+from hfcustom.hub import check_upload, upload_result
 from hfcustom.naming import load_object
 from hfcustom.train import process_state
 
@@ -132,7 +144,10 @@ def load_data(config: FinetuneEncoderConfig) -> tuple[Any, Any]:
 
 def main(config: FinetuneEncoderConfig) -> dict[str, float]:
     """Run the recipe; return the recall on held-out rows, nothing where there are none."""
-    console.out.quiet = not process_state().is_main_process  # every fact is printed once, not once a rank
+    is_main = process_state().is_main_process
+    console.out.quiet = not is_main  # every fact is printed once, not once a rank
+    if is_main:
+        check_upload(config)
     set_seed(config.seed)
     rows, held_out = load_data(config)
     model, processor = load_model(config) if config.model else small_clip(config)
@@ -140,19 +155,21 @@ def main(config: FinetuneEncoderConfig) -> dict[str, float]:
     def evaluate(model: Any, step: int) -> dict[str, float]:
         return hfcustom.retrieval_recall(model, processor, held_out)
 
-    try:
-        console.show_start(model, processor, first_example(rows, config), config)
-        result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
-    except RowError as error:  # it names the row, where and the cure
-        console.out.print(f"finetune_encoder.py: {error}")
-        raise SystemExit(EXIT_BAD_ROWS) from error
+    console.show_start(model, processor, first_example(rows, config), config)
+    result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
     result.exit_if_interrupted()
     recall = evaluate(model, result.step) if held_out else {}
     if held_out:
         console.show_table(("held-out rows", *recall), [(len(held_out), *recall.values())])
+    if held_out and is_main:
+        data = {"data": config.eval_data or "scanned digits", "split": config.eval_split, "rows": len(held_out)}
+        add_results(model, result.model_dir, recall, **data)
     console.out.print(f"The model is in {result.model_dir}.")
+    if config.push_to_hub and is_main:
+        console.out.print(f"The model is uploaded: {upload_result(config, result.model_dir)}")
     return recall
 
 
 if __name__ == "__main__":
-    main(CONFIG)
+    with exit_codes():
+        main(CONFIG)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from hfcustom.exits import exit_codes
 from hfcustom.options import parse
 from hfcustom.train_config import TrainConfig
 
@@ -58,6 +59,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hfcustom
 from hfcustom import console
+from hfcustom.card import add_results
 from hfcustom.data.digits import ORDINALS, TASKS, digit_rows
 from hfcustom.families import nano, tiny
 from hfcustom.report import Report, draw_result
@@ -136,6 +138,8 @@ def main(config: NanoScratchConfig) -> float:
         reader = AutoProcessor.from_pretrained(result.model_dir)
         answers = hfcustom.generate_answers(again, reader, held_out, max_new_tokens=16)
         accuracy = hfcustom.character_accuracy(answers)
+        scored = {"data": "scanned digits", "split": "held_out", "rows": len(held_out)}
+        add_results(again, result.model_dir, {"character_accuracy": accuracy}, **scored)
     write_report(folder, result.history, answers, accuracy, hfcustom.part_table(model), stages.rows())
     console.show_table(("stage", "seconds"), stages.rows())
     print(
@@ -145,4 +149,5 @@ def main(config: NanoScratchConfig) -> float:
 
 
 if __name__ == "__main__":
-    main(CONFIG)
+    with exit_codes():
+        main(CONFIG)

@@ -14,6 +14,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated
 
+from hfcustom.exits import exit_codes
 from hfcustom.options import parse
 from hfcustom.train_config import TrainConfig
 
@@ -58,6 +59,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import hfcustom
 from hfcustom import console
+from hfcustom.card import add_results
 from hfcustom.data.digits import ORDINALS, TASKS, digit_rows
 from hfcustom.families import internvl, tiny
 from hfcustom.families.internvl import CustomInternVLForConditionalGeneration, CustomInternVLProcessor
@@ -254,6 +256,9 @@ def main(config: QuickstartConfig) -> None:
         final = score(merged, processor, held_out)
     runs = (before, after, final)
     accuracy = [(task, *(hfcustom.character_accuracy(run[task]) for run in runs)) for task in TASKS]
+    for task, *_, share in accuracy:
+        scored = {"data": f"scanned digits, {task}", "split": "held_out", "rows": config.held_out_rows}
+        add_results(merged, output_dir / "merged", {"character_accuracy": share}, **scored)
     print()
     console.show_table(("share of digits right", "after training", "after LoRA on 8 bits", "merged"), accuracy)
     console.show_table(("stage", "seconds"), stages.rows())
@@ -263,4 +268,5 @@ def main(config: QuickstartConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(CONFIG)
+    with exit_codes():
+        main(CONFIG)

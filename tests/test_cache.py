@@ -117,7 +117,7 @@ def test_cached_towers_train_the_connector_as_ever(family: Family, tmp_path: Pat
     model, rows = family.model().train(), [chat_row(1, 0), chat_row(0, 1), chat_row(1, 2)]
     hfcustom.freeze(model, ["vision"])
     if why := why_not_cached(model):
-        assert model.no_feature_cache in why or model.no_pictures in why
+        assert model.no_feature_cache in why or model.no_tower_cache in why
         return
     assert why_tower_only(model)
     runs = count_layers(model)
@@ -153,6 +153,15 @@ def test_processed_images_change_no_bit(family: Family, tmp_path: Path, said: py
         else:  # as LLaVA-OneVision's, which tiles a row's only image
             assert "depends on those beside it" in said.text
             return
+
+
+@pytest.mark.parametrize("images", [[2, 0, 1], [3, 2, 1], [2, 0, 1, 3]], ids=str)
+def test_rows_of_many_images_are_put_together_from_each(family: Family, images: list[int], tmp_path: Path) -> None:
+    rows = [chat_row(count, seed) for seed, count in enumerate(images)]
+    plain = Collator(family.processor)(rows)
+    caches = Caches(ImageCache(ShardStore(tmp_path, "images", 1e12)))
+    found = on_device(Collator(family.processor, caches=caches)(rows), torch.device("cpu"))
+    assert found.keys() == plain.keys() and not [name for name in plain if not torch.equal(found[name], plain[name])]
 
 
 def test_pixels_of_crops_are_bytes_until_they_are_used(internvl: Family, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from conftest import Family
 from kinds import family_of_each_kind  # noqa: F401
 from torch import nn
-from training import train, uneven_rows
+from training import train, uneven_rows, user_losses
 
 import hfcustom
 from hfcustom import coverage
@@ -81,6 +81,15 @@ def test_what_is_multiplied_by_zero_is_an_error_at_the_third_step(internvl: Fami
 def test_a_gate_that_opens_from_zero_is_none(internvl: Family, tmp_path: Path) -> None:
     model = internvl.model(gated(internvl.model_class, learns=True))
     train(model, internvl, tmp_path, uneven_rows())
+
+
+def test_a_loss_of_image_features_alone_trains_no_head_and_warns(
+    internvl: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with user_losses():
+        train(internvl.model(loss="image_size"), internvl, tmp_path, uneven_rows())
+    told = [record.getMessage() for record in caplog.records if "has no gradient" in record.getMessage()]
+    assert [message.split("'")[1] for message in told] == ["head"]
 
 
 def test_rows_of_text_say_nothing_about_the_tower(internvl: Family, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import FAMILIES, KINDS, Family
 from test_report import HOSTILE, Page
+from test_sentinel import edit
 from zoo import DRAWN, ZOO
 
 import hfcustom
@@ -89,6 +90,10 @@ def test_each_broken_model_is_caught_by_its_check_and_by_no_other(
     if check == "clean_process":
         (tmp_path / "drawn.py").write_text(DRAWN)
         target: Any = f"{tmp_path / 'drawn.py'}:Drawn"
+    elif check == "upgrade":
+        internvl.model().save_pretrained(tmp_path)
+        edit(tmp_path, lambda then: then["modules"].append("model.old_tower"))
+        target = str(tmp_path)
     else:
         target = hfcustom.register(ZOO[check](internvl.model_class))
     found = failed(examine(target, list(dict.fromkeys([check, *QUICK]))))
@@ -96,7 +101,7 @@ def test_each_broken_model_is_caught_by_its_check_and_by_no_other(
 
 
 def test_every_check_has_its_broken_model_and_says_what_to_do() -> None:
-    assert CHECKS.keys() == ZOO.keys() | {"clean_process"}
+    assert CHECKS.keys() == ZOO.keys() | {"clean_process", "upgrade"}
     for check in CHECKS.values():
         assert check.expected and check.why and check.cure.endswith(".")
 
@@ -107,7 +112,10 @@ def test_a_healthy_class_with_every_seam_passes_all_checks(tmp_path: Path) -> No
     assert findings.keys() == CHECKS.keys()
     assert not failed(findings.values())
     skipped = {name: finding.measured for name, finding in findings.items() if finding.status == "skipped"}
-    assert skipped == {"stock_reload": "the class adds gate.bias, gate.weight, so the stock class is another model"}
+    assert skipped == {
+        "stock_reload": "the class adds gate.bias, gate.weight, so the stock class is another model",
+        "upgrade": "the target is a class, not a checkpoint that was saved",
+    }
     said = findings["overrides"].measured
     assert all(name in said for name in ("transform_vision_features", "transform_embeddings", "connector", "loss"))
     assert "another number of image tokens" in said and "new 2 of 2" in findings["gradients"].measured

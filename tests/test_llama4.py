@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import Family, chat_row, picture
+from test_two_encoders import CONNECTORS, wake
 from transformers import Llama4Processor
 
+import hfcustom
+from hfcustom.cache.refusals import why_not_cached
 from hfcustom.data.collate import Collator
 from hfcustom.families import missing_packages
 
@@ -115,3 +118,34 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(llama4: Family) -> None:
     assert processor(text=["hi"])["input_ids"][0].count(bos) == 1
     assert processor(text=[rendered], add_special_tokens=True)["input_ids"][0].count(bos) == 2
     assert processor(text=[rendered], text_kwargs={"add_special_tokens": True})["input_ids"][0].count(bos) == 2
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_added_towers_see_the_tiles_of_each_beam(llama4: Family, use_cache: bool) -> None:
+    """generate() runs the tower once, deals its features to beams, and projects them in each forward."""
+    model = llama4.model(connector=CONNECTORS["several"] | {"num_queries": 4})
+    wake(model.custom_connector)
+    ids = torch.arange(40, 60).repeat(2, 1)
+    ids[0, 3:11] = ids[1, 3:7] = model.placeholder_token_id  # two tiles, and one
+    pixels = torch.randn(3, 3, 28, 28)
+    options: Any = {"num_beams": 2, "max_new_tokens": 4, "do_sample": False, "use_cache": use_cache}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    together = model.generate(input_ids=ids, pixel_values=pixels, **options)
+    for row, tiles in enumerate((slice(2), slice(2, 3))):
+        alone = model.generate(input_ids=ids[row : row + 1], pixel_values=pixels[tiles], **options)
+        assert torch.equal(together.sequences[row], alone.sequences[0])
+        torch.testing.assert_close(together.sequences_scores[row], alone.sequences_scores[0])
+
+
+def test_a_change_of_vision_features_is_inside_the_tower_so_it_is_not_cached(llama4: Family) -> None:
+    class Shifted(llama4.model_class):  # type: ignore[misc, name-defined]
+        def transform_vision_features(self, features: torch.Tensor) -> torch.Tensor:
+            return features + 1
+
+    for model_class, why in (
+        (llama4.model_class, ""),
+        (Shifted, "in this family vision features are changed inside of it"),
+    ):
+        model = llama4.model(model_class)
+        hfcustom.freeze(model, ["vision"])
+        assert why in why_not_cached(model) and bool(why) == bool(why_not_cached(model))

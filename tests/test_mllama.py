@@ -261,3 +261,73 @@ def test_tokens_can_be_added(mllama: Family, tmp_path: Path, multiple: int | Non
     model.eval().save_pretrained(tmp_path)
     for model_class in (mllama.model_class, mllama.stock_class):
         assert_same_model(model_class.from_pretrained(tmp_path), model, without_labels(batch))
+
+
+# ---- frames -----------------------------------------------------------------------------------------------------------
+
+AVERAGE = {"name": "frame_average", "frames": 2}
+
+
+def frames_batch(family: Family, counts: list[int], sizes: list[tuple[int, int]] | None = None) -> dict[str, Any]:
+    rows = [chat_row(count, seed) for seed, count in enumerate(counts)]
+    for row in rows if sizes else ():
+        row["images"] = [picture(at, size) for at, size in enumerate(sizes or ())][: len(row["images"])]
+    return dict(Collator(family.processor)(rows))
+
+
+@torch.no_grad()
+def test_the_same_tile_of_neighbouring_images_is_averaged(mllama: Family) -> None:
+    batch = frames_batch(mllama, [4, 0, 2])
+    given, found = (
+        mllama.corrected(connector=connector).loss_context(batch, batch["labels"]).image_features
+        for connector in (None, AVERAGE)
+    )
+    tiles = batch["aspect_ratio_mask"][0, 0].sum()
+    assert tiles > 1 and len(given) == 6 * tiles
+    clips = given.unflatten(0, (3, 2, tiles))  # (clips, frames, tiles, CLS + 16, D)
+    assert torch.equal(found.unflatten(0, (3, 2, tiles))[..., 0, :], clips[..., 0, :])  # CLS stays
+    average = clips[..., 1:, :].mean(
+        1
+    )  # (clips, tiles, 16, D), the first half of it stands in the first frame's places
+    torch.testing.assert_close(found[:, 1:].unflatten(0, (3, 2, tiles)), torch.stack(average.chunk(2, 2), 1))
+
+
+@torch.no_grad()
+def test_text_that_sees_one_frame_of_a_clip_sees_all_of_it(mllama: Family) -> None:
+    batch, seen = frames_batch(mllama, [4]), []
+    model = mllama.corrected(connector=AVERAGE)
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["cross_attention_mask"]), with_kwargs=True
+    )
+    model(**batch)
+    by_image = (seen[0][0, 0] == 0).unflatten(-1, (4, -1)).any(-1)  # (T, images)
+    stock = batch["cross_attention_mask"][0].any(-1)  # (T, images): a text sees the images just before it
+    shown = stock.any(-1)
+    expected = stock.unflatten(-1, (2, 2)).any(-1).repeat_interleave(2, -1)
+    assert torch.equal(by_image[shown], expected[shown]) and not torch.equal(expected, stock)
+
+
+@torch.no_grad()
+def test_frames_that_make_no_clip_are_named(mllama: Family) -> None:
+    model = mllama.corrected(connector=AVERAGE)
+    with pytest.raises(
+        ValueError, match="takes 2 neighbouring images together, but a row of the batch has 3. Give each"
+    ):
+        model(**frames_batch(mllama, [3]))
+    with pytest.raises(
+        ValueError, match=r"those from 0 on in row 1 have \[\d, 0\] tiles. Give each row a multiple of 2"
+    ):
+        model(**frames_batch(mllama, [2, 1]))
+    with pytest.raises(ValueError, match=r"those from 0 on in row 0 have \[2, 1\] tiles. .* images of one size"):
+        model(**frames_batch(mllama, [2], [(56, 28), (28, 28)]))
+
+
+def test_frames_are_generated_from_alike_with_and_without_a_cache(mllama: Family) -> None:
+    inputs = without_labels(frames_batch(mllama, [4, 2]))
+    options: Any = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    for connector in (AVERAGE, {"name": "temporal_dedup", "frames": 2, "keep_ratio": 0.75}):
+        model = mllama.corrected(connector=connector)
+        cached, plain = (model.generate(**inputs, **options, use_cache=use_cache) for use_cache in (True, False))
+        for a, b in zip(cached.logits, plain.logits, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-6)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import Family, assert_same_model, chat_row
+from conftest import Family, assert_same_model, chat_row, picture
+from test_cache import assert_same, caches_for, step
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 import hfcustom
+from hfcustom.cache.features import TowerCache
+from hfcustom.cache.refusals import why_not_cached
 from hfcustom.connectors import build_connector
-from hfcustom.connectors.added_tower import describe_tower, describe_towers
-from hfcustom.families import tiny
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 VIT = {**SIZES, "image_size": 24, "patch_size": 6}
@@ -42,8 +44,12 @@ def spec(model_type: str = "dinov2", **options: Any) -> dict[str, Any]:
 
 def wake(connector: Any) -> None:
     """Draw what starts at zero, so that the second tower has a say."""
-    layer = connector.proj if connector.fusion == "concat" else connector.attention.o_proj
-    nn.init.normal_(layer.weight, std=0.2)
+    if hasattr(connector, "blocks"):
+        layers = [block.o_proj for block in connector.blocks]
+    else:
+        layers = [connector.proj if connector.fusion == "concat" else connector.attention.o_proj]
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=0.2)
 
 
 class Stub(nn.Module):
@@ -94,55 +100,13 @@ def test_each_patch_attends_to_all_of_the_second_tower() -> None:
         assert not torch.allclose(connector(features, pictures.flip(0)), features + found)
 
 
-def test_pixels_are_normalised_as_the_second_tower_knows_them() -> None:
-    connector = stubbed(processor_mean=0.5, processor_std=0.5, tower_mean=[0.1, 0.2, 0.3], tower_std=[1.0, 2.0, 0.5])
-    raw = torch.rand(2, 3, 24, 24)
-    connector(torch.randn(2, 4, 8), (raw - 0.5) / 0.5)
-    mean, std = (torch.tensor(x)[:, None, None] for x in ([0.1, 0.2, 0.3], [1.0, 2.0, 0.5]))
-    torch.testing.assert_close(connector.tower.seen, (raw - mean) / std)
-    plain = stubbed()
-    plain(torch.randn(2, 4, 8), raw)
-    assert torch.equal(plain.tower.seen, raw)
-
-
-def test_pictures_are_resized_but_never_bent() -> None:
+def test_a_grid_of_other_proportions_spans_the_same_picture() -> None:
     connector = stubbed()
-    connector(torch.randn(1, 4, 8), torch.full((1, 3, 30, 30), 0.25))
-    assert connector.tower.seen.shape == (1, 3, 24, 24)
-    torch.testing.assert_close(connector.tower.seen, torch.full((1, 3, 24, 24), 0.25))
-    with pytest.raises(ValueError, match="sees pictures of 24 x 24 pixels; crops of 30 x 60 have other proportions"):
-        connector(torch.randn(1, 8, 8), torch.randn(1, 3, 30, 60))
-    connector.tower.config.image_size = None
-    connector.tower.config.patch_size = 15
-    with pytest.raises(
-        ValueError, match="7 patches of a crop of 30 x 30 pixels are no grid.*use fusion='cross_attend'"
-    ):
-        connector(torch.randn(1, 7, 8), torch.randn(1, 3, 30, 30))
-
-
-def test_towers_that_cannot_be_matched_are_named() -> None:
-    with pytest.raises(
-        ValueError, match="Siglip2VisionModel, wants pixel_attention_mask, spatial_shapes beside pixel"
-    ):
-        build_connector({"name": "two_encoders", "tower": {"model_type": "siglip2_vision_model", **SIZES}}, 8)
-    swin = {"model_type": "swin", "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "image_size": 32}
-    connector = build_connector({"name": "two_encoders", "tower": {**swin, "window_size": 2}}, 8)
-    with pytest.raises(ValueError, match="SwinModel, makes 16 tokens of a picture of 8 x 8 patches, which is no grid"):
-        connector(torch.randn(1, 4, 8), torch.randn(1, 3, 32, 32))
-    with pytest.raises(ValueError, match="makes features 5 wide, which its config, with 16, does not say"):
-        stubbed(width=5)(torch.randn(1, 4, 8), torch.randn(1, 3, 24, 24))
-    with pytest.raises(ValueError, match=r"built for vision features 8 wide and got 6: the family's vision_width\(\)"):
-        stubbed()(torch.randn(1, 4, 6), torch.randn(1, 3, 24, 24))
-
-
-def test_a_frozen_tower_stays_as_it_is() -> None:
-    for trainable in (False, True):
-        connector: Any = build_connector(spec(trainable=trainable), 8).train()
-        wake(connector)
-        connector(torch.randn(2, 4, 8), torch.randn(2, 3, 24, 24)).sum().backward()
-        assert connector.tower.training == trainable
-        assert any(p.grad is not None for p in connector.tower.parameters()) == trainable
-        assert connector.proj.weight.grad is not None
+    with torch.no_grad():
+        connector.proj.weight.zero_()
+        connector.proj.weight[0, 8] = 1.0
+        found = connector(torch.randn(1, 8, 8), torch.zeros(1, 3, 12, 48), (2, 4))[0, :, 0].view(2, 4)
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0.25, 0.75, 1.0], [2.0, 2.25, 2.75, 3.0]]))
 
 
 # ---- in a model -----------------------------------------------------------------------------------------------------
@@ -171,20 +135,111 @@ def test_any_tower_starts_without_effect_learns_and_travels(
         assert torch.isfinite(half(**inputs).logits).all()
 
 
-def test_crops_keep_their_own_pictures(family: Family) -> None:
-    """A batch equals its rows, so that no crop is looked at with another's picture, padded tiles left out."""
-    if "connector" in family.model_class.lacks or family.model_class.no_pictures:
-        return
-    model = family.model(connector=spec())
+SIZES_OF_ROWS = [[(70, 28), (42, 42)], [], [(28, 70)], [(42, 70), (70, 28), (28, 28)]]  # width, height of images
+CONNECTORS: dict[str, dict[str, Any]] = {
+    "concat": spec(),
+    "cross_attend": spec(fusion="cross_attend"),
+    "several": {
+        "name": "multi_encoder_resampler",
+        "towers": [
+            {"tower": {"model_type": "dinov2", **VIT}},
+            {"tower": {"model_type": "siglip_vision_model", **VIT}},
+        ],
+        "num_queries": 3,
+        "num_heads": 4,
+    },
+}
+each_connector = pytest.mark.parametrize("connector", CONNECTORS.values(), ids=CONNECTORS)
+
+
+def awake(family: Family, connector: dict[str, Any], **config: Any) -> tuple[Any, Any]:
+    """Return a model whose added towers have a say, and a processor that writes its placeholders; None where it has none."""
+    model = family.corrected(connector=connector, **config)
     wake(model.custom_connector)
-    together = family.batch([2, 0, 1])
+    return model, model.match_processor(copy.deepcopy(family.processor))
+
+
+def rows_of(sizes: list[list[tuple[int, int]]]) -> list[dict[str, Any]]:
+    rows = [chat_row(len(row), seed) for seed, row in enumerate(sizes)]
+    for at, row in enumerate(rows):
+        row["images"] = [picture(10 * at + image, size) for image, size in enumerate(sizes[at])]
+    return rows
+
+
+@pytest.mark.parametrize("fusion", ["concat", "cross_attend"])
+def test_images_of_any_sizes_start_as_without_a_second_tower(family: Family, fusion: str) -> None:
+    if "connector" in family.model_class.lacks:
+        return
+    model, batch = (
+        family.model(connector=spec(fusion=fusion)),
+        dict(hfcustom.Collator(family.processor)(rows_of(SIZES_OF_ROWS))),
+    )
     with torch.no_grad():
-        logits = model(**together).logits
-        collate = hfcustom.Collator(family.processor)
-        for at, count in enumerate([2, 0, 1]):
-            alone = dict(collate([chat_row(count, at)]))
+        assert torch.equal(model(**batch).logits, family.model()(**batch).logits)
+
+
+@each_connector
+@pytest.mark.parametrize("order", [[3, 0, 2], [0, 1, 2], [2]], ids=["3-2-1", "2-0-1", "1"])
+def test_crops_keep_their_own_pictures(family: Family, connector: dict[str, Any], order: list[int]) -> None:
+    """A batch equals its rows, so that no crop is looked at with another's picture, padded tiles left out."""
+    if "connector" in family.model_class.lacks:
+        return
+    model, processor = awake(family, connector)
+    rows = rows_of([SIZES_OF_ROWS[at] for at in order])
+    collate = hfcustom.Collator(processor)
+    with torch.no_grad():
+        batch = dict(collate(rows))
+        logits = model(**batch).logits
+        for at, row in enumerate(rows):
+            alone = dict(collate([row]))
             length = alone["input_ids"].shape[1]
             torch.testing.assert_close(logits[at, :length], model(**alone).logits[0], rtol=1e-4, atol=2e-6)
+        for layer in (model.custom_connector.tower,) if "tower" in connector else model.custom_connector.projs:
+            for parameter in layer.parameters():
+                parameter.zero_()
+        assert not torch.allclose(model(**batch).logits, logits)  # so the added towers had a say
+
+
+@each_connector
+def test_generation_with_cache_equals_generation_without(family: Family, connector: dict[str, Any]) -> None:
+    if "connector" in family.model_class.lacks:
+        return
+    model, processor = awake(family, connector)
+    batch = dict(hfcustom.Collator(processor)(rows_of(SIZES_OF_ROWS[:1])))
+    inputs = {key: tensor for key, tensor in batch.items() if key != "labels"}
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    cached, plain = (model.generate(**inputs, **options, use_cache=use_cache) for use_cache in (True, False))
+    for a, b in zip(cached.logits, plain.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-6)
+
+
+def test_a_second_tower_can_be_trained_too(family: Family) -> None:
+    if "connector" in family.model_class.lacks:
+        return
+    model, processor = awake(family, spec(trainable=True))
+    batch = dict(hfcustom.Collator(processor)(rows_of(SIZES_OF_ROWS)))
+    model.train()(**batch).loss.backward()
+    lacking = [name for name, p in model.custom_connector.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not [name for name in lacking if "mask_token" not in name and "cls_token" not in name]
+
+
+def test_what_is_frozen_is_cached_or_says_why_not(family: Family, tmp_path: Path) -> None:
+    if "connector" in family.model_class.lacks:
+        return
+    for connector in CONNECTORS.values():
+        model, processor = awake(family, connector)
+        hfcustom.freeze(model.train(), [part for part in ("vision", "connector") if part in family.parts])
+        collate, rows = hfcustom.Collator(processor), rows_of([[(70, 28)], [], [(28, 70)]])
+        if why := why_not_cached(model):
+            reasons = [model.no_feature_cache, model.no_tower_cache, "is a part of it", "are changed inside of it"]
+            assert any(reason and reason in why for reason in reasons), why
+            continue
+        plain = step(model, collate(rows))
+        caches = caches_for(model, tmp_path / connector["name"], pixels_wanted=True)
+        with TowerCache(model, caches.features).installed():
+            for _ in range(2):
+                assert_same(step(model, hfcustom.Collator(processor, caches=caches)(rows)), plain)
 
 
 def test_features_can_be_asked_for_without_text(internvl: Family) -> None:
@@ -206,62 +261,37 @@ def test_a_stock_checkpoint_gets_a_second_tower(internvl: Family, tmp_path: Path
     assert trained == {"custom_connector.proj.weight", "custom_connector.proj.bias"}
 
 
-def test_a_family_whose_tower_is_given_no_pictures_says_so(families: dict[str, Family]) -> None:
-    with pytest.raises(ValueError, match="looks at pictures, but in this family images have sizes of their own"):
-        families["qwen2_vl"].model(connector=spec())
+def projector_input(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return what the projector gets of a batch, (P, patches, D_vision)."""
+    seen: list[torch.Tensor] = []
+    projector = model.get_submodule(model.stock_parts().paths["connector"][0])
+    projector.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -3)))
+    with torch.no_grad():
+        model(**batch)
+    return seen[0]
+
+
+def test_padding_and_empty_slots_stay_as_they_are(families: dict[str, Family]) -> None:
+    """Idefics2's tower makes features of padding, Llama 3.2's of empty slots for tiles, and a class token of each slot."""
+    rows = rows_of(SIZES_OF_ROWS)
+    for name in ("idefics2", "mllama"):
+        family = families[name]
+        model, processor = awake(family, spec())
+        batch = dict(hfcustom.Collator(processor)(rows))
+        before, after = projector_input(family.corrected(), batch), projector_input(model, batch)
+        changed = (before != after).any(-1)  # (P, patches)
+        if name == "mllama":
+            filled = batch["cross_attention_mask"].any(1).flatten()  # (P,)
+            assert 0 < filled.sum() < len(filled)
+            assert torch.equal(changed[:, 1:].any(1), filled) and not changed[:, 0].any()
+        else:
+            assert torch.equal(changed, model._patches.flatten(1)) and not changed.all()
 
 
 def test_features_without_a_picture_are_an_error(internvl: Family) -> None:
     model = internvl.model(connector=spec())
     with pytest.raises(ValueError, match="there are 2 crops and 0 pictures"):
         model._vision_features(torch.randn(2, 16, 32))
-
-
-# ---- weights from a checkpoint ---------------------------------------------------------------------------------------
-
-
-def save_tower(model_type: str, folder: Path) -> Any:
-    text = {**SIZES, "vocab_size": 50}
-    kind = model_type.removesuffix("_vision_model")
-    parts = {"text_config": text, "vision_config": VIT, "projection_dim": 16} if kind in ("clip", "siglip") else VIT
-    model = AutoModel.from_config(AutoConfig.for_model(kind, **parts))
-    model.save_pretrained(folder)
-    images = tiny.image_processor(
-        {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}.get(kind, "BitImageProcessor")
-    )
-    images(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(folder)
-    return getattr(model, "vision_model", model).eval()
-
-
-@pytest.mark.parametrize("model_type", ["clip_vision_model", "dinov2", "siglip_vision_model"])
-def test_a_checkpoint_is_described_and_its_weights_are_taken(
-    internvl: Family, model_type: str, tmp_path: Path
-) -> None:
-    tower = save_tower(model_type, tmp_path / "tower")
-    connector = describe_tower(str(tmp_path / "tower"), internvl.processor, fusion="cross_attend", num_heads=4)
-    assert connector["tower"]["model_type"] == model_type
-    assert (connector["tower_mean"], connector["tower_std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
-    assert connector["processor_std"] == list(internvl.processor.image_processor.image_std)
-    model = internvl.model(connector=connector)
-    model.custom_connector.load_tower(str(tmp_path / "tower"))
-    pictures = torch.randn(2, 3, 24, 24)
-    with torch.no_grad():
-        expected = tower(pixel_values=pictures).last_hidden_state
-        torch.testing.assert_close(model.custom_connector.tower(pixel_values=pictures).last_hidden_state, expected)
-    model.save_pretrained(tmp_path / "model")
-    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
-    assert_same_model(again, model, internvl.batch([1]))
-
-
-def test_a_checkpoint_of_another_tower_is_an_error(internvl: Family, tmp_path: Path) -> None:
-    save_tower("dinov2", tmp_path)
-    model = internvl.model(connector=spec("clip_vision_model"))
-    with pytest.raises(
-        ValueError, match="has no tensor for .* of CLIPVisionModel. Make the connector with describe_tower"
-    ):
-        model.custom_connector.load_tower(str(tmp_path))
-    described = describe_tower(str(tmp_path))
-    assert described.keys() == {"name", "tower"} and described["tower"]["model_type"] == "dinov2"
 
 
 # ---- several towers, read into few tokens -----------------------------------------------------------------------------
@@ -302,26 +332,20 @@ def test_queries_read_all_that_the_towers_make() -> None:
     assert not any(p.requires_grad for p in connector.towers.parameters())
 
 
-def test_towers_are_described_and_loaded_in_order(internvl: Family, tmp_path: Path) -> None:
-    folders = [str(tmp_path / kind) for kind in ("dinov2", "clip")]
-    towers = [
-        save_tower(kind, tmp_path / kind.removesuffix("_vision_model")) for kind in ("dinov2", "clip_vision_model")
-    ]
-    spec = describe_towers(folders, internvl.processor, num_queries=2, num_heads=4)
-    assert [tower["tower_mean"] for tower in spec["towers"]] == [[0.1, 0.2, 0.3]] * 2
-    model = internvl.model(connector=spec)
-    model.custom_connector.load_towers(folders)
-    pictures = torch.randn(1, 3, 24, 24)
+def test_tiles_that_are_put_together_are_read_with_the_pictures_of_each(families: dict[str, Family]) -> None:
+    tower = {"tower": {"model_type": "vit", **VIT}}
+    model, processor = awake(families["llava_next"], several(tower))
+    batch = dict(hfcustom.Collator(processor)(rows_of([[(56, 28), (28, 28)]])))
+    read: list[tuple[int, ...]] = []
+    block = model.custom_connector.blocks[0]
+    block.register_forward_pre_hook(lambda module, args: read.append(tuple(args[1].shape)))
     with torch.no_grad():
-        for mine, theirs in zip(model.custom_connector.towers, towers, strict=True):
-            expected = theirs(pixel_values=pictures).last_hidden_state
-            torch.testing.assert_close(mine.tower(pixel_values=pictures).last_hidden_state, expected)
-    with pytest.raises(ValueError, match="1 checkpoints for 2 added towers; name one each"):
-        model.custom_connector.load_towers(folders[:1])
-
-
-def test_a_family_that_packs_tiles_has_no_picture_of_its_tokens(families: dict[str, Family]) -> None:
-    with pytest.raises(
-        ValueError, match="looks at pictures, but in this family the tiles of an image are put together"
-    ):
-        families["llava_next"].model(connector=several({"tower": {"model_type": "vit", **VIT}}))
+        crops = model.loss_context(batch, batch["labels"]).vision_features
+    assert (
+        len(crops) == 2 * 3
+    )  # a base view and two tiles each; of the second image one holds padding, which is cut off
+    assert read == [
+        (2, 16 + 17, 64),
+        (1, 32 + 2 * 17, 64),
+        (1, 16 + 2 * 17, 64),
+    ]  # 17 for patches and class token of each

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import Family, picture
+from test_patches import KINDS, looking
+from test_two_encoders import CONNECTORS, awake
 from transformers.utils import is_torchvision_available
 
 from hfcustom.connectors import frames_together
@@ -24,7 +26,8 @@ pytestmark = pytest.mark.skipif(not is_torchvision_available(), reason="videos n
 
 AVERAGE = {"name": "frame_average", "frames": 2}
 DEDUP = {"name": "temporal_dedup", "frames": 2, "keep_ratio": 0.75}
-IDENTITIES = [{"name": "average_pool", "size": 1}, {**AVERAGE, "frames": 1}, {**DEDUP, "keep_ratio": 1.0}]
+TWO = CONNECTORS["cross_attend"]
+IDENTITIES = [{"name": "average_pool", "size": 1}, {**AVERAGE, "frames": 1}, {**DEDUP, "keep_ratio": 1.0}, TWO]
 ASKING = {"name": "token_pruning", "by": "question"}
 REDUCING: list[dict[str, Any]] = [{"name": "average_pool"}, AVERAGE, DEDUP, ASKING]
 ONE_A_CALL = ("nemotron_h_omni",)  # stock's processor takes a single video
@@ -112,6 +115,39 @@ def test_a_real_video_is_as_in_stock_where_nothing_reduces_it(family: Family) ->
             again = rows_of(same, processor, [clip(0)])
             assert torch.equal(again["input_ids"], batch["input_ids"])
             assert torch.equal(same(**again).logits, logits), spec
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_connector_that_looks_at_pictures_gets_that_of_each_frame(family: Family, kind: str) -> None:
+    model = looking(family, kind)
+    processor = model.match_processor(copy.deepcopy(family.processor))
+    colours = np.linspace(0, 255, 8).round()
+    grey = np.broadcast_to(colours[:, None, None, None], (8, 28, 28, 3)).astype(np.uint8)  # one grey a picture
+    with torch.no_grad():
+        model(**rows_of(model, processor, [grey]))
+    video = processor.video_processor
+    mean, std = (
+        torch.tensor(vars(video).get(f"norm_{at}") or getattr(video, f"image_{at}")) for at in ("mean", "std")
+    )
+    frames = FRAMES.get(family.name, 8)
+    expected = (torch.tensor(colours[:: 8 // frames] / 255)[:, None] - mean) / std  # (F, 3), of two pictures the first
+    if family.name == "molmo2" and not video.do_rescale:  # without a checkpoint's settings bytes stay as they are
+        expected = torch.tensor(colours)[:, None].expand(-1, 3)
+    seen = [picture for _, pictures, _ in model.custom_connector.seen for picture in pictures]  # (3, H, W) each
+    assert len(seen) == frames and all(torch.allclose(picture, picture[:, :1, :1], atol=1e-5) for picture in seen)
+    torch.testing.assert_close(torch.stack([picture[:, 0, 0] for picture in seen]).double(), expected.double())
+
+
+@pytest.mark.parametrize("connector", CONNECTORS.values(), ids=CONNECTORS)
+def test_added_towers_see_videos_and_generate_the_same_with_a_cache(family: Family, connector: Any) -> None:
+    model, processor = awake(family, connector)
+    batch = rows_of(model, processor, [clip(0)])
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    cached, whole = (model.generate(**batch, **options, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(cached, whole)
+    asleep = family.corrected(connector=connector)
+    with torch.no_grad():
+        assert not torch.allclose(asleep(**batch).logits, model(**batch).logits)
 
 
 def test_the_question_of_a_video_is_its_rows(family: Family) -> None:

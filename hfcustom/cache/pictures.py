@@ -122,7 +122,11 @@ class ImageCache:
                 Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
                 for width, height in PROBE_SIZES
             )
-            rows = [[first, second] if several else [first], *([[]] if gaps else []), [third]]
+            rows = [
+                [first, second] if several else [first],
+                *([[], []] if gaps else []),
+                [third],
+            ]  # not an image a row
             self._merges[known] = find_merges(
                 lambda rows: dict(inner([image for row in rows for image in row] if flat else rows, **options)), rows
             )

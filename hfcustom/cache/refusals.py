@@ -11,7 +11,7 @@ from torch import nn
 
 from hfcustom.base import CustomVLM
 from hfcustom.cache.features import METHOD, VIDEO_METHOD, modules_below
-from hfcustom.connectors import frames_together, takes_pictures, takes_question
+from hfcustom.connectors import frames_together, takes_pictures, takes_question, works_before_projector
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.processors import VideosAsImages
 from hfcustom.videos import VideoFrames
@@ -72,9 +72,16 @@ def _general(model: Any, core: Any) -> Iterator[str]:
 def _tower(model: Any, core: Any) -> Iterator[str]:
     """Yield why the tower's output cannot be cached either, with why that is asked."""
     why = f"{next(_above(model, core))}, so only what the vision tower makes could be cached, but"
-    if core.no_pictures:
-        yield f"{why} in this family {core.no_pictures}"
+    if core.no_tower_cache:
+        yield f"{why} in this family {core.no_tower_cache}"
     paths = core.stock_parts().paths
+    inside = any(
+        method == "_at_connector_input" and path.startswith(paths["vision"][0] + ".")
+        for path, _, method, _ in core.seam_hooks()
+    )
+    changed = type(core).transform_vision_features is not CustomVLM.transform_vision_features
+    if inside and (changed or works_before_projector(core.custom_connector)):
+        yield f"{why} in this family vision features are changed inside of it"
     if not paths["connector"] or paths["connector"][0].startswith(paths["vision"][0] + "."):
         yield f"{why} in this family the connector is a part of it"
 

@@ -7,7 +7,9 @@ writes M placeholders where it wrote N (`model.match_processor`). What a connect
 - `forward(features, grid)` and `num_tokens_out(n, grid)`: how the tokens lie, (rows, columns); None stands for a square.
 - `forward(features, pixel_values)`: the crops' pictures, (P, 3, H, W). Such a connector works before the projector, on the
   vision features: (P, patches, D_vision) -> the same shape; with an attribute `after_projector`, where every other one
-  does, and may change the number of tokens. Not in families whose tower is given patches.
+  does, and may change the number of tokens; of tiles that were put together it gets each, (P * K, 3, H, W). Images of
+  different sizes come in a call for each size, or, with an attribute `takes_lists`, in one: lists of features, of pictures
+  and of grids, an entry an image, and so is what it returns.
 - `forward(features, question, question_mask)`: what the text of each crop's row asks (hfcustom/questions.py), as the
   embeddings of its words, (P, Q, D), and which places of the Q hold one, (P, Q); unless an attribute `asks` is False.
 - an attribute `frames`: it takes that many neighbouring crops together, as the frames of one clip (frame_average.py).
@@ -29,7 +31,7 @@ from torch import nn
 from hfcustom.connectors.attention_pooling import AttentionPooling
 from hfcustom.connectors.average_pool import AveragePool
 from hfcustom.connectors.frame_average import FrameAverage
-from hfcustom.connectors.grids import Grid
+from hfcustom.connectors.grids import Grid, alike
 from hfcustom.connectors.linear import Linear
 from hfcustom.connectors.mlp import MLP
 from hfcustom.connectors.multi_encoder_resampler import MultiEncoderResampler
@@ -138,6 +140,11 @@ def works_before_projector(module: nn.Module | type[nn.Module] | None) -> bool:
     return takes_pictures(module) and not getattr(unwrapped(module), "after_projector", False)
 
 
+def takes_lists(module: Any) -> bool:
+    """Whether a connector that looks at pictures takes images of different sizes in one call."""
+    return bool(getattr(unwrapped(module), "takes_lists", False))
+
+
 def takes_question(module: nn.Module | None) -> bool:
     """Whether a connector wants to know what the text asks: `forward(features, question, question_mask)`."""
     if module is None or not _takes("question", module):
@@ -174,6 +181,35 @@ def reduce_tokens(
     expected = torch.Size((len(features), count_tokens_out(module, features.shape[1], grid), features.shape[2]))
     check_shape(f"connector {name!r}", reduced, expected, "(crops, num_tokens_out, hidden size)")
     return reduced
+
+
+def look_at(
+    module: Any,
+    features: Sequence[torch.Tensor],
+    pictures: Sequence[torch.Tensor],
+    grids: Sequence[Grid | None],
+    name: Any,
+) -> list[torch.Tensor]:
+    """Run a connector that takes pictures on images of any sizes: (F, N, D) each and its F * K pictures -> (F, M, D) each.
+
+    ValueError when M is not what it said, or, before the projector, not N.
+    """
+    looked: dict[int, torch.Tensor] = {}
+    if takes_lists(module):
+        looked.update(enumerate(module(list(features), pixel_values=list(pictures), grid=list(grids))))
+    else:
+        kinds = [(x.shape[1:], y.shape[1:], grid) for x, y, grid in zip(features, pictures, grids, strict=True)]
+        for at in alike(kinds):
+            grid = grids[at[0]]
+            known: dict[str, Any] = {"grid": grid} if grid is not None and takes_grid(module) else {}
+            known["pixel_values"] = torch.cat([pictures[image] for image in at])
+            found = module(torch.cat([features[image] for image in at]), **known)
+            looked.update(zip(at, found.split([len(features[image]) for image in at]), strict=True))
+    for place, (image, grid) in enumerate(zip(features, grids, strict=True)):
+        left = image.shape[1] if works_before_projector(module) else count_tokens_out(module, image.shape[1], grid)
+        expected = torch.Size((len(image), left, image.shape[2]))
+        check_shape(f"connector {name!r}", looked[place], expected, "(crops, num_tokens_out, hidden size)")
+    return [looked[place] for place in range(len(features))]
 
 
 def count_tokens_out(module: Any, num_tokens: int, grid: Grid | None = None) -> int:

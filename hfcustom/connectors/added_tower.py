@@ -1,32 +1,37 @@
 """A vision tower of any kind added to a model's own, as the connectors of several encoders use it.
 
-Letters: P crops, N2 patches of the added tower, D2 their width.
+Letters: P crops, H W their pixels, N2 patches of the added tower, D2 their width.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hfcustom.connectors.grids import Grid
+from hfcustom.connectors.grids import Grid, alike
 from hfcustom.naming import unknown
 
 MAX_EXTRA_TOKENS = 16  # class and register tokens before the patches
 Channels = float | Sequence[float]
+Seen = TypeVar("Seen")
 
 
 class AddedTower(nn.Module):
     """A tower built from a vision config of transformers, which sees the crops that the model's own tower sees.
 
-    Crops are resized to its image_size where that differs. They are normalised as the processor does it: where the tower
-    was trained with another mean and deviation, both are named (a number, or one a channel). Weights are random until
-    `load_tower` or a checkpoint of the model gives it some. It is frozen and in eval mode unless `trainable`.
+    Crops are resized to its image_size where that differs, whatever their proportions: a tower of squares sees a wide
+    picture narrowed, as it was trained to where its own processor resizes so, and its grid of patches spans the whole
+    picture again. So positions are those it knows, any tower can be added, and all pictures of a batch are one pass,
+    whatever their sizes (Eagle, https://arxiv.org/abs/2408.15998, and Apollo, https://arxiv.org/abs/2412.10360, give each
+    tower squares of its size, too, and bring the features to one grid). They are normalised as the processor does it: where the tower was trained with
+    another mean and deviation, both are named (a number, or one a channel). Weights are random until `load_tower` or a
+    checkpoint of the model gives it some. It is frozen and in eval mode unless `trainable`.
     """
 
     def __init__(
@@ -74,6 +79,22 @@ class AddedTower(nn.Module):
             )
         self.tower.load_state_dict(loaded.state_dict())
 
+    def of_all(self, look: Callable[[torch.Tensor], Seen], pictures: Sequence[torch.Tensor]) -> list[Seen]:
+        """Run `look`, one of the methods below, on pictures of any sizes, (P_i, 3, H_i, W_i) each: a result each.
+
+        All that the tower sees in one size are one pass.
+        """
+        resized: list[torch.Tensor] = list(pictures)
+        for at in alike([picture.shape[-2:] for picture in pictures]):
+            together = self._resized(torch.cat([pictures[image] for image in at]).float())
+            for image, part in zip(at, together.split([len(pictures[image]) for image in at]), strict=True):
+                resized[image] = part
+        found: dict[int, Seen] = {}
+        for at in alike([picture.shape[-2:] for picture in resized]):
+            seen = look(torch.cat([resized[image] for image in at]))
+            found.update(zip(at, _split(seen, [len(resized[image]) for image in at]), strict=True))
+        return [found[image] for image in range(len(resized))]
+
     def sequence(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Run the tower: (P, 3, H, W) -> all that it makes, class tokens included, (P, N2, D2)."""
         output = self._run(self._resized(pixel_values.float()))
@@ -114,20 +135,19 @@ class AddedTower(nn.Module):
         return _pair(getattr(self.tower.config, "patch_size", 1))
 
     def _resized(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Bring pictures to the tower's image_size; ValueError when that would change their proportions."""
+        """Bring pictures to the tower's image_size."""
         size = getattr(self.tower.config, "image_size", None)
         if size is None or pictures.shape[-2:] == _pair(size):
             return pictures
-        (height, width), given = _pair(size), tuple(pictures.shape[-2:])
-        if height * given[1] != width * given[0]:
-            raise ValueError(
-                f"The added tower, {type(self.tower).__name__}, sees pictures of {height} x {width} pixels; crops of "
-                f"{given[0]} x {given[1]} have other proportions and cannot be matched with its patches. Give the tower an "
-                "image_size of the crops' proportions."
-            )
-        return nn.functional.interpolate(
-            pictures, (height, width), mode="bicubic", align_corners=False, antialias=True
-        )
+        return nn.functional.interpolate(pictures, _pair(size), mode="bicubic", align_corners=False, antialias=True)
+
+
+def _split(seen: Any, counts: Sequence[int]) -> list[Any]:
+    """Split what a tower made of pictures one after another, features or features and their grid."""
+    if isinstance(seen, torch.Tensor):
+        return list(seen.split(list(counts)))
+    features, grid = seen
+    return [(part, grid) for part in features.split(list(counts))]
 
 
 def describe_tower(source: str, processor: Any = None, **options: Any) -> dict[str, Any]:
@@ -156,8 +176,16 @@ def _described(source: str, processor: Any) -> dict[str, Any]:
         return described
     own, theirs = processor.image_processor, AutoImageProcessor.from_pretrained(source)
     for name, images in (("processor", own), ("tower", theirs)):
-        described |= {f"{name}_mean": list(images.image_mean), f"{name}_std": list(images.image_std)}
+        described |= dict(zip((f"{name}_mean", f"{name}_std"), _norms(images), strict=True))
     return described
+
+
+def _norms(images: Any) -> tuple[list[float], list[float]]:
+    """Return the mean and deviation by which an image processor changes pixels of 0 to 1, one a channel."""
+    largest = 255 * images.rescale_factor if images.do_rescale else 255.0  # what 1 is before it is normalised
+    if not images.do_normalize:
+        return [0.0] * 3, [1 / largest] * 3
+    return [value / largest for value in images.image_mean], [value / largest for value in images.image_std]
 
 
 def _vision_type(config: PretrainedConfig) -> str:

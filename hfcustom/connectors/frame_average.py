@@ -5,7 +5,8 @@ next to each other, which the families deliver in this way:
 - a row's images, with the family's multi-crop switched off, are its neighbouring crops in reading order;
 - the frames of a video, in every family that reads videos: as images (InternVL, SmolVLM), or by a path of their own, where
   a frame is what the tower makes one of: two pictures in Qwen2-VL and its kin and in Nemotron Omni, one elsewhere;
-- in families whose images have sizes of their own, a row's images, where neighbours of one clip have one size.
+- in families whose images have sizes of their own, a row's images, where neighbours of one clip have one size;
+- in Llama 3.2, the same tile of a row's neighbouring images, which must be cut into the same tiles.
 `frames` crops make a clip, from the first crop of a row or of a video on, so each has to hold a multiple of `frames`: a clip
 of two rows or of two videos is an error. Where a video is read as images, its row's images count with its frames.
 

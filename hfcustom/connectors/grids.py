@@ -6,6 +6,7 @@ Letters: P crops, N tokens in, M tokens out, D hidden.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import nn
@@ -61,6 +62,14 @@ class WindowReduction(nn.Module):
         image = nn.functional.pad(image, (0, 0, 0, -grid[1] % self.size, 0, -grid[0] % self.size))
         cells = image.unflatten(2, (-1, self.size)).unflatten(1, (-1, self.size))  # (P, R, size, C, size, D)
         return cells.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (P, M, size*size, D)
+
+
+def alike(kinds: Sequence[Hashable]) -> list[list[int]]:
+    """Return the places of equal entries, a list for each kind, in the order of their first."""
+    places: dict[Hashable, list[int]] = {}
+    for at, kind in enumerate(kinds):
+        places.setdefault(kind, []).append(at)
+    return list(places.values())
 
 
 def layout(count: int, grid: Grid) -> Grid:

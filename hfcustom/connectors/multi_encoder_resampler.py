@@ -4,8 +4,8 @@
     model = CustomLlava....from_pretrained("llava-hf/llava-1.5-7b-hf", connector=connector)
     model.custom_connector.load_towers(["facebook/dinov2-base", "openai/clip-vit-base-patch16"])
 
-(P, N, D) behind the family's projector, and pictures (P, 3, H, W) -> (P, M, D).
-Letters: P crops, N tokens of the family's own tower, N_i of an added one, D_i their width, M queries.
+(P, N, D) behind the family's projector, and pictures (P * K, 3, H, W) -> (P, M, D).
+Letters: P crops, K pictures of each, N tokens of the family's own tower, N_i of an added one, D_i their width, M queries.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hfcustom.connectors.added_tower import AddedTower
+from hfcustom.connectors.grids import Grid, alike
 from hfcustom.connectors.perceiver_resampler import Resampler
 from hfcustom.naming import unknown
 
@@ -29,7 +30,7 @@ class MultiEncoderResampler(Resampler):
     `towers` are those added to the family's own, each a mapping as describe_tower makes it: {"tower": {"model_type": ...}},
     and where its pixels are normalised otherwise, `processor_mean`, `processor_std`, `tower_mean`, `tower_std`. All that a
     tower makes is brought to the width of the language model by a matrix of its own, and stands behind the tokens of the
-    family's projector. Towers are frozen and in eval mode unless `trainable`. The blocks are perceiver_resampler's, and
+    family's projector; where these are of tiles put together, of each tile. Towers are frozen and in eval mode unless `trainable`. The blocks are perceiver_resampler's, and
     so is `start`: with "average" the added towers have no say at first, and the family's own tokens are averaged by regions.
 
     Source: BRAVE, https://arxiv.org/abs/2404.07204, section 3 (MEQ-Former). There each tower has a matrix alike, the
@@ -38,6 +39,7 @@ class MultiEncoderResampler(Resampler):
     """
 
     after_projector = True
+    takes_lists = True
 
     def __init__(
         self,
@@ -80,8 +82,26 @@ class MultiEncoderResampler(Resampler):
         for tower, source in zip(self._towers(), sources, strict=True):
             tower.load_tower(source, **options)
 
-    def forward(self, features: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        memory = [features]
+    def forward(self, features: Any, pixel_values: Any, grid: Any = None) -> Any:
+        """Read (P, N, D), which lie in a grid, and pictures, (P * K, 3, H, W), into (P, M, D); or lists of them."""
+        if isinstance(features, torch.Tensor):
+            return self._read([features], [pixel_values], [grid])[0]
+        return self._read(features, pixel_values, grid)
+
+    def _read(
+        self, features: Sequence[torch.Tensor], pictures: Sequence[torch.Tensor], grids: Sequence[Grid | None]
+    ) -> list[torch.Tensor]:
+        memory = [[image] for image in features]
         for tower, proj in zip(self._towers(), self.projs, strict=True):
-            memory.append(proj(tower.sequence(pixel_values).to(features.dtype)))  # (P, N_i, D)
-        return self.read(features, None, torch.cat(memory, 1))  # (P, M, D)
+            for tokens, seen in zip(memory, tower.of_all(tower.sequence, pictures), strict=True):
+                crops = seen.unflatten(0, (len(tokens[0]), -1)).flatten(1, 2)  # (P, K * N_i, D_i)
+                tokens.append(proj(crops.to(tokens[0].dtype)))  # (P, K * N_i, D)
+        memories = [torch.cat(tokens, 1) for tokens in memory]  # (P, N + others, D) each
+        read: dict[int, torch.Tensor] = {}
+        for at in alike(
+            [(x.shape[1], y.shape[1], grid) for x, y, grid in zip(features, memories, grids, strict=True)]
+        ):
+            own, all_tokens = (torch.cat([tokens[image] for image in at]) for tokens in (features, memories))
+            found = self.read(own, grids[at[0]], all_tokens)  # (P, M, D)
+            read.update(zip(at, found.split([len(features[image]) for image in at]), strict=True))
+        return [read[image] for image in range(len(features))]

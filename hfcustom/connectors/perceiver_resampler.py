@@ -34,6 +34,10 @@ class Resampler(nn.Module):
         """Return the number of queries, whatever comes in."""
         return len(self.queries.weight)
 
+    def grid_out(self, grid: Grid) -> Grid:
+        """Return how the queries lie."""
+        return self.queries.grid_out(grid)
+
 
 class PerceiverResampler(Resampler):
     """Read any number of tokens into `num_queries` by cross-attention, in residual blocks.
@@ -56,10 +60,6 @@ class PerceiverResampler(Resampler):
 
     def forward(self, features: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
         return self.read(features, grid, features)
-
-    def grid_out(self, grid: Grid) -> Grid:
-        """Return how the queries lie."""
-        return self.queries.grid_out(grid)
 
 
 class PerceiverBlock(nn.Module):

@@ -5,7 +5,7 @@
     model.custom_connector.load_tower("facebook/dinov2-base")             # from here on the weights travel with the model
 
 (P, patches, D_vision) -> the same shape, before the family's projector: the number of image tokens stays.
-Letters: P crops, N patches of the first tower, N2 of the second, D and D2 their widths.
+Letters: P crops, H W their pixels, N patches of the first tower, N2 of the second, D and D2 their widths.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 
 from hfcustom.connectors.added_tower import AddedTower, Channels
 from hfcustom.connectors.attention import CrossAttention, check_heads, start_at_zero
-from hfcustom.connectors.grids import Grid
+from hfcustom.connectors.grids import Grid, alike
 from hfcustom.naming import unknown
 
 FUSIONS = ("concat", "cross_attend")
@@ -32,13 +32,15 @@ class TwoEncoders(AddedTower):
     eval mode unless `trainable`. Where it was trained with another mean and deviation than the processor's, name both
     (`processor_mean`, `processor_std`, `tower_mean`, `tower_std`).
 
-    fusion="concat" brings the second tower's grid to the first's by bilinear interpolation, puts the channels side by side
+    fusion="concat" brings the second tower's grid to the first's, that of each image, by bilinear interpolation, puts the channels side by side
     and maps them to D_vision with one matrix, which starts as "the first tower alone" (Apollo joins so,
     https://arxiv.org/abs/2412.10360). fusion="cross_attend" lets each patch attend to all patches of the second tower and
-    adds what it finds, with an output that starts at zero (Mini-Gemini, https://arxiv.org/abs/2403.18814, where a patch
+    adds what it finds in its own image, with an output that starts at zero (Mini-Gemini, https://arxiv.org/abs/2403.18814, where a patch
     sees only its own window). So the start is exactly no connector. Several towers' tokens resampled
     into fewer: multi_encoder_resampler.
     """
+
+    takes_lists = True
 
     def __init__(
         self,
@@ -67,24 +69,49 @@ class TwoEncoders(AddedTower):
             self.attention = CrossAttention(hidden_size, num_heads, self.tower_width)
             start_at_zero(self.attention.o_proj)
 
-    def forward(self, features: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        if features.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"two_encoders was built for vision features {self.hidden_size} wide and got {features.shape[-1]}: the "
-                "family's vision_width() has to say the latter."
-            )
-        second, grid = self.patches(pixel_values)  # (P, N2, D2)
-        second = second.to(features.dtype)
-        if self.fusion == "cross_attend":
-            return features + self.attention(self.norm(features), self.norm_tower(second))
-        wanted = _grid_like(features.shape[1], pixel_values.shape[-2:])
-        if grid != wanted:
+    def forward(self, features: Any, pixel_values: Any, grid: Any = None) -> Any:
+        """Join what the second tower sees: (P, N, D), (P, 3, H, W) and how the N lie -> (P, N, D); or lists of them."""
+        if isinstance(features, torch.Tensor):
+            return self._join([features], [pixel_values], [grid])[0]
+        return self._join(features, pixel_values, grid)
+
+    def _join(
+        self, features: Sequence[torch.Tensor], pictures: Sequence[torch.Tensor], grids: Sequence[Grid | None]
+    ) -> list[torch.Tensor]:
+        for image in features:
+            if image.shape[-1] != self.hidden_size:
+                raise ValueError(
+                    f"two_encoders was built for vision features {self.hidden_size} wide and got {image.shape[-1]}: the "
+                    "family's vision_width() has to say the latter."
+                )
+        seconds = self.of_all(self.patches, pictures)  # (P, N2, D2) and a grid each
+        fuse = self._concat if self.fusion == "concat" else self._cross_attend
+        wanted = [
+            grid or (_grid_like(image.shape[1], picture.shape[-2:]) if self.fusion == "concat" else None)
+            for image, picture, grid in zip(features, pictures, grids, strict=True)
+        ]
+        kinds = [(x.shape[1], second[1], grid) for x, second, grid in zip(features, seconds, wanted, strict=True)]
+        joined: dict[int, torch.Tensor] = {}
+        for at in alike(kinds):
+            first = torch.cat([features[image] for image in at])  # (P, N, D)
+            second = torch.cat([seconds[image][0] for image in at]).to(first.dtype)  # (P, N2, D2)
+            found = fuse(first, second, seconds[at[0]][1], wanted[at[0]])  # (P, N, D)
+            joined.update(zip(at, found.split([len(features[image]) for image in at]), strict=True))
+        return [joined[image] for image in range(len(features))]
+
+    def _cross_attend(self, first: torch.Tensor, second: torch.Tensor, *grids: Grid | None) -> torch.Tensor:
+        found: torch.Tensor = self.attention(self.norm(first), self.norm_tower(second))
+        return first + found
+
+    def _concat(self, first: torch.Tensor, second: torch.Tensor, grid: Grid, wanted: Grid | None) -> torch.Tensor:
+        if wanted is not None and grid != wanted:
             image = second.transpose(1, 2).unflatten(2, grid).float()  # (P, D2, rows, columns)
             image = nn.functional.interpolate(image, wanted, mode="bilinear", align_corners=False, antialias=True)
-            second = image.flatten(2).transpose(1, 2).to(features.dtype)  # (P, N, D2)
-        return self.proj(torch.cat([features, second], -1))  # (P, N, D)
+            second = image.flatten(2).transpose(1, 2).to(first.dtype)  # (P, N, D2)
+        joined: torch.Tensor = self.proj(torch.cat([first, second], -1))  # (P, N, D)
+        return joined
 
-    def num_tokens_out(self, num_tokens: int) -> int:
+    def num_tokens_out(self, num_tokens: int, grid: Grid | None = None) -> int:
         """Return the number of tokens, which stays."""
         return num_tokens
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import io
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PretrainedConfig
-from transformers.utils import logging
 
 from hfcustom.base import CustomVLM
 from hfcustom.custom_model import check_registered
@@ -21,9 +16,10 @@ from hfcustom.doctor.finding import CHECKS, Finding
 from hfcustom.doctor.patient import Patient, family_class_of
 from hfcustom.families import class_of, family_names, load_family, missing_packages
 from hfcustom.naming import load_object, unknown
+from hfcustom.quiet import quiet
 from hfcustom.registry import REGISTERED
 
-SUBJECTS = ("identity", "travel", "learning", "batches", "generation", "numerics", "adapters", "trainers")
+SUBJECTS = ("identity", "upgrade", "travel", "learning", "batches", "generation", "numerics", "adapters", "trainers")
 for subject in SUBJECTS:
     importlib.import_module(f"hfcustom.doctor.{subject}")
 
@@ -41,17 +37,22 @@ def examine(target: Target, checks: Sequence[str] = ()) -> Iterator[Finding]:
     model_class, settings = find_target(target)
     with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
         with quiet():
-            patient = _admit(model_class, Path(folder), settings)
+            patient = _admit(model_class, Path(folder), settings, checkpoint_of(target))
         for name in checks or CHECKS:
             with quiet():
                 finding = CHECKS[name](patient)
             yield finding
 
 
-def _admit(model_class: type[CustomVLM], folder: Path, settings: dict[str, Any]) -> Patient:
+def checkpoint_of(target: Target) -> str | None:
+    """Return the folder or hub id that a target is, None for a class or a family."""
+    return target if isinstance(target, str) and ".py:" not in target and target not in family_names() else None
+
+
+def _admit(model_class: type[CustomVLM], folder: Path, settings: dict[str, Any], checkpoint: str | None) -> Patient:
     """Return the patient; ValueError for a class that is not registered, or that cannot be built small."""
     try:
-        patient = Patient(model_class, folder, settings)
+        patient = Patient(model_class, folder, settings, checkpoint)
         model = patient.model()
     except Exception as error:  # whatever a user's __init__ raises
         raise ValueError(
@@ -92,18 +93,3 @@ def own_settings(model_class: Any, checkpoint: str) -> dict[str, Any]:
     stored = PretrainedConfig.get_config_dict(checkpoint)[0]
     own = model_class.config_class().to_dict().keys() - model_class.stock_class().config_class().to_dict().keys()
     return {name: stored[name] for name in sorted(own) if stored.get(name) is not None}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what models, trainers and libraries print to themselves; one thread, which a tiny model is fastest with."""
-    threads, level = torch.get_num_threads(), logging.get_verbosity()
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        torch.set_num_threads(threads)

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 
 from hfcustom.base import CustomVLM
+from hfcustom.changes import own_functions
 from hfcustom.custom_model import named_tensors
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.losses import WeightedLoss, parse_losses
@@ -32,11 +33,18 @@ ROUNDING = 2e-5  # of the largest logit: what the order of float32 sums may chan
 class Patient:
     """A custom class under examination; `settings` are fields of its config that differ from the class's defaults."""
 
-    def __init__(self, model_class: type[CustomVLM], folder: Path, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model_class: type[CustomVLM],
+        folder: Path,
+        settings: Mapping[str, Any] | None = None,
+        checkpoint: str | None = None,
+    ) -> None:
         self.model_class: Any = model_class
         self.family_class = family_class_of(model_class)
         self.module: ModuleType = sys.modules[self.family_class.__module__]
         self.folder = folder
+        self.checkpoint = checkpoint  # where the class and its settings were read, None for a class alone
         self.settings = dict(settings or {})
         self.loss_left_out = self._why_not_own_loss()
         self.processor = self.model().match_processor(self.module.tiny_processor())
@@ -57,7 +65,7 @@ class Patient:
         model = (model_class or self.model_class)(self.config(model_class, **changes))
         if wake := vars(self.module).get("wake"):  # what starts at zero in the family itself
             wake(model)
-        _move(model)
+        move_off_start(model)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -93,16 +101,8 @@ class Patient:
 
     def own_methods(self) -> dict[str, Any]:
         """Return the methods that the user's classes define."""
-        order = self.model_class.__mro__
-        found: dict[str, Any] = {}
-        for at, cls in enumerate(order[: order.index(self.family_class)]):
-            own = {} if cls.__module__.startswith("hfcustom.") else vars(cls)
-            for name, value in own.items():
-                if isinstance(value, FunctionType) and not name.startswith("__"):
-                    inherited = next((vars(base)[name] for base in order[at + 1 :] if name in vars(base)), None)
-                    if not _is_copy(value, inherited):
-                        found.setdefault(name, value)
-        return found
+        found = own_functions(self.model_class).items()
+        return {name: vars(owner)[name] for name, (owner, _) in found if is_method(vars(owner)[name], name)}
 
     def is_structural(self, model: Any) -> str:
         """Say what the class adds to the stock graph or takes out of it; nothing where every tensor is stock's."""
@@ -163,12 +163,13 @@ def _needs(item: WeightedLoss) -> str:
     return ", ".join(wanted)
 
 
-def _is_copy(method: FunctionType, inherited: Any) -> bool:
-    """Whether a method is only an inherited one under another signature, as CustomVLM makes of forward."""
-    return isinstance(inherited, FunctionType) and method.__code__ is inherited.__code__
+def is_method(value: Any, name: str) -> bool:
+    """Whether a member of a class is a plain method that Python does not call by itself."""
+    return isinstance(value, FunctionType) and not name.startswith("__")
 
 
-def _move(model: Any) -> None:
+def move_off_start(model: Any) -> None:
+    """Move what a class adds a little off its start, so that a gate that opens from zero has an effect."""
     generator = torch.Generator().manual_seed(1)
     added = set(model.new_tensor_names())
     with torch.no_grad():

@@ -18,6 +18,7 @@ from transformers import ChameleonConfig, ChameleonForConditionalGeneration, Cha
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
+from hfcustom.connectors import takes_pictures, works_before_projector
 from hfcustom.families import tiny
 from hfcustom.registry import register
 
@@ -57,14 +58,14 @@ class CustomChameleonProcessor(ChameleonProcessor):
 class CustomChameleonForConditionalGeneration(CustomVLM, ChameleonForConditionalGeneration):
     """Chameleon with five seams; vision features are what is quantised, and a connector reduces the codes' embeddings.
 
-    A change of the vision features changes which codes are chosen, and cannot be trained: choosing has no gradient.
+    A change of the vision features changes which codes are chosen, and cannot be trained: choosing has no gradient. So a
+    connector that elsewhere works on vision features, a second tower's, works on the codes' embeddings here.
     """
 
     config_class = CustomChameleonConfig
     processor_class = CustomChameleonProcessor
     placeholder_field = "image_seq_length"
     no_feature_cache = "image features are embeddings of the language model's vocabulary"
-    no_pictures = "features become discrete codes, to which a second tower has nothing to add"
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """Return the VQ-VAE for images; stock does not know it by its name."""
@@ -75,6 +76,10 @@ class CustomChameleonForConditionalGeneration(CustomVLM, ChameleonForConditional
         """Return the codes of an image: each level of the encoder but the last halves its sides."""
         vq: Any = self.config.vq_config
         return int((vq.resolution // 2 ** (len(vq.channel_multiplier) - 1)) ** 2)
+
+    def looked_at_width(self) -> int:
+        """Return the width of the codes' embeddings."""
+        return int(self.config.get_text_config().hidden_size)
 
     def unreached(self) -> dict[str, str]:
         """Return the VQ-VAE."""
@@ -98,11 +103,17 @@ class CustomChameleonForConditionalGeneration(CustomVLM, ChameleonForConditional
 
     def _at_quantizer_input(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         image = args[0]  # (P, D_vision, rows, columns)
-        features = self._vision_features(image.flatten(2).transpose(1, 2))  # (P, patches, D_vision)
+        features = self._transformed(image.flatten(2).transpose(1, 2))  # (P, patches, D_vision)
+        if self._pass is not None and self._pass.records:
+            self._pass.vision_features = features
         return (features.transpose(1, 2).unflatten(2, image.shape[2:]),)
 
     def _at_image_features(self, stock: Callable[..., Any], *args: Any, return_dict: Any = None, **kwargs: Any) -> Any:
-        outputs = stock(*args, **kwargs, return_dict=True)
+        outputs = stock(*args, **kwargs, return_dict=True)  # pooler_output (P, N, D)
+        if takes_pictures(self.custom_connector):
+            self._pictures = inspect.signature(stock).bind(*args, **kwargs).arguments["pixel_values"]
+        if works_before_projector(self.custom_connector):
+            outputs.pooler_output = self._look_again(outputs.pooler_output)
         outputs.pooler_output = self._at_connector_output(self.model, (), outputs.pooler_output)  # (P, M, D)
         return outputs.to_tuple() if return_dict is False else outputs
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import AutoConfig, Idefics2Config, Idefics2ForConditionalGeneration, Idefics2Processor
 
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
+from hfcustom.connectors import Grid, Told, look_at
 from hfcustom.families import published, tiny
 from hfcustom.registry import register
 
@@ -72,12 +75,48 @@ class CustomIdefics2ForConditionalGeneration(CustomVLM, Idefics2ForConditionalGe
     processor_class = CustomIdefics2Processor
     crop_dims = {"pixel_values": 1, "pixel_attention_mask": 1}  # tiles of a row
     placeholder_field = "image_seq_len"
-    no_pictures = "pictures keep their proportions, which the squares of a second tower cannot be matched with"
+    no_tower_cache = "images are padded to the size of the largest of a batch before the tower sees them"
+    _patches: torch.Tensor | None = None  # (P, rows, columns), True where the tower is given a patch of the image
 
     def stock_tokens_per_crop(self) -> int:
         """Return the resampler's queries."""
         config: Any = self.config
         return int(config.perceiver_config.resampler_n_latents)
+
+    def _at_vision_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._at_vision_input(module, args, kwargs)
+        self._patches = kwargs["patch_attention_mask"]
+
+    def _unpadded(self, pictures: torch.Tensor) -> tuple[list[torch.Tensor], list[Grid]]:
+        """Return each picture without its padding, (1, 3, H, W), and its rows and columns of patches."""
+        assert self._patches is not None, "pictures come with it"
+        vision: Any = self.config.vision_config
+        side = vision.patch_size
+        sides = zip(self._patches.any(2).sum(1).tolist(), self._patches.any(1).sum(1).tolist(), strict=True)
+        grids = [(rows, columns) for rows, columns in sides]
+        kept = zip(pictures, grids, strict=True)
+        return [picture[None, :, : rows * side, : columns * side] for picture, (rows, columns) in kept], grids
+
+    def _look_again(self, features: torch.Tensor) -> torch.Tensor:
+        """Let a connector see each image's own patches, and leave those of padding as they are."""
+        pictures, grids = self._unpadded(self._pictures_of(features))
+        assert self._patches is not None, "pictures come with it"
+        own = self._patches.flatten(1).to(features.device)  # (P, patches)
+        images = features[own].split([rows * columns for rows, columns in grids])  # (rows * columns, D_vision) each
+        looked = look_at(
+            self.custom_connector, [image[None] for image in images], pictures, grids, self.config.connector
+        )
+        return features.masked_scatter(own[..., None], torch.cat(looked, 1))  # (P, patches, D_vision)
+
+    def _reduced(self, features: torch.Tensor, told: Told) -> torch.Tensor:
+        """Show a connector of pictures each without its padding; one that asks for the question too sees them padded."""
+        if told or not self.looks_behind_projector:
+            return super()._reduced(features, told)
+        pictures, grids = self._unpadded(self._pictures_of(features))
+        images = list(features.split(1))  # (1, N, D), the queries of a resampler, which lie in no grid
+        return torch.cat(
+            look_at(self.custom_connector, images, pictures, [None] * len(grids), self.config.connector)
+        )  # (P, M, D)
 
 
 def tiny_processor() -> CustomIdefics2Processor:

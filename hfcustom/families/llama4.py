@@ -115,9 +115,25 @@ class CustomLlama4ForConditionalGeneration(CustomVLM, Llama4ForConditionalGenera
         image, token = mm_encoder_output.get("image"), int(self.config.image_token_id)
         if image is not None:
             tokens = torch.eq(input_ids, token).sum(1)  # (B,)
-            rows = image.last_hidden_state.split((tokens // self.tokens_per_crop()).tolist())  # (tiles, N, D) each
+            tiles = (tokens // self.tokens_per_crop()).tolist()
+            rows = image.last_hidden_state.split(tiles)  # (tiles, N, D) each
             image.last_hidden_state = torch.cat([row.repeat(expand_size, 1, 1) for row in rows])
+            if self.looks_behind_projector:
+                image.pictures = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in image.pictures.split(tiles)])
         return mm_encoder_output
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+        """Return what stock does, and with it the pictures for a connector that looks at them: generate() projects later."""
+        outputs: Any = super().get_image_features(pixel_values, **kwargs)
+        if self.looks_behind_projector and not isinstance(outputs, tuple):
+            outputs.pictures = self._pictures
+        return outputs
+
+    def _begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._begin_pass(module, args, kwargs)
+        image = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if image is not None:
+            self._pictures = vars(image).get("pictures")
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features before the pixel shuffle, which the tower does itself, and keep its rotary table complex."""

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration, MiniCPMV4_6Processor
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
+from hfcustom import patches
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
 from hfcustom.connectors import Grid, frames_together, grid_out
@@ -128,7 +129,18 @@ class CustomMiniCPMV4_6ForConditionalGeneration(
 
     def _at_merger_input(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         features, sizes = args  # (1, patches of all views, D_vision), (P, 2)
-        return self.transform_ragged(features[0], sizes.prod(-1).tolist())[None], sizes
+        grids = [(rows, columns) for rows, columns in sizes.tolist()]
+        return self.transform_ragged(features[0], grids)[None], sizes
+
+    def pictures_of_images(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return the picture of each view."""
+        vision: Any = self.config.vision_config
+        side, grids = vision.patch_size, inputs["target_sizes"].tolist()
+        strips = inputs["pixel_values"][0].split([rows * columns * side for rows, columns in grids], -1)
+        return [
+            patches.from_strip(strip, (rows, columns), side)
+            for strip, (rows, columns) in zip(strips, grids, strict=True)
+        ]
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
         """Return the rows and columns of each view after both merges."""

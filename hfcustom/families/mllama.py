@@ -19,7 +19,7 @@ from transformers.cache_utils import StaticLayer
 from hfcustom import losses
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.connectors import reduce_tokens, takes_question
+from hfcustom.connectors import Told, frames_together, of_each, reduce_tokens, takes_pictures, takes_question
 from hfcustom.families import published, tiny
 from hfcustom.processors import NestedImages
 from hfcustom.registry import register
@@ -99,7 +99,9 @@ class CustomMllamaForConditionalGeneration(CustomVLM, MllamaForConditionalGenera
     """Llama 3.2 Vision with five seams: a connector reduces the patches of each tile and leaves its CLS token alone.
 
     Vision features are (P, CLS + patches, D_vision) of all tile slots of the batch, empty ones included, as the Linear
-    gets them; what losses see of images is that of the slots with an image.
+    gets them; what losses see of images is that of the slots with an image. A connector that looks at pictures works on the
+    slots with one. One that takes frames together gets the same tile of neighbouring images of a row, which must be cut
+    alike, and who may look at one of these images, may look at all.
     """
 
     config_class = CustomMllamaConfig
@@ -109,8 +111,6 @@ class CustomMllamaForConditionalGeneration(CustomVLM, MllamaForConditionalGenera
     }
     no_feature_cache = "images reach the language model as keys and values of layers of their own, not as tokens"
     no_packing = "cross-attention shows the text before a row's first image the images of every row"
-    no_pictures = "the tower is given slots for tiles, empty ones among them"
-    no_frames = "neighbouring crops are the slots for one image's tiles, empty ones among them"
     corrections = {
         "mask_text_rows": "Tokens before a row's first image, and all tokens of a row without images in a batch with images, "
         "attend to every image slot of the batch, empty ones included: their keys are all masked, which softmax turns into "
@@ -118,14 +118,21 @@ class CustomMllamaForConditionalGeneration(CustomVLM, MllamaForConditionalGenera
         "models (llama-models, CrossAttention: output * full_text_row_masked_out_mask), and a batch equals its rows alone."
     }
 
+    _filled: torch.Tensor | None = None  # (B, images, tiles), which slots of the running forward hold a tile
+
     # ---- seams ------------------------------------------------------------------------------------------------------
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Reduce tokens where the language model gets them: stock folds the Linear's output by the number of patches."""
-        language = self.stock_parts().paths["language"][0]
+        vision, language = (self.stock_parts().paths[part][0] for part in ("vision", "language"))
         layers: Any = self.config.get_text_config().cross_attention_layers
+        connector = self.custom_connector
+        looks: list[tuple[str, str, str, dict[str, bool]]] = [
+            (vision, "register_forward_pre_hook", "_at_vision_input", {"with_kwargs": True})
+        ]
         return [
-            *(hook for hook in super().seam_hooks() if hook[2] != "_at_connector_output"),
+            *(hook for hook in super().seam_hooks() if hook[2] not in ("_at_connector_output", "_at_vision_input")),
+            *(looks if takes_pictures(connector) or frames_together(connector) > 1 else []),
             *(
                 (f"{language}.layers.{at}", "register_forward_hook", "_at_cross_layer", {"with_kwargs": True})
                 for at in layers
@@ -134,9 +141,30 @@ class CustomMllamaForConditionalGeneration(CustomVLM, MllamaForConditionalGenera
 
     def _begin_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super()._begin_pass(module, args, kwargs)
+        self._filled = None
         assert self._pass is not None
         if self._pass.records and has_images(kwargs):
             self._pass.crops = visible_tiles(kwargs).any(1).flatten()  # (P,)
+
+    def vision_width(self) -> int:
+        """Return the width of the tower's last layer and the earlier ones side by side."""
+        config: Any = self.config
+        return int(config.vision_config.vision_output_dim)
+
+    def _at_vision_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        shown = kwargs["aspect_ratio_ids"] > 0  # (B, images); where there is no image, stock's mask has a tile
+        self._filled = kwargs["aspect_ratio_mask"].bool() & shown[..., None]
+        if takes_pictures(self.custom_connector):
+            pixels = kwargs["pixel_values"]  # (B, images, tiles, 3, H, W)
+            together = frames_together(self.custom_connector) > 1
+            self._pictures = pixels.flatten(0, 2) if together else pixels[self._filled]  # (P or filled, 3, H, W)
+
+    def _look_again(self, features: torch.Tensor) -> torch.Tensor:
+        """Let a connector see the patches of slots with a tile, and leave CLS and empty slots as they are."""
+        assert self._filled is not None, "the tower has run"
+        filled = self._filled.flatten().to(features.device)  # (P,)
+        looked = super()._look_again(features[filled][:, 1:])  # (filled, patches, D_vision)
+        return features.index_put((filled,), torch.cat([features[filled][:, :1], looked], 1))
 
     def _at_connector_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         features = args[0]  # (B, images, tiles, CLS + patches, D_vision)
@@ -151,28 +179,79 @@ class CustomMllamaForConditionalGeneration(CustomVLM, MllamaForConditionalGenera
         if self._pass is None:  # the language model is run by itself
             return args, kwargs
         states, mask = kwargs["cross_attention_states"], kwargs["cross_attention_mask"]
+        given: Any = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
         if states is not None:
-            states = self._reduce(states)  # (P, M, D)
+            states = self._reduce(states, len(given))  # (P, M, D)
             if self._pass.crops is not None:
                 self._pass.image_features = states[self._pass.crops]
         if mask is not None and self.custom_connector is not None:
-            by_tile = mask.unflatten(-1, (-1, self.stock_tokens_per_crop()))[..., :1]  # (B, 1, T, images * tiles, 1)
-            mask = by_tile.expand(*by_tile.shape[:-1], self.tokens_per_crop())
-            mask = mask.flatten(-2)  # (B, 1, T, images * tiles * M)
+            mask = self._mask_of_reduced(mask)
         return super()._at_language_input(
             module, args, {**kwargs, "cross_attention_states": states, "cross_attention_mask": mask}
         )
 
-    def _reduce(self, states: torch.Tensor) -> torch.Tensor:
+    def _mask_of_reduced(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return what cross-attention may look at for the tokens that are left of each slot, 0 where it may.
+
+        (B, 1, T, images * tiles * N) -> (B, 1, T, images * tiles * M)
+        """
+        by_slot = mask.unflatten(-1, (-1, self.stock_tokens_per_crop()))[..., 0]  # (B, 1, T, images * tiles)
+        frames = frames_together(self.custom_connector)
+        if frames > 1:
+            clips = by_slot.unflatten(-1, (-1, frames, self._tiles()))  # (B, 1, T, clips, frames, tiles)
+            by_slot = clips.amax(-2, keepdim=True).expand_as(clips).flatten(-3)
+        return by_slot[..., None].expand(*by_slot.shape, self.tokens_per_crop()).flatten(-2)
+
+    def _tiles(self) -> int:
+        vision: Any = self.config.vision_config
+        return int(vision.max_num_tiles)
+
+    def _reduce(self, states: torch.Tensor, rows: int) -> torch.Tensor:
+        """Run the connector on the patches of all slots of a batch of so many rows: (P, 1 + N, D) -> (P, 1 + M, D)."""
         if self.custom_connector is None:
             return states
-        vision: Any = self.config.vision_config
-        side = vision.image_size // vision.patch_size
+        patches, order = states[:, 1:], self._clip_order(states, rows)
         told = (
             self._what_is_asked().of_rows(self._rows_of_slots(states)) if takes_question(self.custom_connector) else {}
         )
-        patches = reduce_tokens(self.custom_connector, states[:, 1:], (side, side), self.config.connector, told)
-        return torch.cat([states[:, :1], patches], 1)  # (P, M, D), CLS first
+        if order is not None:
+            self._pictures = None if self._pictures is None else self._pictures[order]
+            patches = self._connect(patches[order], of_each(told, order.tolist()))[order.argsort()]
+        elif self.looks_behind_projector and self._filled is not None:  # an empty slot's tokens are nothing
+            filled = self._filled.flatten().to(states.device)  # (P,)
+            told = of_each(told, filled.nonzero()[:, 0].tolist())
+            looked = self._connect(patches[filled], told)  # (filled, M, D)
+            patches = looked.new_zeros(len(states), *looked.shape[1:]).index_put((filled,), looked)
+        else:
+            patches = self._connect(patches, told)
+        return torch.cat([states[:, :1], patches], 1)  # (P, 1 + M, D), CLS first
+
+    def _connect(self, patches: torch.Tensor, told: Told) -> torch.Tensor:
+        """Run the connector on slots, in whatever order: (P, N, D) -> (P, M, D)."""
+        vision: Any = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        told = {**told, **self.pictures_of_tokens(patches)}
+        return reduce_tokens(self.custom_connector, patches, (side, side), self.config.connector, told)
+
+    def _clip_order(self, states: torch.Tensor, rows: int) -> torch.Tensor | None:
+        """Return the slots in an order in which the same tile of neighbouring images is a clip, (P,); None for no clips.
+
+        ValueError where images that are to be taken together are not in one row, or not cut alike.
+        """
+        frames = frames_together(self.custom_connector)
+        if frames == 1:
+            return None
+        slots = torch.arange(len(states)).view(rows, -1, self._tiles())  # (B, images, tiles)
+        name = f"connector={self.config.connector!r} takes {frames} neighbouring images together, but"
+        cure = f"Give each row a multiple of {frames} images of one size (repeat a still one)."
+        if slots.shape[1] % frames:
+            raise ValueError(f"{name} a row of the batch has {slots.shape[1]}. {cure}")
+        if self._filled is not None and not torch.compiler.is_compiling():
+            clips = self._filled.unflatten(1, (-1, frames))  # (B, clips, frames, tiles)
+            for row, clip in (clips != clips[:, :, :1]).any(-1).any(-1).nonzero().tolist():
+                tiles = clips[row, clip].sum(-1).tolist()
+                raise ValueError(f"{name} those from {clip * frames} on in row {row} have {tiles} tiles. {cure}")
+        return slots.transpose(1, 2).flatten()
 
     def _rows_of_slots(self, states: torch.Tensor) -> torch.Tensor:
         """Return the row of data of each tile slot, (P,): of the first text that sees it; an empty one is seen by none."""

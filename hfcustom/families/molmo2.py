@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration, Molmo2Processor
 
+from hfcustom import patches
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.connectors import Grid, Told, count_tokens_out, grid_out, of_each
+from hfcustom.connectors import Grid, Told, count_tokens_out, grid_out, of_each, takes_pictures
 from hfcustom.families import tiny
 from hfcustom.processors import MatchedProcessor, NeedsTorchvision, RaggedVideos, check_one_kind
 from hfcustom.ragged import RaggedImages
@@ -100,8 +102,39 @@ class CustomMolmo2ForConditionalGeneration(VideoFrames, RaggedImages, CustomVLM,
 
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features before the projector, which gets all crops in one tensor."""
-        projector = self.stock_parts().paths["connector"][0]
-        return [*super().seam_hooks(), (projector, "register_forward_pre_hook", "_at_connector_input", {})]
+        vision, projector = (self.stock_parts().paths[part][0] for part in ("vision", "connector"))
+        looks: list[tuple[str, str, str, dict[str, bool]]] = [
+            (vision, "register_forward_pre_hook", "_at_vision_input", {"with_kwargs": True})
+        ]
+        return [
+            *super().seam_hooks(),
+            *(looks if takes_pictures(self.custom_connector) else []),
+            (projector, "register_forward_pre_hook", "_at_connector_input", {}),
+        ]
+
+    def vision_width(self) -> int:
+        """Return the width of the layers' features side by side."""
+        config: Any = self.config
+        return int(config.vision_config.hidden_size * len(config.adapter_config.vision_feature_layer))
+
+    def _at_vision_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        vision: Any = self.config.vision_config
+        rows, columns = (side // vision.patch_size for side in vision.image_size)
+        self._pictures = patches.from_pixels(args[0], (rows, columns), vision.patch_size)  # (P, 3, H, W)
+
+    def pictures_of_images(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return two entries an image: the picture of the whole, and those of its crops, (K, 3, H, W); or a video's frames."""
+        assert self._pictures is not None, "the tower has run"
+        pictures, self._pictures = self._pictures, None
+        if self.video_inputs is not None:
+            return list(pictures.split(self.video_inputs["video_grids"][:, 0].tolist()))
+        tokens = inputs["image_grids"].view(-1, 2, 2).prod(-1).sum(-1).tolist()
+        places = inputs["image_token_pooling"].split(tokens)  # (tokens, patches a token) each
+        ends = [
+            int(image.max()) // inputs["pixel_values"].shape[-2] + 1 for image in places
+        ]  # crops up to an image's last
+        crops = pictures.split([end - start for start, end in zip([0, *ends], ends, strict=False)])
+        return [part for image in crops for part in (image[:1], image[1:])]
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
         """Return two grids an image: of the whole, and of its crops together."""
@@ -120,17 +153,26 @@ class CustomMolmo2ForConditionalGeneration(VideoFrames, RaggedImages, CustomVLM,
             return super()._connect(features)
         grids = [(rows, columns) for _, rows, columns in self.video_inputs["video_grids"].tolist()]
         told, reduce_frames = self.question_of(self.tokens_left(features, grids)), super()._reduce
+        pictures = self.pictures_of_images(self.video_inputs) if self.looks_behind_projector else None
         parts = enumerate(zip(features, grids, strict=True))
-        return [reduce_frames([video], [grid], of_each(told, [at]))[0] for at, (video, grid) in parts]
+        return [
+            reduce_frames([video], [grid], of_each(told, [at]), pictures and [pictures[at]])[0]
+            for at, (video, grid) in parts
+        ]
 
     def _reduce(
-        self, features: Sequence[torch.Tensor], grids: Sequence[Grid], told: Told | None = None
+        self,
+        features: Sequence[torch.Tensor],
+        grids: Sequence[Grid],
+        told: Told | None = None,
+        pictures: Sequence[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """Run the connector on the wholes, then on the crops: neighbours that it takes together are of one kind."""
         sizes = [rows * columns for rows, columns in grids[::2]]  # tokens of the whole
         wholes = [image[:size] for image, size in zip(features, sizes, strict=True)]
         crops = [image[size:] for image, size in zip(features, sizes, strict=True)]
-        views = super()._reduce(wholes, grids[::2], told), super()._reduce(crops, grids[1::2], told)
+        first, others = (pictures and pictures[at::2] for at in (0, 1))
+        views = super()._reduce(wholes, grids[::2], told, first), super()._reduce(crops, grids[1::2], told, others)
         return [torch.cat(image) for image in zip(*views, strict=True)]
 
 

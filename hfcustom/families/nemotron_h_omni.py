@@ -21,9 +21,10 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 from transformers.video_utils import VideoMetadata
 
+from hfcustom import patches
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
-from hfcustom.connectors import Grid, count_tokens_out, reduce_tokens
+from hfcustom.connectors import Grid, count_tokens_out, reduce_tokens, takes_pictures
 from hfcustom.families import tiny
 from hfcustom.losses import LossContext
 from hfcustom.processors import MatchedProcessor, NeedsTorchvision, check_one_kind
@@ -180,7 +181,7 @@ class CustomNemotronH_Omni_Reasoning_V3(VideoFrames, RaggedImages, CustomVLM, Ne
             cell = self.vision_model.patch_size * round(1 / self.config.downsample_ratio)
             rows, columns = (side // cell for side in self.video_inputs["pixel_values_videos"].shape[-2:])
             left = count_tokens_out(self.custom_connector, frames.shape[1], (rows, columns))
-            told = self.question_of([left] * len(frames))
+            told = self.question_of([left] * len(frames)) | self.pictures_of_tokens(frames)
             frames = reduce_tokens(
                 self.custom_connector, frames, (rows, columns), self.config.connector, told
             )  # (F, M, D)
@@ -190,14 +191,34 @@ class CustomNemotronH_Omni_Reasoning_V3(VideoFrames, RaggedImages, CustomVLM, Ne
     def seam_hooks(self) -> list[tuple[str, str, str, dict[str, bool]]]:
         """Take vision features from the tower: what reaches the projector is already shuffled."""
         vision = self.stock_parts().paths["vision"][0]
-        return [*super().seam_hooks(), (vision, "register_forward_hook", "_at_vision_output", {})]
+        looks: list[tuple[str, str, str, dict[str, bool]]] = [
+            (vision, "register_forward_pre_hook", "_at_vision_input", {"with_kwargs": True})
+        ]
+        return [
+            *super().seam_hooks(),
+            *(looks if takes_pictures(self.custom_connector) else []),
+            (vision, "register_forward_hook", "_at_vision_output", {}),
+        ]
+
+    def pictures_of_images(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return the picture of each image."""
+        side, grids = self.vision_model.patch_size, inputs["image_grid_hw"].tolist()
+        parts = inputs["pixel_values"].split([rows * columns for rows, columns in grids])
+        return [
+            patches.from_rows(part, (rows, columns), side) for part, (rows, columns) in zip(parts, grids, strict=True)
+        ]
+
+    def _at_vision_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the first of the pictures that a frame of a video is made of: (F, pictures * 3, H, W) -> (F, 3, H, W)."""
+        if self.video_inputs is not None:
+            self._pictures = args[0][:, :3]
 
     def _at_vision_output(self, module: nn.Module, args: tuple[Any, ...], outputs: Any) -> Any:
         if self.video_inputs is not None:
             outputs.features = self._vision_features(outputs.features)  # (F, patches, D_vision)
         elif self.image_inputs is not None:
-            lengths = self.image_inputs["image_grid_hw"].prod(-1).tolist()
-            outputs.features = self.transform_ragged(outputs.features, lengths)  # (patches of all images, D_vision)
+            grids = [(rows, columns) for rows, columns in self.image_inputs["image_grid_hw"].tolist()]
+            outputs.features = self.transform_ragged(outputs.features, grids)  # (patches of all images, D_vision)
         return outputs
 
 

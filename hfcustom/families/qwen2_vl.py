@@ -36,6 +36,11 @@ class CustomQwen2VLForConditionalGeneration(MRopeImages, CustomVLM, Qwen2VLForCo
     config_class = CustomQwen2VLConfig
     processor_class = CustomQwen2VLProcessor
 
+    def vision_width(self) -> int:
+        """Return the tower's width; its config's hidden_size is the language model's."""
+        config: Any = self.config
+        return int(config.vision_config.embed_dim)
+
 
 def tiny_processor() -> CustomQwen2VLProcessor:
     """Return a processor for patches of 7 px and images of 4 to 16 tokens, with a tokenizer trained on the spot."""
