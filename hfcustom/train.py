@@ -37,7 +37,8 @@ from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.exits import EXIT_PREEMPTED, ConfigError
 from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, real_tokens, token_columns
 from hfcustom.naming import unknown
-from hfcustom.parts import find_parts, unwrap
+from hfcustom.optimizers import make_optimizer, set_lr
+from hfcustom.parts import unwrap
 from hfcustom.ranks import check_processes, explained, process_state, wait_at_most
 from hfcustom.record import begin_run, run_of
 from hfcustom.run_folder import run_folder
@@ -364,51 +365,6 @@ def split_batch(config: TrainConfig, num_processes: int) -> tuple[int, int]:
             f"of {num_processes * (given or 1)}."
         )
     return micro, per_rank // micro
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return AdamW, in 8 bits if asked for, over the trainable parameters, grouped by part (learning rate) and kind (weight decay)."""
-    parts = find_parts(model)
-    rates = {"vision": config.vision_lr, "connector": config.connector_lr, "new": config.connector_lr}
-    groups: dict[tuple[str, float], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part = parts.part_of(name)
-        decay = config.weight_decay if parameter.ndim >= 2 and "embed" not in name else 0.0
-        group = groups.setdefault((part, decay), {"params": [], "weight_decay": decay, "part": part})
-        group["peak_lr"] = group["lr"] = rates.get(part) or config.lr
-        group["params"].append((name, parameter))  # with its name, which a checkpoint compares
-    if not groups:
-        raise ValueError(
-            "No parameter is trainable: unfreeze a part, attach LoRA, or load an adapter with load_adapter(trainable=True)."
-        )
-    for rate, flag in ((config.vision_lr, "vision"), (config.connector_lr, "connector")):
-        if rate is not None and not any(part == flag or (flag, part) == ("connector", "new") for part, _ in groups):
-            raise ValueError(f"{flag}_lr={rate} has no effect: no parameter of the {flag} is trainable.")
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(list(groups.values()), betas=(0.9, config.beta2), fused=True)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ConfigError(
-            f"optimizer={config.optimizer} needs bitsandbytes: pip install 'hfcustom[quantize]'."
-        ) from error
-    return AdamW8bit(list(groups.values()), betas=(0.9, config.beta2))
-
-
-def set_lr(optimizer: torch.optim.Optimizer, step: int, max_steps: int, config: TrainConfig) -> None:
-    """Set every group's learning rate for a step: linear warm-up, then the schedule down to min_lr_ratio."""
-    if step < config.warmup_steps:
-        factor = (step + 1) / config.warmup_steps
-    elif config.schedule == "constant":
-        factor = 1.0
-    else:
-        done = (step - config.warmup_steps) / max(max_steps - config.warmup_steps, 1)
-        shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
-        factor = config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
 
 
 def run_evaluation(model: nn.Module, evaluate: Evaluate, step: int, run: dict[str, Any]) -> dict[str, float]:

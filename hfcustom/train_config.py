@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, ClassVar, Literal
 
-from hfcustom.naming import unknown
+from hfcustom.naming import PARTS, unknown
 
 
 @dataclass(kw_only=True)
@@ -36,9 +36,16 @@ class TrainConfig:
     lr: Annotated[float, "peak learning rate"] = 2e-4
     connector_lr: Annotated[float | None, "peak learning rate of the connector and of new modules"] = None
     vision_lr: Annotated[float | None, "peak learning rate of the vision tower"] = None
+    part_lr: Annotated[dict[str, float], 'peak learning rate of parts, {"head": 1e-5, "new": 1e-3}'] = field(
+        default_factory=dict
+    )
     weight_decay: Annotated[float, "AdamW weight decay of matrices; biases, norms and embeddings have none"] = 0.01
+    part_weight_decay: Annotated[dict[str, float], "weight decay of the matrices of parts, likewise"] = field(
+        default_factory=dict
+    )
     optimizer: Annotated[
-        Literal["adamw", "adamw_8bit"], "adamw_8bit keeps the moments of large matrices in 8 bits (bitsandbytes)"
+        Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"],
+        "8bit: moments of large matrices in 8 bits; paged: they move to the CPU when a GPU is full (bitsandbytes)",
     ] = "adamw"
     beta2: Annotated[float, "AdamW second-moment decay"] = 0.95
     warmup_steps: Annotated[int, "steps of linear warm-up"] = 20
@@ -109,7 +116,8 @@ class TrainConfig:
                 "pack_crops",
                 "gradient_checkpointing",
             ),
-            *("lr", "connector_lr", "vision_lr", "weight_decay", "beta2", "warmup_steps", "schedule", "min_lr_ratio"),
+            *("lr", "connector_lr", "vision_lr", "part_lr", "weight_decay", "part_weight_decay", "beta2"),
+            *("warmup_steps", "schedule", "min_lr_ratio"),
             *("max_grad_norm", "max_bad_share", "cache_images", "cache_features", "max_cache_gb", "num_workers"),
             *("log_steps", "eval_steps", "save_steps", "keep_checkpoints", "row_seconds", "rank_seconds", "trackers"),
             *("output_dir", "resume", "overwrite", "allow_change"),
@@ -175,8 +183,27 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             rules.append((value is None or value > 0, f"{name}={value} must be positive"))
+        rules += self._rules_of_parts()
         rules += self._rules_of_going_on()
         return [message for holds, message in rules if not holds]
+
+    def _rules_of_parts(self) -> list[tuple[bool, str]]:
+        rules = []
+        for name, own in (("part_lr", self.part_lr), ("part_weight_decay", self.part_weight_decay)):
+            for part, value in own.items():
+                rules.append((part in PARTS, unknown(f"part in {name}:", part, PARTS)))
+                sound = value > 0 if name == "part_lr" else value >= 0
+                rules.append(
+                    (
+                        sound,
+                        f"{name}: {value} of {part} must {'be positive' if name == 'part_lr' else 'not be negative'}",
+                    )
+                )
+        for flag in ("vision_lr", "connector_lr"):
+            part = flag.removesuffix("_lr")
+            twice = getattr(self, flag) is not None and part in self.part_lr
+            rules.append((not twice, f"{flag} and part_lr both name the {part}; leave one out"))
+        return rules
 
     def _rules_of_going_on(self) -> list[tuple[bool, str]]:
         known = {"data", *(each.name for each in fields(self) if each.init)}
