@@ -26,6 +26,7 @@ from torch import nn
 from hfcustom import checkpoint
 from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import Caches, check_caches, open_caches, serving, use_caches
+from hfcustom.connectors.added_tower import check_weights
 from hfcustom.console import TrainLog, out
 from hfcustom.coverage import every_part_learns
 from hfcustom.custom_model import CustomModel, check_registered
@@ -203,6 +204,7 @@ def _checked(model: nn.Module, config: TrainConfig, evaluate: Evaluate | None) -
     if (evaluate is None) != (config.eval_steps is None):
         raise ValueError(f"eval_steps={config.eval_steps} and evaluate={evaluate} have an effect only together.")
     check_caches(model, config)
+    check_weights(core)
     chosen = copy.copy(config)  # replace() would forget where its options came from
     chosen.precision = choose_precision(model, config)
     return chosen
