@@ -18,7 +18,9 @@ from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
 import torch
+from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.doc import copy_func
 from transformers.utils.generic import can_return_tuple
 
@@ -34,6 +36,8 @@ SEAM_METHODS = ("transform_vision_features", "transform_embeddings", "transform_
 class CustomVLM(SeamHooks):
     """Mixin before a stock `...ForConditionalGeneration` class; see the module docstring."""
 
+    auto_classes = (AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    task_table = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     placeholder_field: ClassVar[str]  # the processor's attribute that holds the placeholders of one image crop
     corrections: ClassVar[Mapping[str, str]] = {}  # config field, off by default -> what of stock it corrects
     default_loss: ClassVar[str | dict[str, Any]] = "cross_entropy"

@@ -100,6 +100,33 @@ def frames(argv: Sequence[str]) -> int:
     return run_frames(options)
 
 
+def inspect(argv: Sequence[str]) -> int:
+    """Show what a model makes of an image: tokens, tiles, preprocessing, switches, the tensors of a batch; draw it."""
+    parser = argparse.ArgumentParser(
+        prog="hfcustom inspect",
+        description=inspect.__doc__,
+        epilog="Nothing is looked up: the processor is run, recorded, and its settings are tried one by one. No weights are loaded.",
+    )
+    add = parser.add_argument
+    add(
+        "targets",
+        nargs="*",
+        metavar="TARGET",
+        help="a family, a folder or hub id, my_file.py:MyModel; two are compared",
+    )
+    add("--image", metavar="FILE", help="a picture; without one, a drawn one")
+    add("--size", metavar="WxH", help="size of the drawn one in pixels (default: 800x1300)")
+    add("--plot", metavar="FILE.png", help="draw the image with its tiles and tokens, and what the tower gets")
+    add("--html", metavar="FILE.html", help="write a page with the drawing")
+    add("--markdown", action="store_true", help="print Markdown")
+    add("--json", action="store_true", help="print JSON")
+    add("--all", action="store_true", help="every family, as Markdown or JSON: docs/families.md")
+    options = parser.parse_args(argv)
+    from hfcustom.inspector.command import show_inspection
+
+    return show_inspection(options)
+
+
 def lens(argv: Sequence[str]) -> int:
     """Show what the model sees of a row: tokens, roles, tiles, labels; exit code 1 for a label on an image token."""
     parser = argparse.ArgumentParser(prog="hfcustom lens", description=lens.__doc__)
@@ -146,6 +173,38 @@ def doctor(argv: Sequence[str]) -> int:
     return show_doctor(options)
 
 
+def bundle(argv: Sequence[str]) -> int:
+    """Put a checkpoint and its code in one folder that loads where hfcustom is not installed; exit code 1 if it does not."""
+    parser = argparse.ArgumentParser(
+        prog="hfcustom bundle",
+        description=bundle.__doc__,
+        epilog="The folder loads through AutoConfig, AutoModel, AutoProcessor and pipeline() with trust_remote_code=True. It holds "
+        "the weights, the processor, the code as flat files with relative imports, and only what of it the model needs. "
+        "Exit codes: 0 written; 1 a process without hfcustom computes something else, and nothing is written; 2 it cannot be "
+        "bundled, and the message says why.",
+    )
+    parser.add_argument("checkpoint", help="folder or hub id of a saved model of a custom class")
+    parser.add_argument("out", help="folder to write, which must not exist, or be empty")
+    parser.add_argument(
+        "--code",
+        nargs="+",
+        default=[],
+        metavar="FILE.py",
+        help="your files that define the class, and its losses if elsewhere",
+    )
+    parser.add_argument(
+        "--verify",
+        choices=("auto", "full", "small"),
+        default="auto",
+        help="compare the whole model, or a small copy of it (default: auto, whole up to 4 GiB)",
+    )
+    parser.add_argument("--no-verify", action="store_true", help="write it without loading it")
+    options = parser.parse_args(argv)
+    from hfcustom.bundle.command import run_bundle
+
+    return run_bundle(options)
+
+
 def card(argv: Sequence[str]) -> int:
     """Print the change card of a model: what its class overrides and adds, what was trained on what, how to load it."""
     parser = argparse.ArgumentParser(prog="hfcustom card", description=card.__doc__)
@@ -179,12 +238,68 @@ def push(argv: Sequence[str]) -> int:
     return card_command.push(options)
 
 
+def export(argv: Sequence[str]) -> int:
+    """Write a checkpoint, its adapter merged, as its stock class would have: for every server and every other reader."""
+    parser = argparse.ArgumentParser(
+        prog="hfcustom export",
+        description=export.__doc__,
+        epilog="Exit codes: 0 done; 1 the stock class would compute something else, or what was written does not load as it "
+        "should (nothing is left); 2 no such checkpoint, or OUT is not empty. One copy of the weights is in memory.",
+    )
+    parser.add_argument("checkpoint", help="folder or hub id: a model, or an adapter that names its base")
+    parser.add_argument("out", help="a folder that is not there yet, or is empty")
+    parser.add_argument("--base", help="the full-precision base of an adapter, if not where the adapter says")
+    parser.add_argument(
+        "--custom", metavar="FILE.py:CLASS", help="import this first: the class that wrote the folder, if it is yours"
+    )
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as the weights are)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)")
+    parser.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="export although the stock class lacks methods or modules of yours: what they compute is left out",
+    )
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="do not load the result in a process without hfcustom"
+    )
+    options = parser.parse_args(argv)
+    from hfcustom.export.command import run_export
+
+    return run_export(options)
+
+
+def lint_serving(argv: Sequence[str]) -> int:
+    """Say whether a server (vLLM's Transformers backend) runs a customisation, with the line that it ignores or stops at."""
+    parser = argparse.ArgumentParser(
+        prog="hfcustom lint-serving",
+        description=lint_serving.__doc__,
+        epilog="Exit codes: 0 no error (there may be warnings); 1 an error; 2 wrong usage. Nothing is served and no server is "
+        "needed: classes are built without weights and their source is read.",
+    )
+    parser.add_argument("target", nargs="?", help="my_file.py:MyModel, a family, a folder or hub id")
+    parser.add_argument(
+        "--custom", metavar="FILE.py:CLASS", help="import this first: the class that wrote the folder, if it is yours"
+    )
+    parser.add_argument("--list", action="store_true", help="list the rules")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    if (options.target is None) == (not options.list):
+        parser.error("name a target: my_file.py:MyModel, a family, a folder or hub id; or give --list")
+    from hfcustom.serving.command import run_lint
+
+    return run_lint(options)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "bundle": bundle,
     "card": card,
     "doctor": doctor,
+    "export": export,
     "families": families,
     "frames": frames,
+    "inspect": inspect,
     "lens": lens,
+    "lint-serving": lint_serving,
     "preflight": preflight,
     "push": push,
 }
@@ -196,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: hfcustom COMMAND ...\n\ncommands:")
         for name, command in COMMANDS.items():
-            print(f"  {name:<12}{command.__doc__}")
+            print(f"  {name:<14}{command.__doc__}")
         print("\nhfcustom COMMAND --help says more; training is in recipes/.")
         return 0 if argv else 2
     if argv[0] in ("-V", "--version"):

@@ -24,6 +24,8 @@ class CustomModel(PreTrainedModel):
     """Base of the mixins CustomVLM and CustomDualEncoder; they stand before a stock class."""
 
     processor_class: ClassVar[type[ProcessorMixin]]
+    auto_classes: ClassVar[tuple[Any, ...]] = ()  # of transformers, which load the class's checkpoints
+    task_table: ClassVar[dict[str, Any]]  # of transformers, by which pipeline() and trl decide what a model is for
     lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, "connector"), or "placeholders" -> why not
     default_connector: ClassVar[str | dict[str, Any] | None] = None
     default_loss: ClassVar[str | dict[str, Any]]

@@ -17,18 +17,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForZeroShotImageClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from hfcustom import loading, seams
 from hfcustom.configuration import CustomConfig
 from hfcustom.custom_model import CustomModel, named_tensors
-from hfcustom.data.captions import CaptionCollator
-from hfcustom.data.checks import MIN_PIXELS
 from hfcustom.losses import Divisors, Loss, LossValue, StepSummary, WeightedLoss
 from hfcustom.losses.chunked import accumulation_dtype
 from hfcustom.losses.pairs import (
@@ -40,6 +40,9 @@ from hfcustom.losses.pairs import (
     pair_values,
     share_of_step,
 )
+
+if TYPE_CHECKING:
+    from hfcustom.data.captions import CaptionCollator
 
 IMAGE_INPUTS = ("pixel_values", "interpolate_pos_encoding")  # of forward(); all others are the texts'
 ONE_VECTOR = "an image becomes one vector, so there are no tokens for a language model"
@@ -60,6 +63,8 @@ class CustomEncoderConfig(CustomConfig):
 class CustomDualEncoder(CustomModel):
     """Mixin before a stock model of two towers; see the module docstring."""
 
+    auto_classes = (AutoModel, AutoModelForZeroShotImageClassification)
+    task_table = MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
     output_class: ClassVar[type[ModelOutput]]  # what the stock forward returns
     image_head: ClassVar[str]  # path of the module whose output is the image embedding, (n, D)
     text_head: ClassVar[str]
@@ -250,11 +255,14 @@ class CustomDualEncoder(CustomModel):
     # ---- a whole step, as fit() asks about it -----------------------------------------------------------------------
 
     def make_collator(
-        self, processor: Any, max_length: int | None = None, min_pixels: int = MIN_PIXELS
+        self, processor: Any, max_length: int | None = None, min_pixels: int | None = None
     ) -> CaptionCollator:
         """Return what turns rows of an image and its text into this model's batches."""
+        from hfcustom.data.captions import CaptionCollator  # for training, which a bundle leaves to hfcustom
+
+        options = {} if min_pixels is None else {"min_pixels": min_pixels}
         length = self.config.text_config.max_position_embeddings
-        return CaptionCollator(processor, length, max_length, padding=self.text_padding, min_pixels=min_pixels)
+        return CaptionCollator(processor, length, max_length, padding=self.text_padding, **options)
 
     def losses(self) -> list[WeightedLoss]:
         """Return the configured loss as a term over the rows of a step; ValueError for one that is unknown, and for "stock"."""

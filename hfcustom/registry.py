@@ -13,27 +13,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar, overload
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoModelForZeroShotImageClassification,
-    AutoProcessor,
-)
+from transformers import AutoConfig, AutoProcessor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-)
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from hfcustom.base import CustomVLM
-from hfcustom.dual_encoder import CustomDualEncoder
+from hfcustom.custom_model import CustomModel
 from hfcustom.naming import snake_case
 
-Custom = CustomVLM | CustomDualEncoder
-ModelClass = TypeVar("ModelClass", bound=type[Custom])
+ModelClass = TypeVar("ModelClass", bound=type[CustomModel])
 
+# transformers finds the classes of a bundle by its auto_map; told of them too, it would take the first bundle's for the next.
+IN_BUNDLE = __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
 REGISTERED: dict[str, type[Any]] = {}  # model_type -> class
 
 
@@ -62,14 +52,12 @@ def register(model_class: Any = None, *, model_type: str | None = None) -> Any:
     if own_config:
         _make_config_class(model_class, name)
     config_class: Any = model_class.config_class
-    AutoConfig.register(name, config_class, exist_ok=True)
-    encodes = issubclass(model_class, CustomDualEncoder)
-    for auto_class in ENCODER_CLASSES if encodes else VLM_CLASSES:
-        auto_class.register(config_class, model_class, exist_ok=True)
-    AutoProcessor.register(config_class, model_class.processor_class, exist_ok=True)
-    # pipeline() and trl decide by these tables of names what a model is for.
-    vlms, encoders = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
-    (encoders if encodes else vlms)[name] = model_class.__name__
+    if not IN_BUNDLE:
+        AutoConfig.register(name, config_class, exist_ok=True)
+        for auto_class in model_class.auto_classes:
+            auto_class.register(config_class, model_class, exist_ok=True)
+        AutoProcessor.register(config_class, model_class.processor_class, exist_ok=True)
+    model_class.task_table[name] = model_class.__name__
     REGISTERED[name] = model_class
     return model_class
 
@@ -77,7 +65,7 @@ def register(model_class: Any = None, *, model_type: str | None = None) -> Any:
 def _check_class(model_class: object) -> None:
     if not isinstance(model_class, type):
         raise TypeError(f"register() takes a class, not the {type(model_class).__name__} {model_class!r}.")
-    if not issubclass(model_class, Custom):
+    if not (issubclass(model_class, CustomModel) and model_class.auto_classes):
         raise TypeError(
             f"{model_class.__qualname__} is not a custom model. Subclass one of hfcustom.families, for instance "
             "hfcustom.families.internvl.CustomInternVLForConditionalGeneration."
@@ -85,22 +73,22 @@ def _check_class(model_class: object) -> None:
     model_class.stock_class()
 
 
-def _inherits_config(model_class: type[Custom]) -> bool:
+def _inherits_config(model_class: type[CustomModel]) -> bool:
     """Whether the config class is a registered parent's, so that saving under it would load the parent."""
     config_class: Any = model_class.config_class
     owner = REGISTERED.get(config_class.model_type)
     return owner is not None and _origin(owner) != _origin(model_class) and owner in model_class.__mro__
 
 
-def _default_model_type(model_class: type[Custom]) -> str:
+def _default_model_type(model_class: type[CustomModel]) -> str:
     return snake_case(_stem(model_class))
 
 
-def _stem(model_class: type[Custom]) -> str:
+def _stem(model_class: type[CustomModel]) -> str:
     return model_class.__name__.removesuffix("ForConditionalGeneration").removesuffix("Model")
 
 
-def _make_config_class(model_class: type[Custom], model_type: str) -> None:
+def _make_config_class(model_class: type[CustomModel], model_type: str) -> None:
     """Give the class a config class of its own, importable from the class's module."""
     name = _stem(model_class) + "Config"
     namespace = {"model_type": model_type, "__module__": model_class.__module__, "__qualname__": name}
@@ -110,7 +98,7 @@ def _make_config_class(model_class: type[Custom], model_type: str) -> None:
     setattr(sys.modules[model_class.__module__], name, config_class)
 
 
-def _check_model_type(name: str, model_class: type[Custom]) -> None:
+def _check_model_type(name: str, model_class: type[CustomModel]) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"model_type={name!r} must be lower case letters, digits and underscores.")
     if name in CONFIG_MAPPING_NAMES:
@@ -124,7 +112,7 @@ def _check_model_type(name: str, model_class: type[Custom]) -> None:
             f"model_type {name!r} belongs to {_origin(taken)}; {_origin(model_class)} needs another: "
             "pass register(..., model_type='my_name')."
         )
-    if taken is None and name in CONFIG_MAPPING:
+    if taken is None and name in CONFIG_MAPPING and not IN_BUNDLE:
         raise ValueError(
             f"model_type {name!r} belongs to {_origin(CONFIG_MAPPING[name])}; {_origin(model_class)} needs another: "
             "pass register(..., model_type='my_name')."
@@ -133,7 +121,3 @@ def _check_model_type(name: str, model_class: type[Custom]) -> None:
 
 def _origin(some_class: type) -> str:
     return f"{some_class.__module__}.{some_class.__qualname__}"
-
-
-ENCODER_CLASSES: tuple[Any, ...] = (AutoModel, AutoModelForZeroShotImageClassification)
-VLM_CLASSES: tuple[Any, ...] = (AutoModelForImageTextToText, AutoModelForMultimodalLM)

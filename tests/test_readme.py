@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bundle_cases import save
 from conftest import ROOT, Family, picture
 from test_added_tower import save_tower
 
+from hfcustom.bundle.modules import import_code
 from hfcustom.options import read
 
 DOCUMENTS = ("README.md", "README_customize_hf_models.md")
@@ -26,9 +28,13 @@ SMALL = {
     "make quickstart": "--max-steps 3 --lora-steps 2 --train-rows 24 --held-out-rows 6 --batch-size 4",
     "make test": "tests/test_naming.py -q -n 0",
     "accelerate launch recipes/finetune.py": "--max-steps 2 --batch-size 2",
+    "hfcustom bundle": "--no-verify",  # with it: tests/test_bundle.py
     "hfcustom card": "",
     "hfcustom doctor": "--check parity overrides",  # all: tests/test_doctor.py
+    "hfcustom export": "",
     "hfcustom families": "",
+    "hfcustom lint-serving": "",
+    "hfcustom inspect": "",
     "hfcustom preflight rows.jsonl --image-hosts": "--workers 0",
     "hfcustom preflight": "",
     "hfcustom frames": "",
@@ -55,6 +61,8 @@ def workplace(tmp_path: Path, internvl: Family) -> Path:
     internvl.model(internvl.stock_class).to(torch.bfloat16).save_pretrained(tmp_path / CHECKPOINT)  # as on the hub
     internvl.processor.save_pretrained(tmp_path / CHECKPOINT)
     save_tower("dinov2", tmp_path / TOWER)
+    internvl.model().save_pretrained(tmp_path / "outputs/run/model")  # what a training leaves
+    internvl.processor.save_pretrained(tmp_path / "outputs/run/model")
     picture().save(tmp_path / "cat.png")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     files = {"python": ["my_file.py"], "json": ["rows.jsonl", "pairs.jsonl", "chats.jsonl"], "yaml": ["run.yaml"]}
@@ -98,6 +106,11 @@ def test_commands_run(command: str, workplace: Path, monkeypatch: pytest.MonkeyP
     small = next((options for start, options in SMALL.items() if command.startswith(start)), None)
     assert small is not None, f"{command!r} is in a README and not tested: give it small options in SMALL"
     words = [*shlex.split(command), *shlex.split(small)]
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    if command.startswith("hfcustom bundle"):  # of what a training has left
+        monkeypatch.delitem(sys.modules, "my_file", raising=False)
+        (module,), _ = import_code([workplace / "my_file.py"])
+        save(module.MyVLM, workplace / "outputs/run/model")
     if command.startswith("make"):  # in the environment that runs this test, not in a new one
         outputs = f" --output-dir {workplace / 'outputs'}" if "quickstart" in command else ""
         stamps = [word for name in ("recipes", "dev") for word in ("-o", f"{sys.prefix}/{name}")]
@@ -145,9 +158,12 @@ def test_the_file_tree_is_true() -> None:
         listed.add("/".join(folders))
     missing = [path for path in listed if not (ROOT / path).exists()]
     assert not missing, f"README.md lists what is not there: {missing}"
-    sources = [path for folder in ("", "data/", "doctor/", "losses/") for path in ROOT.glob(f"hfcustom/{folder}*.py")]
+    packages = ("bundle", "data", "doctor", "inspector", "losses")
+    sources = [
+        path for folder in ("", *(f"{name}/" for name in packages)) for path in ROOT.glob(f"hfcustom/{folder}*.py")
+    ]
     unlisted = {path.relative_to(ROOT).as_posix() for path in sources} - listed
-    unlisted -= {f"hfcustom/{folder}/__init__.py" for folder in ("data", "doctor", "losses")}
+    unlisted -= {f"hfcustom/{folder}/__init__.py" for folder in packages}
     assert not unlisted, f"README.md does not list {sorted(unlisted)}"
 
 

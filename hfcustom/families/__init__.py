@@ -7,6 +7,7 @@ transformers release that lacks one family does no harm to the others.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -45,8 +46,12 @@ def missing_packages(name: str) -> list[str]:
     """Return what a family's processor needs and this machine lacks: its module's REQUIRES, names of packages."""
     from transformers.utils import is_torchvision_available
 
-    required = getattr(load_family(name), "REQUIRES", ())
-    return [package for package in required if not (package == "torchvision" and is_torchvision_available())]
+    def is_there(package: str) -> bool:
+        return (
+            is_torchvision_available() if package == "torchvision" else importlib.util.find_spec(package) is not None
+        )
+
+    return [package for package in getattr(load_family(name), "REQUIRES", ()) if not is_there(package)]
 
 
 def class_of(checkpoint: str, **hub: Any) -> type[CustomVLM]:

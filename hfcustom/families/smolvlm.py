@@ -17,6 +17,8 @@ from hfcustom.families import published, tiny
 from hfcustom.processors import OptionalVideo, VideosAsImages
 from hfcustom.registry import register
 
+REQUIRES = ("num2words",)
+
 
 class CustomSmolVLMConfig(CustomConfig, SmolVLMConfig):
     """SmolVLMConfig with `connector` and `loss`."""
