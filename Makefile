@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCHVISION = torchvision==0.28.0
 
-.PHONY: help quickstart test lint docs bench clean
+.PHONY: help quickstart test faults lint docs bench clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -15,6 +15,9 @@ quickstart: $(VENV)/recipes  ## train, tune and reload a small model of your own
 
 test: $(VENV)/dev  ## run the whole test suite, a process for each core
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+faults: $(VENV)/dev  ## kill runs 200 times, damage 1000 files, resume the whole matrix (an hour; tests/faults/)
+	$(BIN)/python tests/faults/long.py $(ARGS)
 
 lint: $(VENV)/dev  ## check style and types
 	$(BIN)/ruff check .

@@ -22,7 +22,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 from torch import nn
 
-from hfcustom import checkpoint
 from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import serving, use_caches
 from hfcustom.console import out
@@ -33,7 +32,9 @@ from hfcustom.data.messages import RowError
 from hfcustom.data.packing import Packer, Size, size_of
 from hfcustom.data.sources import Examples
 from hfcustom.data.steps import Attempts
+from hfcustom.exits import ConfigError
 from hfcustom.parts import unwrap
+from hfcustom.randomness import rng_state, set_rng_state
 from hfcustom.step_plan import plan_step
 from hfcustom.train_config import TrainConfig
 
@@ -44,7 +45,7 @@ MOST_PACKED = 64  # of the longest rows, from which the fullest pack is made
 Cut = tuple[int, int]  # rows of a micro-batch, micro-batches of a step
 
 
-class NoMemoryError(RuntimeError):
+class NoMemoryError(ConfigError):
     """The costliest batch does not fit; the message has its numbers and what to change."""
 
 
@@ -160,7 +161,7 @@ class Trial:
 
     def _fits(self, batch: Batch, repeated: bool) -> bool:
         """Run forward and backward as a step does, and put everything back; whether every rank had the memory."""
-        core, random = unwrap(self.model), checkpoint.rng_state()
+        core, random = unwrap(self.model), rng_state()
         buffers = [(buffer, buffer.clone()) for buffer in core.buffers()]
         step, self_failed = core.loss_step, False
         core.loss_step = 0
@@ -178,7 +179,7 @@ class Trial:
                 for buffer, value in buffers:
                     buffer.copy_(value)
             core.loss_step, core.loss_values, core.loss_metrics = step, {}, {}
-            checkpoint.set_rng_state(random)
+            set_rng_state(random)
         if self_failed and self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
         return not any(gather_object([self_failed]))
