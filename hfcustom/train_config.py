@@ -175,8 +175,6 @@ class TrainConfig:
             ),
             (self.keep_checkpoints > 0, f"keep_checkpoints={self.keep_checkpoints} must be positive"),
         ]
-        halves = self.try_costliest is not False or not self.auto_micro_batch
-        rules.append((halves, "auto_micro_batch has no effect with try_costliest=False"))
         for name in ("pack_tokens", "pack_crops"):
             value = getattr(self, name)
             rules.append((value is None or self.packing, f"{name}={value} has no effect without packing"))
@@ -194,7 +192,11 @@ class TrainConfig:
             rules.append((value is None or value > 0, f"{name}={value} must be positive"))
         rules += self._rules_of_parts()
         rules += self._rules_of_going_on()
-        return [message for holds, message in rules if not holds]
+        return [message for holds, message in [*rules, self._trial_rule()] if not holds]
+
+    def _trial_rule(self) -> tuple[bool, str]:
+        used = self.try_costliest is not False or not self.auto_micro_batch
+        return used, "auto_micro_batch has no effect with try_costliest=False"
 
     def _rules_of_parts(self) -> list[tuple[bool, str]]:
         rules = []
