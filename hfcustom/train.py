@@ -29,6 +29,7 @@ from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import Caches, check_caches, open_caches, serving, use_caches
 from hfcustom.connectors.added_tower import check_weights
 from hfcustom.console import TrainLog, out
+from hfcustom.costliest import Trial
 from hfcustom.coverage import every_part_learns
 from hfcustom.custom_model import CustomModel, check_registered
 from hfcustom.data.captions import CaptionCollator
@@ -122,7 +123,7 @@ def _run(
     evaluate: Evaluate | None,
     accelerator: Accelerator,
 ) -> TrainResult:
-    core, micro_batches = unwrap(model), split_batch(config, accelerator.num_processes)
+    core, cut = unwrap(model), split_batch(config, accelerator.num_processes)
     feed = Feed(rows, config, accelerator)
     max_steps = feed.max_steps
     weighted = core.losses()  # an unknown loss is an error now, not after the first batch
@@ -134,7 +135,9 @@ def _run(
     run = begin_run(core, run_of(state.unwrapped, config, feed), config.resume) if accelerator.is_main_process else {}
     feed.caches = open_caches(model, processor, config, accelerator)
     collate = make_collator(core, processor, config, feed.first_columns(weighted), feed.caches)
-    steps = iter(feed.loader(collate, range(start, max_steps), micro_batches, make_packer(core, config)))
+    trial = Trial(model, optimizer, feed, copy.copy(collate), accelerator, config)
+    cut, packer = trial.settle(cut, make_packer(core, config))
+    steps = iter(feed.loader(collate, range(start, max_steps), cut, packer))
     bad_rows = feed.bad_rows(start)
     state.restore_rng()  # after the iterator exists: making one draws random numbers
     model.train()

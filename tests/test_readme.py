@@ -36,6 +36,7 @@ SMALL = {
     "hfcustom lint-serving": "",
     "hfcustom inspect": "",
     "hfcustom preflight rows.jsonl --image-hosts": "--workers 0",
+    "hfcustom plan": "--batch-size 2",
     "hfcustom preflight": "",
     "hfcustom frames": "",
     "hfcustom lens": "",
