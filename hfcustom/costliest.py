@@ -22,6 +22,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 from torch import nn
 
+from hfcustom import randomness
 from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import serving, use_caches
 from hfcustom.console import out
@@ -32,9 +33,8 @@ from hfcustom.data.messages import RowError
 from hfcustom.data.packing import Packer, Size, size_of
 from hfcustom.data.sources import Examples
 from hfcustom.data.steps import Attempts
-from hfcustom.exits import ConfigError
+from hfcustom.exits import EXIT_CONFIG, RunError
 from hfcustom.parts import unwrap
-from hfcustom.randomness import rng_state, set_rng_state
 from hfcustom.step_plan import plan_step
 from hfcustom.train_config import TrainConfig
 
@@ -45,8 +45,10 @@ MOST_PACKED = 64  # of the longest rows, from which the fullest pack is made
 Cut = tuple[int, int]  # rows of a micro-batch, micro-batches of a step
 
 
-class NoMemoryError(ConfigError):
+class NoMemoryError(RunError, RuntimeError):
     """The costliest batch does not fit; the message has its numbers and what to change."""
+
+    exit_code = EXIT_CONFIG
 
 
 # ---- which rows -----------------------------------------------------------------------------------------------------
@@ -161,7 +163,7 @@ class Trial:
 
     def _fits(self, batch: Batch, repeated: bool) -> bool:
         """Run forward and backward as a step does, and put everything back; whether every rank had the memory."""
-        core, random = unwrap(self.model), rng_state()
+        core, random = unwrap(self.model), randomness.rng_state()
         buffers = [(buffer, buffer.clone()) for buffer in core.buffers()]
         step, self_failed = core.loss_step, False
         core.loss_step = 0
@@ -179,7 +181,7 @@ class Trial:
                 for buffer, value in buffers:
                     buffer.copy_(value)
             core.loss_step, core.loss_values, core.loss_metrics = step, {}, {}
-            set_rng_state(random)
+            randomness.set_rng_state(random)
         if self_failed and self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
         return not any(gather_object([self_failed]))

@@ -123,7 +123,7 @@ def _run(
     evaluate: Evaluate | None,
     accelerator: Accelerator,
 ) -> TrainResult:
-    core, micro_batches = unwrap(model), split_batch(config, accelerator.num_processes)
+    core, cut = unwrap(model), split_batch(config, accelerator.num_processes)
     feed = Feed(rows, config, accelerator)
     max_steps = feed.max_steps
     weighted = core.losses()  # an unknown loss is an error now, not after the first batch
@@ -136,8 +136,8 @@ def _run(
     feed.caches = open_caches(model, processor, config, accelerator)
     collate = make_collator(core, processor, config, feed.first_columns(weighted), feed.caches)
     trial = Trial(model, optimizer, feed, copy.copy(collate), accelerator, config)
-    micro_batches, packer = trial.settle(micro_batches, make_packer(core, config))
-    steps = iter(feed.loader(collate, range(start, max_steps), micro_batches, packer))
+    cut, packer = trial.settle(cut, make_packer(core, config))
+    steps = iter(feed.loader(collate, range(start, max_steps), cut, packer))
     bad_rows = feed.bad_rows(start)
     state.restore_rng()  # after the iterator exists: making one draws random numbers
     model.train()
