@@ -36,6 +36,7 @@ from hfcustom.data.packing import make_packer
 from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, real_tokens, token_columns
 from hfcustom.naming import unknown
+from hfcustom.norms import part_norms
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.record import begin_run, run_of
 from hfcustom.sharding import name_blocks
@@ -74,6 +75,7 @@ class StepReport:
     images: int = 0
     source_tokens: dict[str, int] = field(default_factory=dict)  # of a mixture
     grad_norm: torch.Tensor | float = 0.0
+    part_norms: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add_batch(self, batch: Mapping[str, Any]) -> None:
         """Count what a micro-batch holds."""
@@ -243,6 +245,7 @@ def train_step(
             report.losses[name] = report.losses.get(name, 0.0) + value.mean
         for name, sum_and_count in core.loss_metrics.items():
             report.metrics[name] = report.metrics.get(name, 0.0) + sum_and_count
+    report.part_norms = part_norms(optimizer)
     report.grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     losses = {name: float(value) for name, value in report.losses.items()}
     if not all(map(math.isfinite, (report.grad_norm, *losses.values()))):
