@@ -24,6 +24,7 @@ from hfcustom.losses import IGNORE, LOSSES, WeightedLoss, count_all_tokens
 from hfcustom.losses.chunked import product_dtype
 from hfcustom.losses.kernels import DESCRIPTIONS, choose_kernel
 from hfcustom.parts import expert_matrices, part_table, unwrap
+from hfcustom.run_files import RunFiles
 from hfcustom.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -49,8 +50,10 @@ class TrainLog:
         max_steps: int,
         history: Iterable[Mapping[str, float]] = (),
         sources: Sequence[str] = (),
+        model: Any = None,
     ) -> None:
         self.config = config
+        self.model = model  # for the page of the run, which there is not without it
         self.accelerator = accelerator
         self.losses = list(losses)
         self.names = [item.loss.name for item in losses]
@@ -60,6 +63,8 @@ class TrainLog:
         self.history = [dict(entry) for entry in history]
         self.window: list[StepReport] = []
         self.window_began = time.perf_counter()
+        self.files: RunFiles | None = None
+        self.last_step = start
         self.bar = _progress_bar(enabled=accelerator.is_main_process and out.is_terminal)
 
     def __enter__(self) -> TrainLog:
@@ -68,6 +73,9 @@ class TrainLog:
         if self.accelerator.is_main_process:
             path = Path(self.config.output_dir) / "metrics.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
+            if self.model is not None:
+                self.files = RunFiles(self.config, self.start, self.max_steps)
+                self.files.begin(self.model, self.names)
             path.write_text("".join(json.dumps(entry) + "\n" for entry in self.history))
             self.file = path.open("a")
         self.bar.start()
@@ -80,6 +88,8 @@ class TrainLog:
         self.bar.stop()
         if self.accelerator.is_main_process:
             self.file.close()
+        if self.files is not None:
+            self.files.end(self.last_step, error)
         if self.config.trackers:
             self.accelerator.end_training()
 
@@ -93,9 +103,12 @@ class TrainLog:
                 share = [report.tokens, report.positions]
                 report.metrics["useful_tokens"] = torch.tensor(share, dtype=torch.float64)
             self.window.append(report)
+        self.last_step = step
         self.bar.update(self.task, completed=step)
         if self.window and (step % self.config.log_steps == 0 or step == self.max_steps):
             self.metrics(step, self._close_window(step, optimizer), progress=True)
+        if self.files is not None and self.config.save_steps and step % self.config.save_steps == 0:
+            self.files.write_page()
 
     def metrics(self, step: int, values: Mapping[str, float], progress: bool = False) -> None:
         """Record named numbers of a step; `progress` keeps them in the bar where there is one."""
@@ -106,7 +119,11 @@ class TrainLog:
             return
         self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
-        shown = {name: value for name, value in values.items() if not name.startswith("grad_norm_")}  # by part: in the file
+        shown = {
+            name: value for name, value in values.items() if not name.startswith("grad_norm_")
+        }  # by part: in the file
+        if self.files is not None and not progress:  # an evaluation
+            self.files.write_page()
         facts = "  ".join(f"{name} {_short(value)}" for name, value in shown.items())
         if progress and out.is_terminal:
             self.bar.update(self.task, facts=facts)
@@ -126,7 +143,10 @@ class TrainLog:
         for step in pending:
             if list(step["losses"]) == self.names:  # else the run goes on with another loss
                 losses = {name: share * value for name, value in step["losses"].items()}
-                metrics = {name: share * torch.tensor([value, 1.0], dtype=torch.float64) for name, value in step["metrics"].items()}
+                metrics = {
+                    name: share * torch.tensor([value, 1.0], dtype=torch.float64)
+                    for name, value in step["metrics"].items()
+                }
                 self.window.append(StepReport(losses, metrics))
 
     def _sum_over_ranks(self, values: list[Any]) -> list[Any]:

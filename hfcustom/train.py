@@ -130,7 +130,7 @@ def fit(
         counting_steps(core),
         every_part_learns(model, optimizer),
         use_caches(core, feed.caches, accelerator),
-        TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names) as log,
+        TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names, core) as log,
     ):
         log.restore_window(state.pending)
         while step < max_steps and not stopped:
