@@ -125,9 +125,6 @@ def tables(runs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str], 
         rows.append(row)
     found = [("", columns, rows)]
     if differ := differing_options(runs):
-        short = (
-            {run: f"run {at}" for at, run in enumerate(runs, start=1)} if len(runs) > 3 else {run: run for run in runs}
-        )
         lines = [[name, *(_option(values, run) for run in runs)] for name, values in differ.items()]
         found.append(("Options that differ", ["option", *short.values()], lines))
     return found
