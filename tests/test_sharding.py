@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -90,7 +91,7 @@ def test_a_model_without_blocks_says_what_to_set() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_accelerate_reads_the_config(name: str) -> None:
     config = load_config_from_file(str(RECIPES / "accelerate" / name))
-    machines, _, processes = name.removesuffix(".yaml").rpartition("_")[2].replace("process", "1").rpartition("x")
+    machines, _, processes = (re.search(r"[0-9x]+(?=\.yaml)", name) or ["1"])[0].rpartition("x")
     assert config.num_machines == int(machines or 1)
     assert config.num_processes == config.num_machines * int(processes)
 
