@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCHVISION = torchvision==0.28.0
 
-.PHONY: help quickstart test lint bench clean
+.PHONY: help quickstart test faults lint docs bench clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -16,10 +16,17 @@ quickstart: $(VENV)/recipes  ## train, tune and reload a small model of your own
 test: $(VENV)/dev  ## run the whole test suite, a process for each core
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
+faults: $(VENV)/dev  ## kill runs 200 times, damage 1000 files, resume the whole matrix (an hour; tests/faults/)
+	$(BIN)/python tests/faults/long.py $(ARGS)
+
 lint: $(VENV)/dev  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/dev  ## write docs/families.md anew: what `hfcustom inspect --all --markdown` says, torchvision only where needed
+	$(BIN)/python -m pytest -q tests/test_inspector.py -k docs_families_md --write-docs
+	HFCUSTOM_TORCHVISION=$(VENV)/torchvision $(BIN)/python -m pytest -q tests/test_inspector.py -k docs_families_md --write-docs
 
 bench: $(VENV)/dev  ## compare a training step with stock transformers, Trainer and trl (20 minutes, 18 GB of memory)
 	$(BIN)/python benchmarks/training_step.py $(ARGS)

@@ -50,6 +50,7 @@ _HOME = {
     "register": "hfcustom.registry",
     "resize_images": "hfcustom.resize",
     "retrieval_recall": "hfcustom.retrieval",
+    "row_seed": "hfcustom.randomness",
     "select_frames": "hfcustom.data.frames",
     "show_losses": "hfcustom.console",
     "show_parts": "hfcustom.console",
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
     from hfcustom.losses import LossContext, term, token_loss
     from hfcustom.losses.pairs import pair_loss
     from hfcustom.parts import find_parts, part_table
+    from hfcustom.randomness import row_seed
     from hfcustom.registry import register
     from hfcustom.resize import resize_images
     from hfcustom.retrieval import retrieval_recall

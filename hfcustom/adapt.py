@@ -38,6 +38,7 @@ from hfcustom.parts import (
     wrapped_by_peft,
 )
 from hfcustom.record import read_record
+from hfcustom.resume import BASE_FILE, check_base
 
 Bits = Literal["8bit", "4bit"]
 
@@ -242,7 +243,8 @@ def load_adapter(
 
     `base` is the folder or hub id of the weights, by default the one the adapter was trained on. The class is that of the
     config.json which `fit` writes beside an adapter, else `model_class`, else the base's; `trainable` leaves the adapter
-    to be trained further; `options` go to `from_pretrained`. Raises ValueError when the class lacks a module that the adapter holds, or the adapter a tensor.
+    to be trained further; `options` go to `from_pretrained`. Raises ValueError when the class lacks a module that the adapter
+    holds, or the adapter a tensor; CheckpointError when `fit` trained it on another base.
     """
     from peft import PeftConfig, PeftModel
 
@@ -255,6 +257,8 @@ def load_adapter(
     record = read_record(adapter) if issubclass(model_class, CustomModel) else {}
     drifts = sentinel.check_class(model_class, record, adapter)
     model = model_class.from_pretrained(base, config=config, **options)
+    if fingerprint := cached_file(str(adapter), BASE_FILE, _raise_exceptions_for_missing_entries=False):
+        check_base(model, Path(fingerprint).parent)
     sentinel.warn(model, record, adapter, [*drifts, *sentinel.check_model(model, record, adapter)])
     if record:
         model.training_runs, model.origin = record["training"], record["origin"]

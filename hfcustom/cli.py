@@ -100,6 +100,33 @@ def frames(argv: Sequence[str]) -> int:
     return run_frames(options)
 
 
+def inspect(argv: Sequence[str]) -> int:
+    """Show what a model makes of an image: tokens, tiles, preprocessing, switches, the tensors of a batch; draw it."""
+    parser = argparse.ArgumentParser(
+        prog="hfcustom inspect",
+        description=inspect.__doc__,
+        epilog="Nothing is looked up: the processor is run, recorded, and its settings are tried one by one. No weights are loaded.",
+    )
+    add = parser.add_argument
+    add(
+        "targets",
+        nargs="*",
+        metavar="TARGET",
+        help="a family, a folder or hub id, my_file.py:MyModel; two are compared",
+    )
+    add("--image", metavar="FILE", help="a picture; without one, a drawn one")
+    add("--size", metavar="WxH", help="size of the drawn one in pixels (default: 800x1300)")
+    add("--plot", metavar="FILE.png", help="draw the image with its tiles and tokens, and what the tower gets")
+    add("--html", metavar="FILE.html", help="write a page with the drawing")
+    add("--markdown", action="store_true", help="print Markdown")
+    add("--json", action="store_true", help="print JSON")
+    add("--all", action="store_true", help="every family, as Markdown or JSON: docs/families.md")
+    options = parser.parse_args(argv)
+    from hfcustom.inspector.command import show_inspection
+
+    return show_inspection(options)
+
+
 def lens(argv: Sequence[str]) -> int:
     """Show what the model sees of a row: tokens, roles, tiles, labels; exit code 1 for a label on an image token."""
     parser = argparse.ArgumentParser(prog="hfcustom lens", description=lens.__doc__)
@@ -270,6 +297,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "export": export,
     "families": families,
     "frames": frames,
+    "inspect": inspect,
     "lens": lens,
     "lint-serving": lint_serving,
     "preflight": preflight,

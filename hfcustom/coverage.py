@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
+from hfcustom.exits import ConfigError
 from hfcustom.parts import find_parts, unwrap
 
 logger = logging.get_logger("hfcustom")
@@ -21,7 +22,7 @@ PATIENCE = 3  # steps of zeros: behind a gate that starts at zero, the gradient 
 
 @contextmanager
 def every_part_learns(model: nn.Module, optimizer: Any) -> Iterator[None]:
-    """Raise ValueError before a step in which a part was run and none of its trainable parameters has a gradient.
+    """Raise ConfigError before a step in which a part was run and none of its trainable parameters has a gradient.
 
     Zeros are given three steps. A step in which no part has any (no supervised token) is not counted. Where every loss is a
     term, which may look at image features alone, it is a warning: a head that nothing asks for learns nothing, as it should.
@@ -83,7 +84,7 @@ class _Watch:
     def _tell(self, part: str, reached: bool) -> None:
         message = self._message(part, reached)
         if not all(item.loss.is_term for item in unwrap(self.model).losses()):
-            raise ValueError(message)
+            raise ConfigError(message)
         logger.warning(message)
         del self.waiting[part]
 

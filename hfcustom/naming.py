@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+PARTS = ("vision", "connector", "language", "head", "new", "other")  # of a model; hfcustom/parts.py finds them
+
 
 def unknown(kind: str, name: object, allowed: Iterable[str], cure: str = "") -> str:
     """Return the message for a name that is not allowed: the value, the nearest, what is allowed, the cure."""

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
+from hfcustom.exits import EXIT_CONFIG, ConfigError
 from hfcustom.naming import unknown
 from hfcustom.train_config import TrainConfig
 
@@ -35,12 +36,6 @@ class Options(Protocol):
 
 
 Config = TypeVar("Config", bound=Options)
-
-EXIT_CONFIG = 3
-
-
-class ConfigError(ValueError):
-    """One or more options that cannot be used, all in one message."""
 
 
 def parse(config_class: type[Config], description: str | None, argv: Sequence[str] | None = None) -> Config:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-PARTS = ("vision", "connector", "language", "head", "new", "other")
+from hfcustom.naming import PARTS
 
 
 def unwrap(model: Any) -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-EXIT_PREEMPTED = 7  # saved and stopped by a signal: start again with --resume
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from hfcustom import checkpoint
+from hfcustom import randomness
 from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import serving
 from hfcustom.data.collate import Batch
@@ -49,13 +49,13 @@ def step_summaries(
     alone = len(batches) == 1 and accelerator.num_processes == 1
     if alone or not any(item.loss.summary for item in core.losses()):
         return [{} for _ in batches]
-    state = checkpoint.rng_state()
+    state = randomness.rng_state()
     with accelerator.autocast():  # as accelerate wraps forward()
         own = []
         for batch in batches:
             with serving(core, batch):
                 own.append({} if is_blank(batch) else core.loss_summaries(on_device(batch, accelerator.device)))
-    checkpoint.set_rng_state(state)
+    randomness.set_rng_state(state)
     everyone = gather_object([{name: value.cpu() for name, value in found.items()} for found in own])
     first = accelerator.process_index * len(batches)
     places: list[dict[str, StepSummary]] = []

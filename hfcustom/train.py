@@ -11,19 +11,19 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, parse_flag_from_env, set_seed
+from accelerate.utils import LoggerType, set_seed
 from torch import nn
 
-from hfcustom import checkpoint
+from hfcustom import checkpoint, randomness
 from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import Caches, check_caches, open_caches, serving, use_caches
 from hfcustom.console import TrainLog, out
@@ -34,12 +34,16 @@ from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.feed import Feed, as_rows
 from hfcustom.data.packing import make_packer
 from hfcustom.dual_encoder import CustomDualEncoder
+from hfcustom.exits import EXIT_PREEMPTED, ConfigError
 from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, real_tokens, token_columns
 from hfcustom.naming import unknown
-from hfcustom.parts import find_parts, unwrap
+from hfcustom.optimizers import make_optimizer, set_lr
+from hfcustom.parts import unwrap
+from hfcustom.ranks import check_processes, explained, process_state, wait_at_most
 from hfcustom.record import begin_run, run_of
+from hfcustom.run_folder import run_folder
 from hfcustom.sharding import name_blocks
-from hfcustom.signals import EXIT_PREEMPTED, StopRequest
+from hfcustom.signals import StopRequest
 from hfcustom.step_plan import is_blank, plan_step
 from hfcustom.train_config import TrainConfig
 
@@ -103,10 +107,21 @@ def fit(
     """
     config, rows = _checked(model, config, evaluate), as_rows(rows)
     accelerator = make_accelerator(config)
-    micro_batch_size, accumulation = split_batch(config, accelerator.num_processes)
+    with run_folder(config, accelerator), explained(config.output_dir):
+        return _run(model, processor, rows, config, evaluate, accelerator)
+
+
+def _run(
+    model: nn.Module,
+    processor: Any,
+    rows: Any,
+    config: TrainConfig,
+    evaluate: Evaluate | None,
+    accelerator: Accelerator,
+) -> TrainResult:
+    core, micro_batches = unwrap(model), split_batch(config, accelerator.num_processes)
     feed = Feed(rows, config, accelerator)
     max_steps = feed.max_steps
-    core = unwrap(model)
     weighted = core.losses()  # an unknown loss is an error now, not after the first batch
     set_seed(config.seed, device_specific=True)
     set_up(model, config, accelerator)
@@ -116,15 +131,15 @@ def fit(
     run = begin_run(core, run_of(state.unwrapped, config, feed), config.resume) if accelerator.is_main_process else {}
     feed.caches = open_caches(model, processor, config, accelerator)
     collate = make_collator(core, processor, config, feed.first_columns(weighted), feed.caches)
-    steps = iter(
-        feed.loader(collate, range(start, max_steps), (micro_batch_size, accumulation), make_packer(core, config))
-    )
+    steps = iter(feed.loader(collate, range(start, max_steps), micro_batches, make_packer(core, config)))
     bad_rows = feed.bad_rows(start)
     state.restore_rng()  # after the iterator exists: making one draws random numbers
     model.train()
     step, stopped = start, False
     with (
+        closing(steps),
         StopRequest() as stop,
+        feed.watch.naming_deaths(),
         counting_steps(core),
         every_part_learns(model, optimizer),
         use_caches(core, feed.caches, accelerator),
@@ -195,7 +210,7 @@ def make_collator(
 def _checked(model: nn.Module, config: TrainConfig, evaluate: Evaluate | None) -> TrainConfig:
     """Check what fit() was given before anything runs; return the config with its precision decided."""
     if problems := config.problems():
-        raise ValueError("; ".join(problems))
+        raise ConfigError("; ".join(problems))
     core = unwrap(model)
     if not isinstance(core, CustomModel):
         raise TypeError(f"fit() trains custom models; load the {type(core).__name__} with its family's custom class.")
@@ -295,19 +310,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         project_dir=config.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise RuntimeError(
-            f"{launched} processes were launched, but Accelerate counts {accelerator.num_processes}, so each would train "
-            "alone. On CPUs launch with `accelerate launch --cpu` or set ACCELERATE_USE_CPU=true, and before fit() ask "
-            "hfcustom.train.process_state() instead of PartialState()."
-        )
+    check_processes(accelerator)
+    wait_at_most(config.rank_seconds)
     return accelerator
-
-
-def process_state() -> PartialState:
-    """Return Accelerate's process state; the first bare PartialState() overlooks ACCELERATE_USE_CPU, for good."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def choose_precision(model: nn.Module, config: TrainConfig) -> Literal["fp32", "bf16"]:
@@ -362,50 +367,13 @@ def split_batch(config: TrainConfig, num_processes: int) -> tuple[int, int]:
     return micro, per_rank // micro
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters, grouped by part (learning rate) and kind (weight decay)."""
-    parts = find_parts(model)
-    rates = {"vision": config.vision_lr, "connector": config.connector_lr, "new": config.connector_lr}
-    groups: dict[tuple[str, float], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part = parts.part_of(name)
-        decay = config.weight_decay if parameter.ndim >= 2 and "embed" not in name else 0.0
-        group = groups.setdefault((part, decay), {"params": [], "weight_decay": decay, "part": part})
-        group["peak_lr"] = group["lr"] = rates.get(part) or config.lr
-        group["params"].append((name, parameter))  # with its name, which a checkpoint compares
-    if not groups:
-        raise ValueError(
-            "No parameter is trainable: unfreeze a part, attach LoRA, or load an adapter with load_adapter(trainable=True)."
-        )
-    for rate, flag in ((config.vision_lr, "vision"), (config.connector_lr, "connector")):
-        if rate is not None and not any(part == flag or (flag, part) == ("connector", "new") for part, _ in groups):
-            raise ValueError(f"{flag}_lr={rate} has no effect: no parameter of the {flag} is trainable.")
-    return torch.optim.AdamW(list(groups.values()), betas=(0.9, config.beta2), fused=True)
-
-
-def set_lr(optimizer: torch.optim.Optimizer, step: int, max_steps: int, config: TrainConfig) -> None:
-    """Set every group's learning rate for a step: linear warm-up, then the schedule down to min_lr_ratio."""
-    if step < config.warmup_steps:
-        factor = (step + 1) / config.warmup_steps
-    elif config.schedule == "constant":
-        factor = 1.0
-    else:
-        done = (step - config.warmup_steps) / max(max_steps - config.warmup_steps, 1)
-        shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
-        factor = config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
-
-
 def run_evaluation(model: nn.Module, evaluate: Evaluate, step: int, run: dict[str, Any]) -> dict[str, float]:
     """Evaluate without gradients and without moving training's random state; the record of the run has the newest numbers."""
     model.eval()
-    before = checkpoint.rng_state()
+    before = randomness.rng_state()
     with torch.no_grad():
         metrics = {name: float(value) for name, value in evaluate(unwrap(model), step).items()}
-    checkpoint.set_rng_state(before)
+    randomness.set_rng_state(before)
     model.train()
     run["evaluation"] = {"step": step, "values": metrics}
     return metrics

@@ -6,8 +6,10 @@ Nothing heavy is imported here, so that `--help` and a mistyped flag answer at o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, ClassVar, Literal
+
+from hfcustom.naming import PARTS, unknown
 
 
 @dataclass(kw_only=True)
@@ -34,7 +36,17 @@ class TrainConfig:
     lr: Annotated[float, "peak learning rate"] = 2e-4
     connector_lr: Annotated[float | None, "peak learning rate of the connector and of new modules"] = None
     vision_lr: Annotated[float | None, "peak learning rate of the vision tower"] = None
+    part_lr: Annotated[dict[str, float], 'peak learning rate of parts, {"head": 1e-5, "new": 1e-3}'] = field(
+        default_factory=dict
+    )
     weight_decay: Annotated[float, "AdamW weight decay of matrices; biases, norms and embeddings have none"] = 0.01
+    part_weight_decay: Annotated[dict[str, float], "weight decay of the matrices of parts, likewise"] = field(
+        default_factory=dict
+    )
+    optimizer: Annotated[
+        Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"],
+        "8bit: moments of large matrices in 8 bits; paged: they move to the CPU when a GPU is full (bitsandbytes)",
+    ] = "adamw"
     beta2: Annotated[float, "AdamW second-moment decay"] = 0.95
     warmup_steps: Annotated[int, "steps of linear warm-up"] = 20
     schedule: Annotated[Literal["cosine", "linear", "constant"], "learning rate after the warm-up"] = "cosine"
@@ -77,10 +89,39 @@ class TrainConfig:
     ] = None
     save_steps: Annotated[int | None, "steps between checkpoints; by default only at the end"] = None
     keep_checkpoints: Annotated[int, "newest checkpoints to keep"] = 2
+    row_seconds: Annotated[
+        float, "longest time for reading one row; a loading process that is stuck for longer is given up (exit code 8)"
+    ] = 300.0
+    rank_seconds: Annotated[
+        float, "longest time that a process waits for another before the run is given up (exit code 8)"
+    ] = 600.0
     resume: Annotated[bool, "continue from the newest checkpoint in output_dir"] = False
+    allow_change: Annotated[
+        list[str], "with resume: options whose change since the checkpoint is accepted, `data` for other rows"
+    ] = field(default_factory=list)
     overwrite: Annotated[bool, "start afresh, deleting the checkpoints that output_dir already holds"] = False
     trackers: Annotated[list[str], "tensorboard, wandb, trackio or any other tracker of Accelerate"] = field(
         default_factory=list
+    )
+
+    # options that may change when a run is resumed; any other is refused, see hfcustom/resume.py
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        (
+            *(
+                "max_steps",
+                "epochs",
+                "micro_batch_size",
+                "packing",
+                "pack_tokens",
+                "pack_crops",
+                "gradient_checkpointing",
+            ),
+            *("lr", "connector_lr", "vision_lr", "part_lr", "weight_decay", "part_weight_decay", "beta2"),
+            *("warmup_steps", "schedule", "min_lr_ratio"),
+            *("max_grad_norm", "max_bad_share", "cache_images", "cache_features", "max_cache_gb", "num_workers"),
+            *("log_steps", "eval_steps", "save_steps", "keep_checkpoints", "row_seconds", "rank_seconds", "trackers"),
+            *("output_dir", "resume", "overwrite", "allow_change"),
+        )
     )
 
     sources: dict[str, str] = field(init=False, default_factory=dict)  # field -> the flag or file that set it
@@ -142,7 +183,36 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             rules.append((value is None or value > 0, f"{name}={value} must be positive"))
+        rules += self._rules_of_parts()
+        rules += self._rules_of_going_on()
         return [message for holds, message in rules if not holds]
+
+    def _rules_of_parts(self) -> list[tuple[bool, str]]:
+        rules = []
+        for name, own in (("part_lr", self.part_lr), ("part_weight_decay", self.part_weight_decay)):
+            for part, value in own.items():
+                rules.append((part in PARTS, unknown(f"part in {name}:", part, PARTS)))
+                sound = value > 0 if name == "part_lr" else value >= 0
+                rules.append(
+                    (
+                        sound,
+                        f"{name}: {value} of {part} must {'be positive' if name == 'part_lr' else 'not be negative'}",
+                    )
+                )
+        for flag in ("vision_lr", "connector_lr"):
+            part = flag.removesuffix("_lr")
+            twice = getattr(self, flag) is not None and part in self.part_lr
+            rules.append((not twice, f"{flag} and part_lr both name the {part}; leave one out"))
+        return rules
+
+    def _rules_of_going_on(self) -> list[tuple[bool, str]]:
+        known = {"data", *(each.name for each in fields(self) if each.init)}
+        return [
+            (self.row_seconds > 0, f"row_seconds={self.row_seconds} must be positive"),
+            (self.rank_seconds > 0, f"rank_seconds={self.rank_seconds} must be positive"),
+            (self.resume or not self.allow_change, f"allow_change={self.allow_change} has no effect without resume"),
+            *((name in known, unknown("option in allow_change", name, known)) for name in self.allow_change),
+        ]
 
 
 @dataclass(kw_only=True)

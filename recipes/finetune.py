@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hfcustom.data.hosts import host_problems
+from hfcustom.exits import exit_codes
 from hfcustom.options import ConfigError, parse, with_values
 from hfcustom.train_config import HubOptions, TrainConfig
 
@@ -130,6 +131,19 @@ class FinetuneConfig(HubOptions, TrainConfig):
                 found.append(str(error))
         return found
 
+    # what the data hold is compared, wherever they lie
+    may_change = TrainConfig.may_change | {
+        "eval_data",
+        "eval_split",
+        "eval_rows",
+        "max_new_tokens",
+        "merge",
+        "data",
+        "image_root",
+        "image_hosts",
+        "image_downloads",
+    }
+
     def problems(self) -> list[str]:
         """Return what is missing, contradictory or out of range, in each stage where there are some."""
         if self.stages:
@@ -177,8 +191,6 @@ import hfcustom
 from hfcustom import console
 from hfcustom.card import add_results
 from hfcustom.data.feed import first_example
-from hfcustom.data.messages import RowError
-from hfcustom.data.steps import EXIT_BAD_ROWS
 from hfcustom.evaluate import first_rows, match_by_source
 from hfcustom.families import class_of
 from hfcustom.hub import check_upload, upload_result
@@ -289,12 +301,8 @@ def run(config: FinetuneConfig) -> Path:
         options = {"max_new_tokens": config.max_new_tokens, "allowed_tokens": config.allowed_tokens}
         return match_by_source(hfcustom.generate_answers(model, processor, held_out, **options))
 
-    try:
-        console.show_start(model, processor, first_example(rows, config), config)
-        result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
-    except RowError as error:  # it names the row, where and the cure
-        console.out.print(f"finetune.py: {error}")
-        raise SystemExit(EXIT_BAD_ROWS) from error
+    console.show_start(model, processor, first_example(rows, config), config)
+    result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
     result.exit_if_interrupted()
     if held_out:
         matches = evaluate(model, result.step)
@@ -314,4 +322,5 @@ def run(config: FinetuneConfig) -> Path:
 
 
 if __name__ == "__main__":
-    main(CONFIG)
+    with exit_codes():
+        main(CONFIG)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from hfcustom.data.hosts import host_problems
+from hfcustom.exits import exit_codes
 from hfcustom.options import parse
 from hfcustom.train_config import HubOptions, TrainConfig
 
@@ -48,6 +49,17 @@ class FinetuneEncoderConfig(HubOptions, TrainConfig):
     lora: Annotated[bool, "train LoRA matrices instead of all weights"] = False
     lora_parts: Annotated[list[str], "parts that get LoRA"] = field(default_factory=lambda: ["vision", "language"])
     lora_rank: Annotated[int, "rank of the LoRA matrices"] = 16
+
+    # what the data hold is compared, wherever they lie
+    may_change = TrainConfig.may_change | {
+        "eval_data",
+        "eval_split",
+        "eval_rows",
+        "data",
+        "image_root",
+        "image_hosts",
+        "image_downloads",
+    }
 
     def problems(self) -> list[str]:
         """Return what is missing, contradictory or out of range."""
@@ -84,8 +96,6 @@ from hfcustom import console
 from hfcustom.card import add_results
 from hfcustom.data.digits import digit_captions
 from hfcustom.data.feed import first_example
-from hfcustom.data.messages import RowError
-from hfcustom.data.steps import EXIT_BAD_ROWS
 from hfcustom.encoders import class_of, clip
 from hfcustom.hub import check_upload, upload_result
 from hfcustom.naming import load_object
@@ -145,12 +155,8 @@ def main(config: FinetuneEncoderConfig) -> dict[str, float]:
     def evaluate(model: Any, step: int) -> dict[str, float]:
         return hfcustom.retrieval_recall(model, processor, held_out)
 
-    try:
-        console.show_start(model, processor, first_example(rows, config), config)
-        result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
-    except RowError as error:  # it names the row, where and the cure
-        console.out.print(f"finetune_encoder.py: {error}")
-        raise SystemExit(EXIT_BAD_ROWS) from error
+    console.show_start(model, processor, first_example(rows, config), config)
+    result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)
     result.exit_if_interrupted()
     recall = evaluate(model, result.step) if held_out else {}
     if held_out:
@@ -165,4 +171,5 @@ def main(config: FinetuneEncoderConfig) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(CONFIG)
+    with exit_codes():
+        main(CONFIG)

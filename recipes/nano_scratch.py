@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from hfcustom.exits import exit_codes
 from hfcustom.options import parse
 from hfcustom.train_config import TrainConfig
 
@@ -148,4 +149,5 @@ def main(config: NanoScratchConfig) -> float:
 
 
 if __name__ == "__main__":
-    main(CONFIG)
+    with exit_codes():
+        main(CONFIG)

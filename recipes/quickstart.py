@@ -14,6 +14,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated
 
+from hfcustom.exits import exit_codes
 from hfcustom.options import parse
 from hfcustom.train_config import TrainConfig
 
@@ -267,4 +268,5 @@ def main(config: QuickstartConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(CONFIG)
+    with exit_codes():
+        main(CONFIG)

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from hfcustom.exits import exit_codes
 from hfcustom.options import parse
 from hfcustom.train_config import TrainConfig
 
@@ -150,4 +151,5 @@ def main(config: ReduceConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(CONFIG)
+    with exit_codes():
+        main(CONFIG)

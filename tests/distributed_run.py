@@ -23,7 +23,7 @@ from torch import nn
 from training import ANSWER_WORDS, IMAGES, TERMS, add_dropout, short_config, uneven_rows, user_losses, weights
 
 import hfcustom
-from hfcustom import checkpoint, train
+from hfcustom import checkpoint, commit, train
 from hfcustom.data.order import step_rows
 from hfcustom.families import load_family
 from hfcustom.losses import LOSSES
@@ -168,8 +168,9 @@ def forbid_writing() -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("only rank 0 writes")
 
-    for name in ("save_model", "save_optimizer", "write_json", "write_manifest", "replace_folder"):
+    for name in ("save_model", "save_optimizer", "write_json", "replace_folder"):
         setattr(checkpoint, name, refuse)
+    commit.write_manifest = commit.put_in_place = refuse  # type: ignore[assignment]
     Path.write_text = refuse  # type: ignore[method-assign]
 
 

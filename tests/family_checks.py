@@ -24,6 +24,7 @@ OUTCOMES = pytest.StashKey[dict[tuple[str, str, str], set[str]]]()  # (family, f
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record-families", action="store_true", help=f"write {VERIFIED.name} from what passes")
+    parser.addoption("--write-docs", action="store_true", help="write docs/families.md from what is found")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -449,6 +449,7 @@ def test_the_command_knows_encoders_folders(name: str, tmp_path: Path, capsys: p
         ("./nowhere", "There is no folder ./nowhere"),
         ("missing.py:MyVLM", "there is no file"),
         ("{file}", "is a file; name the class in it as well: "),
+        ("{folder}", "holds no config.json. Do you mean"),
         ("{file}:one", "is no class but of type CLIPConfig; name the class of the model"),
         ("{file}:CLIPConfig", "CLIPConfig is no custom model: a subclass of a family or an encoder of hfcustom"),
     ],
@@ -458,7 +459,9 @@ def test_what_is_no_target_is_named(
 ) -> None:
     file = tmp_path / f"no_target_of_a_card_{len(said)}.py"  # a name is imported once
     file.write_text("from transformers import CLIPConfig\none = CLIPConfig()\n")
-    assert cli.main(["card", target.format(file=file)]) == 2
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    assert cli.main(["card", target.format(file=file, folder=tmp_path)]) == 2
     assert said in capsys.readouterr().err
 
 

@@ -19,8 +19,9 @@ from torch import nn
 from training import add_dropout, curve, short_config, train, uneven_rows, weights
 
 import hfcustom
-from hfcustom import checkpoint
+from hfcustom import checkpoint, commit, randomness
 from hfcustom.data.feed import Feed
+from hfcustom.exits import SaveError
 from hfcustom.train_config import TrainConfig
 
 PERCEIVER = {"name": "perceiver_resampler", "num_queries": 4, "num_heads": 4}
@@ -261,7 +262,7 @@ def test_when_all_are_damaged_the_run_starts_afresh_and_names_them(
 
 def test_the_newest_is_found_by_number_not_by_spelling(tmp_path: Path) -> None:
     for step in (999_999, 1_000_000):
-        with checkpoint.atomic_folder(tmp_path / f"step-{step:06d}") as partial:
+        with commit.atomic_folder(tmp_path / f"step-{step:06d}") as partial:
             (partial / "state.json").write_text("{}")
     assert [path.name for path in checkpoint.complete_checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
 
@@ -270,17 +271,18 @@ def test_the_newest_is_found_by_number_not_by_spelling(tmp_path: Path) -> None:
 def test_a_failure_while_saving_leaves_the_checkpoint_before(
     internvl: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    working = getattr(checkpoint, failing)
+    home = commit if failing == "write_manifest" else checkpoint
+    working = getattr(home, failing)
 
     def full_disk(*args: Any, **kwargs: Any) -> None:
         if "step-000004" in "".join(map(str, args)):
             raise OSError("No space left on device")
         working(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, failing, full_disk)
-    with pytest.raises(OSError, match="No space left on device"):
+    monkeypatch.setattr(home, failing, full_disk)
+    with pytest.raises(SaveError, match=r"disk full: need .* step 4, have .*step-000002; continue with --resume"):
         train(internvl.model(), internvl, tmp_path, max_steps=4, save_steps=2)
-    assert [path.name for path in (tmp_path / "checkpoints").glob("[!.]*")] == ["step-000002"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
     assert not (tmp_path / "model").exists()
     monkeypatch.undo()
     model = internvl.model()
@@ -299,12 +301,12 @@ def test_a_failure_while_publishing_leaves_the_model_before(tmp_path: Path, monk
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_link_or_copy", full_disk)
+    monkeypatch.setattr(commit, "_link_or_copy", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.replace_folder(new, old)
+        commit.replace_folder(new, old)
     assert (old / "config.json").read_text() == "model"
     monkeypatch.undo()
-    checkpoint.replace_folder(new, old)
+    commit.replace_folder(new, old)
     assert (old / "config.json").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "new"]
 
@@ -349,11 +351,11 @@ def test_random_states_come_back(tmp_path: Path) -> None:
         return [float(torch.rand(())), random.random(), np.random.rand(), *normal, float(torch.randn(()))]
 
     draw()
-    checkpoint.save_rng(tmp_path / "rng.safetensors")
+    randomness.save_rng(tmp_path / "rng.safetensors")
     expected = [draw(), draw()]
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     assert draw() != expected[0]
-    checkpoint.load_rng(tmp_path / "rng.safetensors")
+    randomness.load_rng(tmp_path / "rng.safetensors")
     assert [draw(), draw()] == expected
 
 
@@ -363,8 +365,8 @@ def test_each_gpu_gets_its_own_random_state_back(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
     monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.extend)
-    checkpoint.save_rng(tmp_path / "rng.safetensors")
-    checkpoint.load_rng(tmp_path / "rng.safetensors")
+    randomness.save_rng(tmp_path / "rng.safetensors")
+    randomness.load_rng(tmp_path / "rng.safetensors")
     assert [int(state[0]) for state in restored] == list(range(12))
 
 
@@ -404,11 +406,11 @@ def test_a_checkpoint_is_a_model_that_loads(internvl: Family, tmp_path: Path) ->
     feed = Feed(uneven_rows(), config, accelerator)
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, internvl.processor, feed)
     folder = state.save(7, [], [])
-    assert folder.name == "step-000007" and checkpoint.manifest_holds(folder)
+    assert folder.name == "step-000007" and commit.manifest_holds(folder)
     loaded = internvl.model_class.from_pretrained(folder / "model")
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
     save_file({"x": torch.ones(1)}, folder / "model" / "model.safetensors")
-    assert not checkpoint.manifest_holds(folder)
+    assert not commit.manifest_holds(folder)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ SMALL = {
     "hfcustom export": "",
     "hfcustom families": "",
     "hfcustom lint-serving": "",
+    "hfcustom inspect": "",
     "hfcustom preflight rows.jsonl --image-hosts": "--workers 0",
     "hfcustom preflight": "",
     "hfcustom frames": "",
@@ -154,13 +155,12 @@ def test_the_file_tree_is_true() -> None:
         listed.add("/".join(folders))
     missing = [path for path in listed if not (ROOT / path).exists()]
     assert not missing, f"README.md lists what is not there: {missing}"
+    packages = ("bundle", "data", "doctor", "inspector", "losses")
     sources = [
-        path
-        for folder in ("", "bundle/", "data/", "doctor/", "losses/")
-        for path in ROOT.glob(f"hfcustom/{folder}*.py")
+        path for folder in ("", *(f"{name}/" for name in packages)) for path in ROOT.glob(f"hfcustom/{folder}*.py")
     ]
     unlisted = {path.relative_to(ROOT).as_posix() for path in sources} - listed
-    unlisted -= {f"hfcustom/{folder}/__init__.py" for folder in ("bundle", "data", "doctor", "losses")}
+    unlisted -= {f"hfcustom/{folder}/__init__.py" for folder in packages}
     assert not unlisted, f"README.md does not list {sorted(unlisted)}"
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hfcustom.data.turns import RowError
+from hfcustom.exits import exit_codes
 from hfcustom.options import ConfigError, read
 from hfcustom.parts import find_parts
 
@@ -46,6 +47,12 @@ def test_a_mistyped_flag_is_an_error_before_anything_heavy_is_imported(name: str
     if "hfcustom.options" in (RECIPES / f"{name}.py").read_text():
         assert "Unknown flag --outptu-dir. Did you mean --output-dir?" in done.stderr
     assert "| torch\n" not in done.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_trains_ends_with_the_exit_codes(name: str) -> None:
+    text = (RECIPES / f"{name}.py").read_text()
+    assert ("hfcustom.fit(" in text) == text.endswith("    with exit_codes():\n        main(CONFIG)\n")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -331,7 +338,7 @@ def test_a_bad_row_ends_with_its_name_and_a_code_of_its_own(
     folder = stock_checkpoint(internvl, tmp_path)
     with (folder / "rows.jsonl").open("a") as file:
         file.write('\n{"messages": [{"role": "user", "content": "no answer"}]}')
-    with pytest.raises(SystemExit, match="4"):
+    with pytest.raises(SystemExit, match="4"), exit_codes():
         finetune(folder, "--max-steps", "3")
-    assert "finetune.py: rows.jsonl, line 5: no assistant turn" in capsys.readouterr().out
+    assert f"{Path(sys.argv[0]).name}: rows.jsonl, line 5: no assistant turn" in capsys.readouterr().err
     finetune(folder, "--on-bad-row", "skip", "--max-bad-share", "0.5")

@@ -20,7 +20,8 @@ from signal_run import WAITING, run
 from torch import nn
 from training import curve, train, weights
 
-from hfcustom.signals import EXIT_PREEMPTED, STOP_SIGNALS, StopRequest
+from hfcustom.exits import EXIT_PREEMPTED
+from hfcustom.signals import STOP_SIGNALS, StopRequest
 from hfcustom.train import TrainResult
 
 Process = subprocess.Popen[str]

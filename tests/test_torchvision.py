@@ -28,6 +28,7 @@ FILES = [
     "connectors",
     "connector_values",
     "families",
+    "inspector",
     "adapt",
     "added_tower",
     "loading",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +23,15 @@ from hfcustom.data.collate import Batch
 from hfcustom.data.columns import column_report
 from hfcustom.data.messages import Example
 from hfcustom.data.mixtures import Mixture
-from hfcustom.data.order import step_loader
+from hfcustom.data.order import StepLoader, step_loader
 from hfcustom.data.packing import Packer
 from hfcustom.data.sources import Examples, RowsWithColumns, as_examples
 from hfcustom.data.steps import Attempts, BadRows, StepBatches, StepCollator, agree_on_batches
 from hfcustom.data.stream_loader import StepStream, StreamLoader
 from hfcustom.data.streams import State, Stream, StreamMixture, check_shards, first_row
+from hfcustom.data.watch import Watch
 from hfcustom.losses import WeightedLoss, loss_columns, token_columns
+from hfcustom.randomness import row_random
 from hfcustom.train_config import TrainConfig
 
 Rows = Examples | Stream | StreamMixture
@@ -45,6 +47,7 @@ class Feed:
         self.caches: Caches | None = None  # whose images are not decoded
         self.positions: dict[int, State] = {}  # of this rank's loading processes, after the last step trained on
         self.epoch = 0
+        self.watch = Watch(config.num_workers, config.row_seconds)
         self._cut_shown = False
         self.kind: str | None = None  # of the first row
         if not isinstance(self.rows, Examples):
@@ -57,7 +60,8 @@ class Feed:
             raise ValueError(
                 f"exclude={self.config.exclude} has no effect on a stream, whose rows have no fixed names; use on_bad_row=skip."
             )
-        for fact in check_shards(stream, self.accelerator.num_processes, self.config.num_workers):
+        facts = check_shards(stream, self.accelerator.num_processes, self.config.num_workers)
+        for fact in [*facts, *batched_maps(stream)]:
             self.accelerator.print(fact)
 
     @property
@@ -92,7 +96,8 @@ class Feed:
     @cached_property
     def fingerprint(self) -> str:
         """What tells the data from others."""
-        return self.rows.fingerprint()
+        with row_random(self.config.seed, "fingerprint"):
+            return self.rows.fingerprint()
 
     def order(self) -> dict[str, Any]:
         """Return what, with the step, decides which rows come next."""
@@ -120,7 +125,7 @@ class Feed:
         steps: range,
         cut: tuple[int, int],
         packer: Packer | None = None,
-    ) -> Iterable[StepBatches]:
+    ) -> StepLoader | StreamLoader:
         """Return a loader of this rank's steps; `cut` is (rows of a micro-batch, micro-batches of a rank's step).
 
         A `packer` cuts the rank's rows by tokens instead.
@@ -139,6 +144,7 @@ class Feed:
                 seed=config.seed,
                 positions=self.positions,
                 skip_bad_rows=skip,
+                watch=self.watch,
             )
             return StreamLoader(stream, config.num_workers)
         rows = self.rows if self.caches is None else self.caches.lazy_rows(self.rows)
@@ -153,6 +159,7 @@ class Feed:
             seed=config.seed,
             num_workers=config.num_workers,
             draw=self.mixture.step_rows if self.mixture else None,
+            watch=self.watch,
         )
 
     def first_columns(self, losses: Sequence[WeightedLoss]) -> Mapping[str, Any]:
@@ -234,6 +241,22 @@ def has_buffer(iterable: Any) -> bool:
     return type(iterable).__name__ == "BufferShuffledExamplesIterable" or any(map(has_buffer, inner))
 
 
+def batched_maps(stream: Stream | StreamMixture) -> list[str]:
+    """Return what cannot be exact about resuming streams that a function changes batch by batch (`datasets` 5.2.0)."""
+
+    def batched(iterable: Any) -> bool:
+        parts = vars(iterable)
+        inner = [*parts.get("ex_iterables", []), *([parts["ex_iterable"]] if "ex_iterable" in parts else [])]
+        return bool(parts.get("batched") and parts.get("function")) or any(map(batched, inner))
+
+    return [
+        f"{name}: rows pass a map(batched=True). What is random in its function is drawn anew where a run is resumed within a "
+        "batch; leave batched=True out for rows that are the same."
+        for name, part in stream.parts().items()
+        if batched(part.data._ex_iterable)
+    ]
+
+
 def usable_rows(rows: Examples, config: TrainConfig) -> Attempts:
     """Return rows as a run reads them: bad ones skipped where it is told to, excluded ones not read."""
     return Attempts(rows, skip_bad_rows=config.on_bad_row == "skip", exclude=config.exclude)
@@ -244,4 +267,5 @@ def first_example(rows: Any, config: TrainConfig) -> Example:
     rows = as_rows(rows)
     if not isinstance(rows, Examples):
         return first_row(rows, config.on_bad_row == "skip")
-    return usable_rows(rows, config).first()
+    with row_random(config.seed, "first"):  # a look that moves nothing of what training draws
+        return usable_rows(rows, config).first()

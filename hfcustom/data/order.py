@@ -7,14 +7,18 @@ for any number of processes, micro-batches and data-loading workers, and a resum
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.utils.data import DataLoader
 
+from hfcustom.data.watch import Watch, Watched
+from hfcustom.randomness import row_random
 from hfcustom.signals import ignore_stop_signals
 
 
@@ -48,34 +52,94 @@ def step_loader(
     seed: int,
     num_workers: int,
     draw: Callable[[int, int, int], list[int]] | None = None,
-) -> DataLoader[Any]:
+    watch: Watch | None = None,
+) -> StepLoader:
     """Return a loader with an item for each step: what `collate` makes of this rank's rows, one micro-batch after another.
 
     `draw(step, batch_size, seed)` gives the rows of a step in place of `step_rows`.
     """
+    batch_size = micro_batch_size * accumulation * world_size
+    firsts = [(micro * world_size + rank) * micro_batch_size for micro in range(accumulation)]
+    places = [at for first in firsts for at in range(first, first + micro_batch_size)]
 
-    def indices() -> Iterator[list[int]]:
+    def picks() -> Iterator[Pick]:
         for step in steps:
-            batch_size = micro_batch_size * accumulation * world_size
             order = step_rows(len(rows), step, batch_size, seed) if draw is None else draw(step, batch_size, seed)
-            firsts = ((micro * world_size + rank) * micro_batch_size for micro in range(accumulation))
-            yield [at for first in firsts for at in order[first : first + micro_batch_size]]
+            yield Pick(step, [(step * batch_size + place, order[place]) for place in places])
 
-    return DataLoader(
-        rows,  # type: ignore[arg-type]  # anything with __len__ and __getitem__
-        batch_sampler=_Once(indices()),
-        collate_fn=collate,
-        num_workers=num_workers,
-        generator=torch.Generator().manual_seed(seed),  # the loader draws its workers' seed here, not from training's
-        worker_init_fn=ignore_stop_signals,
-    )
+    reader = StepReader(rows, collate, (seed, rank), watch or Watch(num_workers, math.inf))
+    return StepLoader(reader, picks(), num_workers)
+
+
+@dataclass(frozen=True)
+class Pick:
+    """This rank's rows of a step: each with its place in the run's order, which says epoch and row in one, and its index."""
+
+    step: int
+    rows: list[tuple[int, int]]
+
+
+class StepReader:
+    """Picks -> what is collated of them; what is random in a row or in collating follows from its place (row_random)."""
+
+    def __init__(
+        self, rows: Sequence[Any], collate: Callable[[Any], Any], seeds: tuple[int, int], watch: Watch
+    ) -> None:
+        self.rows = rows
+        self.collate = collate
+        self.seed, self.rank = seeds
+        self.watch = watch
+
+    def __getitems__(self, pick: Pick) -> Any:
+        """Read and collate a step, as torch asks a data set that takes a batch at once."""
+        rows = [self._row(place, at) for place, at in pick.rows]
+        with row_random(self.seed, "collate", pick.step, self.rank):
+            return self.collate(rows)
+
+    def _row(self, place: int, at: int) -> Any:
+        with self.watch.reading(lambda: self._name(at)), row_random(self.seed, "row", place):
+            return self.rows[at]
+
+    def _name(self, at: int) -> str:
+        return self.rows.name_of(at) if isinstance(self.rows, Named) else f"row {at}"
+
+
+@runtime_checkable
+class Named(Protocol):
+    """Rows that messages call by a name."""
+
+    def name_of(self, index: int) -> str:
+        """Return what messages call a row."""
+
+
+class StepLoader:
+    """Iterable over the steps of one rank, in order."""
+
+    def __init__(self, reader: StepReader, picks: Iterator[Pick], num_workers: int) -> None:
+        self.watch = reader.watch
+        self.loader: DataLoader[Any] = DataLoader(
+            reader,  # type: ignore[arg-type]  # torch asks for __getitems__ alone
+            batch_sampler=_Once(picks),  # type: ignore[arg-type]  # anything that is iterated over
+            collate_fn=as_it_is,
+            num_workers=num_workers,
+            generator=torch.Generator().manual_seed(reader.seed),  # draws its workers' seed here, not from training's
+            worker_init_fn=ignore_stop_signals,
+        )
+
+    def __iter__(self) -> Watched:
+        return Watched(self.loader, self.watch)
+
+
+def as_it_is(item: Any) -> Any:
+    """Collate what is collated already."""
+    return item
 
 
 class _Once:
     """An iterator as a batch sampler."""
 
-    def __init__(self, batches: Iterator[list[int]]) -> None:
-        self.batches = batches
+    def __init__(self, picks: Iterator[Pick]) -> None:
+        self.picks = picks
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.batches
+    def __iter__(self) -> Iterator[Pick]:
+        return self.picks

@@ -24,7 +24,6 @@ from hfcustom.data.messages import Example, RowError
 from hfcustom.data.packing import Cut, Packer
 from hfcustom.data.sources import Examples
 
-EXIT_BAD_ROWS = 4  # too many rows cannot be used: look at bad_rows.jsonl
 SHOWN = 3  # bad rows in an error message
 STREAM_ROWS = 1000  # of a stream, too few to tell a share from
 logger = logging.get_logger("hfcustom")
@@ -173,13 +172,19 @@ class BadRows:
         self.path = path
         self.reasons: dict[str, str] = {}  # by row
         self._told: set[tuple[str, str]] = set()
+        lines: list[str] = []
+        whole: list[str] = []
         if resumed_at and path.is_file():
-            for line in path.read_text().splitlines():
-                row = json.loads(line)
-                self.reasons[row["row"]] = row["reason"]
+            lines = path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # a killed run may have written half of one
+            self.reasons = {row["row"]: row["reason"] for row in map(json.loads, whole)}
         accelerator.wait_for_everyone()  # before anyone deletes or adds
-        if not resumed_at and accelerator.is_main_process:
+        if not accelerator.is_main_process:
+            return
+        if not resumed_at:
             path.unlink(missing_ok=True)
+        elif len(whole) < len(lines):
+            path.write_text("".join(whole))
 
     def tell(self, notes: Sequence[Finding]) -> None:
         """Say once what was left out of a row that is used."""

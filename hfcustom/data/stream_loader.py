@@ -7,6 +7,7 @@ loaded ahead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hfcustom.data.findings import Finding
 from hfcustom.data.messages import RowError
+from hfcustom.data.order import as_it_is
 from hfcustom.data.steps import StepBatches
 from hfcustom.data.streams import Share, State, Stream, StreamMixture
+from hfcustom.data.watch import Watch, Watched
+from hfcustom.randomness import row_random
 from hfcustom.signals import ignore_stop_signals
+
+UNWATCHED = Watch(64, math.inf)
 
 
 class StepStream(IterableDataset[Any]):
@@ -35,6 +41,7 @@ class StepStream(IterableDataset[Any]):
         seed: int,
         positions: Mapping[int, State],
         skip_bad_rows: bool,
+        watch: Watch = UNWATCHED,
     ) -> None:
         self.stream = stream
         self.collate = collate
@@ -45,24 +52,29 @@ class StepStream(IterableDataset[Any]):
         self.seed = seed
         self.positions = dict(positions)
         self.skip_bad_rows = skip_bad_rows
+        self.watch = watch
 
     def __iter__(self) -> Iterator[StepBatches | None]:
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        cursor = self.stream.cursor(Share(self.rank, self.world_size, worker, num_workers), self.seed)
+        cursor = self.stream.cursor(Share(self.rank, self.world_size, worker, num_workers), self.seed, self.watch.tick)
         if worker in self.positions:
             cursor.load(self.positions[worker])
         if worker < self.steps.start % num_workers:
             yield None
         for step in self.steps:
             if step % num_workers == worker:
-                found = self.collate([self._row(cursor) for _ in range(self.rows_per_step)])
+                rows = [self._row(cursor) for _ in range(self.rows_per_step)]
+                with row_random(self.seed, "collate", step, self.rank):
+                    found = self.collate(rows)
                 found.position, found.epoch = (worker, cursor.state()), cursor.epoch
                 yield found
 
     def _row(self, cursor: Any) -> Any:
         try:
-            return next(cursor)
+            cursor.advance()
+            with self.watch.reading(cursor.last_name):
+                return cursor.read()
         except RowError as error:
             if not self.skip_bad_rows:
                 raise
@@ -76,15 +88,12 @@ class StreamLoader:
         self.loader: DataLoader[Any] = DataLoader(
             steps,
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             num_workers=num_workers,
             generator=torch.Generator().manual_seed(steps.seed),  # not from training's, as in step_loader
             worker_init_fn=ignore_stop_signals,
         )
+        self.watch = steps.watch
 
-    def __iter__(self) -> Iterator[StepBatches]:
-        return iter(found for found in self.loader if found is not None)
-
-
-def _as_it_is(found: Any) -> Any:
-    return found
+    def __iter__(self) -> Watched:
+        return Watched(self.loader, self.watch)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from hfcustom.data.mixtures import check_weights, drawn
 from hfcustom.data.row_files import RowFile
 from hfcustom.data.sources import find_files, open_dataset
 from hfcustom.data.video_frames import VIDEO_DEFAULTS, VideoOptions
+from hfcustom.randomness import row_random
 
 State = dict[str, Any]  # of numbers, lists and mappings, for JSON
 
@@ -66,9 +67,9 @@ class Stream:
         self.shuffle_buffer = shuffle_buffer
         self.files = files
 
-    def cursor(self, share: Share, seed: int) -> Cursor:
-        """Return a reader of a share, at its beginning."""
-        return Cursor(self, share, seed)
+    def cursor(self, share: Share, seed: int, moved: Callable[[], None] = lambda: None) -> Cursor:
+        """Return a reader of a share, at its beginning, which calls `moved` for each row that it reads ahead."""
+        return Cursor(self, share, seed, moved)
 
     def parts(self) -> dict[str, Stream]:
         """Return the streams that this one is made of, by name."""
@@ -94,9 +95,9 @@ class StreamMixture:
         self.streams = dict(streams)
         self.weights = check_weights(weights)
 
-    def cursor(self, share: Share, seed: int) -> MixtureCursor:
-        """Return a reader of a share, at its beginning."""
-        return MixtureCursor(self, share, seed)
+    def cursor(self, share: Share, seed: int, moved: Callable[[], None] = lambda: None) -> MixtureCursor:
+        """Return a reader of a share, at its beginning, which calls `moved` for each row that it reads ahead."""
+        return MixtureCursor(self, share, seed, moved)
 
     def parts(self) -> dict[str, Stream]:
         """Return the streams by name."""
@@ -110,7 +111,7 @@ class StreamMixture:
 class Cursor:
     """Reads one share of a stream; `state` is where it stands."""
 
-    def __init__(self, stream: Stream, share: Share, seed: int) -> None:
+    def __init__(self, stream: Stream, share: Share, seed: int, moved: Callable[[], None]) -> None:
         from datasets.distributed import split_dataset_by_node
 
         self.stream = stream
@@ -125,6 +126,7 @@ class Cursor:
         self.first = 0  # rows of this epoch before the window
         self.start: State | None = None  # of the data set, where the window begins; None at the beginning of an epoch
         self.used = 0  # rows of the window
+        self.moved = moved
 
     def state(self) -> State:
         """Return where the reader stands, after the last row that it gave."""
@@ -140,11 +142,24 @@ class Cursor:
 
     def __next__(self) -> Example:
         """Return the next row; RowError for one that cannot be used, after which the next can be asked for."""
+        self.advance()
+        return self.read()
+
+    def advance(self) -> None:
+        """Go to the next row, which `last_name` and `read` are then about."""
         if self.used >= len(self.window):
             self._advance()
-        at = self.order[self.used]
-        item, self.used = self.window[at], self.used + 1
-        return self.stream.example(item, self._name(at))
+        self.used += 1
+
+    def read(self) -> Example:
+        """Return the row; RowError for one that cannot be used."""
+        at = self.order[self.used - 1]
+        with row_random("row", *self._key(at)):
+            return self.stream.example(self.window[at], self._name(at))
+
+    def _key(self, at: int) -> tuple[int, ...]:
+        """Return what a row of the window is known by among all that this share ever gives."""
+        return (self.seed, self.share.rank, self.share.worker, self.epoch, self.first + at)
 
     def last_name(self) -> str:
         """Return what messages call the row that was read last."""
@@ -176,18 +191,21 @@ class Cursor:
             self.data.load_state_dict(self.start)
             self.items = iter(self.data)
         self.window, self.used = [], 0
-        while len(self.window) < self.size and (item := next(self.items, None)) is not None:
+        while len(self.window) < self.size:
+            with row_random("map", *self._key(len(self.window))):  # where functions of the data set's own draw
+                item = next(self.items, None)
+            if item is None:
+                break
             self.window.append(item)
-        share = self.share
-        numbers = [self.seed, share.rank, share.worker, self.epoch, self.first]
-        self.order = np.random.default_rng(numbers).permutation(len(self.window)).tolist()
+            self.moved()
+        self.order = np.random.default_rng(self._key(0)).permutation(len(self.window)).tolist()
 
 
 class MixtureCursor:
     """Reads one share of several streams."""
 
-    def __init__(self, mixture: StreamMixture, share: Share, seed: int) -> None:
-        self.cursors = {name: stream.cursor(share, seed) for name, stream in mixture.streams.items()}
+    def __init__(self, mixture: StreamMixture, share: Share, seed: int, moved: Callable[[], None]) -> None:
+        self.cursors = {name: stream.cursor(share, seed, moved) for name, stream in mixture.streams.items()}
         self.weights = list(mixture.weights.values())
         self.seed = (seed, share.rank, share.worker)
         self.drawn = 0
@@ -210,10 +228,19 @@ class MixtureCursor:
 
     def __next__(self) -> Example:
         """Return the next row; RowError for one that cannot be used."""
+        self.advance()
+        return self.read()
+
+    def advance(self) -> None:
+        """Go to the next row, which `last_name` and `read` are then about."""
         source, _ = drawn(self.weights, self.drawn, self.seed)
         self.drawn += 1
         self.last = list(self.cursors)[source]
-        return replace(next(self.cursors[self.last]), source=self.last)
+        self.cursors[self.last].advance()
+
+    def read(self) -> Example:
+        """Return the row; RowError for one that cannot be used."""
+        return replace(self.cursors[self.last].read(), source=self.last)
 
     def last_name(self) -> str:
         """Return what messages call the row that was read last."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hfcustom.exits import EXIT_DATA, RunError
 from hfcustom.naming import printable, unknown
 
 ROLES = ("assistant", "system", "user")
@@ -21,8 +22,10 @@ Message = dict[str, Any]
 Turn = tuple[str, Message]  # where it stands, for every message about it, and the checked message
 
 
-class RowError(ValueError):
+class RowError(RunError, ValueError):
     """A row that cannot be used; the message names the row, the field and the cure, `code` the reason in one word."""
+
+    exit_code = EXIT_DATA
 
     def __init__(self, message: str, code: str = "form") -> None:
         super().__init__(printable(message))

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import io
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 from transformers import PretrainedConfig
-from transformers.utils import logging
 
 from hfcustom.base import CustomVLM
 from hfcustom.custom_model import check_registered
@@ -24,6 +20,7 @@ from hfcustom.encoders import encoder_names
 from hfcustom.families import class_of, family_names, load_family, missing_packages
 from hfcustom.loading import check_source
 from hfcustom.naming import load_object, no_target, unknown
+from hfcustom.quiet import quiet
 from hfcustom.registry import REGISTERED
 from hfcustom.wrapping import WrappedVLM
 
@@ -97,7 +94,7 @@ def find_target(target: Target) -> tuple[type[CustomVLM], dict[str, Any]]:
 
 
 def _checked(model_class: Any) -> type[CustomVLM]:
-    if isinstance(model_class, torch.nn.Module):
+    if isinstance(model_class, nn.Module):
         kind: Any = type(model_class)
         wrapped = f" wrap() leaves {kind._own_class.__name__} as it is" if isinstance(model_class, WrappedVLM) else ""
         raise TypeError(
@@ -119,18 +116,3 @@ def own_settings(model_class: Any, checkpoint: str) -> dict[str, Any]:
     stored = PretrainedConfig.get_config_dict(checkpoint)[0]
     own = model_class.config_class().to_dict().keys() - model_class.stock_class().config_class().to_dict().keys()
     return {name: stored[name] for name in sorted(own) if stored.get(name) is not None}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what models, trainers and libraries print to themselves; one thread, which a tiny model is fastest with."""
-    threads, level = torch.get_num_threads(), logging.get_verbosity()
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        torch.set_num_threads(threads)

@@ -65,7 +65,7 @@ class Patient:
         model = (model_class or self.model_class)(self.config(model_class, **changes))
         if wake := vars(self.module).get("wake"):  # what starts at zero in the family itself
             wake(model)
-        _move(model)
+        move_off_start(model)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -168,7 +168,8 @@ def is_method(value: Any, name: str) -> bool:
     return isinstance(value, FunctionType) and not name.startswith("__")
 
 
-def _move(model: Any) -> None:
+def move_off_start(model: Any) -> None:
+    """Move what a class adds a little off its start, so that a gate that opens from zero has an effect."""
     generator = torch.Generator().manual_seed(1)
     added = set(model.new_tensor_names())
     with torch.no_grad():

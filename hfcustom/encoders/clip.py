@@ -62,6 +62,15 @@ def tiny_config() -> CustomCLIPConfig:
     )
 
 
+def published_processor() -> CustomCLIPProcessor:
+    """Return a processor with the image settings of CLIP ViT-B/32 and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("CLIPImageProcessor")(
+        size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}
+    )
+    return processor
+
+
 def _clip(vision: dict[str, Any], width: int, heads: int, projection: int) -> dict[str, Any]:
     text = {
         "hidden_size": width,

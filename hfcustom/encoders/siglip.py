@@ -60,6 +60,15 @@ def tiny_config() -> CustomSiglipConfig:
     )
 
 
+def published_processor() -> CustomSiglipProcessor:
+    """Return a processor with the image settings of SigLIP base/16 of 224 px and the tiny tokenizer."""
+    processor = tiny_processor()
+    processor.image_processor = tiny.image_processor("SiglipImageProcessor")(
+        size={"height": 224, "width": 224}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return processor
+
+
 def _siglip(vision: dict[str, Any], width: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
     text: dict[str, Any] = {"hidden_size": width, "intermediate_size": intermediate, "num_hidden_layers": layers}
     text |= {"bos_token_id": None, "eos_token_id": 1}  # transformers' defaults, CLIP's, are beyond this vocabulary

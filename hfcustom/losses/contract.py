@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from hfcustom.exits import EXIT_NUMERIC, RunError
 from hfcustom.naming import unknown
 
 if TYPE_CHECKING:
@@ -36,8 +37,10 @@ TokenFunction = Callable[..., torch.Tensor]
 TermFunction = Callable[..., tuple[torch.Tensor, float | torch.Tensor]]
 
 
-class NonFiniteError(FloatingPointError):
+class NonFiniteError(RunError, FloatingPointError):
     """A loss or a gradient is NaN or infinite; the weights are those of the step before."""
+
+    exit_code = EXIT_NUMERIC
 
 
 # ---- what a loss may be divided by: each is known from the batch alone ----------------------------------------------
