@@ -78,6 +78,7 @@ def _compared(cls: Any, source: Any, hub: dict[str, Any]) -> Iterator[Callable[[
     def compare(model: Any) -> None:
         drifts.extend(check_model(model, record, source))
         model.training_runs, model.origin = record.get("training", []), origin_of(source, record, **hub)
+        vars(model.config).pop("auto_map", None)  # of a bundle: what is saved from here has no such code beside it
         models.append(model)
 
     try:
