@@ -129,8 +129,8 @@ def _by_part(name: str, given: int | Mapping[str, int], parts: tuple[str, ...]) 
             "for each of those."
         )
     for part, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"lora() {name}={number!r} of {part} must be positive.")
+        if type(number) is not int or number < 1:
+            raise ValueError(f"lora() {name}={number!r} of {part} must be a positive whole number.")
     return {part: numbers[part] for part in parts}
 
 

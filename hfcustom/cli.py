@@ -205,6 +205,23 @@ def bundle(argv: Sequence[str]) -> int:
     return run_bundle(options)
 
 
+def plan(argv: Sequence[str]) -> int:
+    """Say what a training run takes of a GPU's memory, where it fits and what to change, without running it."""
+    description = (
+        f"{plan.__doc__}\n\n    hfcustom plan [RECIPE.py] [my_file.py:MyModel] --model ID --tokens 2048 --crops 4 --lora --gpu "
+        "h100\n\nEvery option of the recipe (recipes/finetune.py unless another is named) is one of the plan too, also out of a "
+        "--config file.\nExit codes: 0; 1 where the GPU that --gpu or --memory names is too small; 2 and 3 for a mistake."
+    )
+    if {"-h", "--help"} & set(argv):
+        from hfcustom.options import read
+        from hfcustom.plan.config import PlanFields
+
+        read(PlanFields, description, ["--help"])  # type: ignore[type-var]  # leaves here
+    from hfcustom.plan.command import run_plan
+
+    return run_plan(argv, description)
+
+
 def card(argv: Sequence[str]) -> int:
     """Print the change card of a model: what its class overrides and adds, what was trained on what, how to load it."""
     parser = argparse.ArgumentParser(prog="hfcustom card", description=card.__doc__)
@@ -300,6 +317,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "inspect": inspect,
     "lens": lens,
     "lint-serving": lint_serving,
+    "plan": plan,
     "preflight": preflight,
     "push": push,
 }

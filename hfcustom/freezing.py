@@ -28,7 +28,7 @@ def freeze(
     A vision transformer adapts to a new resolution or task about as well through its attention alone, at a third of the
     trained weights (Touvron et al. 2022, https://arxiv.org/abs/2203.09795). An attention layer is a module whose class is
     called so, with its projections and its norms of queries and keys; the norm before it stays frozen. With keep_last=n the
-    last n layers of the part's stack are trained, and what comes behind the stack with them (a final norm). With both, the
+    last n layers of the part's longest stack are trained, and what is defined behind it with them (a final norm). With both, the
     attention of the last n layers. Raises ValueError for an unknown part, a part without attention to keep, one that has no
     more than n layers, or when nothing would be left to train.
     """
@@ -85,23 +85,31 @@ def last_layers(model: nn.Module, part: str, count: int) -> list[str]:
     """Return the paths of the last `count` layers of a part, of each of its towers, and of what stands behind them there."""
     part_map = find_parts(model)
     kept = []
-    for path in _stacks(model, part):
+    if type(count) is not int:
+        raise ValueError(f"keep_last={count!r}; it takes a whole number of layers.")
+    for home, path in _stacks(model, part):
         number = len(model.get_submodule(path))  # type: ignore[arg-type]
         if not 0 < count < number:
             raise ValueError(
                 f"keep_last={count}: the part {part!r} has {number} layers ({path}); choose 1 to {number - 1}, freeze it "
                 "whole, or not at all."
             )
-        holder, _, own = path.rpartition(".")
-        beside = [name for name, _ in model.get_submodule(holder).named_children()]
-        behind = [f"{holder}.{name}".lstrip(".") for name in beside[beside.index(own) + 1 :]]
         kept += [f"{path}.{at}" for at in range(number - count, number)]
-        kept += [name for name in behind if part_map.find(name) == part]
+        kept += [name for name in _behind(model, path, home) if part_map.find(name) == part]
     return kept
 
 
-def _stacks(model: nn.Module, part: str) -> list[str]:
-    """Return the path of the longest list of layers of each of a part's modules; ValueError when there is none."""
+def _behind(model: nn.Module, path: str, home: str) -> list[str]:
+    """Return what is defined after a module beside it, and after each of its holders as far up as the part's module."""
+    holder, _, own = path.rpartition(".")
+    beside = [name for name, _ in model.get_submodule(holder).named_children()]
+    behind = [f"{holder}.{name}".lstrip(".") for name in beside[beside.index(own) + 1 :]]
+    inside = without_wrappers(holder) != home and is_inside(without_wrappers(holder), (home,))
+    return [*behind, *_behind(model, holder, home)] if inside else behind
+
+
+def _stacks(model: nn.Module, part: str) -> list[tuple[str, str]]:
+    """Return each module of a part and the path of its longest list of layers; ValueError when there is none."""
     part_map = find_parts(model)
     found: dict[str, tuple[int, str]] = {}  # module of the part -> layers, path of the list
     for name, module in model.named_modules():
@@ -111,4 +119,4 @@ def _stacks(model: nn.Module, part: str) -> list[str]:
     if not found:
         paths = ", ".join(part_map.paths[part])
         raise ValueError(f"The part {part!r} ({paths}) has no stack of layers to keep the last of.")
-    return [path for _, path in found.values()]
+    return [(home, path) for home, (_, path) in found.items()]

@@ -23,6 +23,7 @@ from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from hfcustom import parts
+from hfcustom.connectors.added_tower import AddedTower, towers_without_weights
 
 if TYPE_CHECKING:
     from hfcustom.custom_model import CustomModel
@@ -53,6 +54,7 @@ def load_strictly(
         fresh = _check_missing(model, sorted(info["missing_keys"]), tuple(new_modules), source)
     _say_unexpected(model, sorted(info["unexpected_keys"]), source)
     _fill(model, fresh)
+    _say_random_towers(model, fresh)
     _keep_4bit_layout(model)
     for name in model._frozen_by_init:  # transformers makes every loaded parameter trainable
         model.get_parameter(name).requires_grad_(False)
@@ -172,6 +174,15 @@ def _say_unexpected(model: CustomModel, unexpected: list[str], source: Any) -> N
     if unexpected:
         shown = ", ".join(unexpected[:5]) + (f" and {len(unexpected) - 5} more" if len(unexpected) > 5 else "")
         logger.warning(f"{type(model).__name__} has no place for {len(unexpected)} tensors of {source}: {shown}")
+
+
+def _say_random_towers(model: CustomModel, fresh: list[str]) -> None:
+    """A new module usually starts untrained; a tower that a connector adds has weights to be loaded."""
+    for name, module in model.named_modules():
+        if isinstance(module, AddedTower) and any(key.startswith(f"{name}.tower.") for key in fresh):
+            module.lacks_weights = True
+    for call, added in towers_without_weights(model).items():
+        logger.warning(f"The added tower {type(added.tower).__name__} has random weights until {call}.")
 
 
 def _fill(model: CustomModel, fresh: list[str]) -> None:

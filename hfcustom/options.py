@@ -110,7 +110,7 @@ def _parser(fields: dict[str, dataclasses.Field[Any]], hints: dict[str, Any], de
         default = spec.default_factory() if callable(spec.default_factory) else spec.default
         shown = "" if default in (None, [], "", dataclasses.MISSING) else f" (default: {default})"
         options: dict[str, Any] = {"help": (text + shown).replace("%", "%%")}
-        if kind is bool:
+        if kind in (bool, bool | None):
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is list:
             options |= {"nargs": "+", "metavar": "VALUE"}

@@ -38,6 +38,9 @@ def run_preflight(options: argparse.Namespace) -> int:
     """Check rows as `hfcustom preflight` was asked to; return its exit code."""
     try:
         return _preflight(options)
+    except KeyboardInterrupt:
+        print("Stopped before rows were checked. Give the same command again.", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except (OSError, ImportError, ValueError) as error:
         print(f"hfcustom preflight: {error}", file=sys.stderr)
         return EXIT_USAGE

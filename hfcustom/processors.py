@@ -234,6 +234,15 @@ class SizedProcessor(NeedsTorchvision, MatchedProcessor):
         return {"image_sizes": [[side * count for count in grid_out(module, rows * columns, (rows, columns))]]}
 
 
+def check_one_kind(family: str, images: Any, videos: Any) -> None:
+    """Refuse images beside videos in a call, where stock would lose some of them or mistake one for the other."""
+    if images and videos:
+        raise ValueError(
+            f"{family} takes images or videos in one micro-batch, not both: set video_as_images=True, so that frames are images, or "
+            "micro_batch_size=1 without packing where no row has both."
+        )
+
+
 class RaggedVideos(ProcessorMixin):
     """Mixin that marks a processor which takes videos of different numbers of frames in one call; others stack them."""
 

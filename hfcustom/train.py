@@ -22,11 +22,14 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, set_seed
 from torch import nn
+from transformers.utils import logging
 
 from hfcustom import checkpoint, randomness
 from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import Caches, check_caches, open_caches, serving, use_caches
+from hfcustom.connectors.added_tower import check_weights
 from hfcustom.console import TrainLog, out
+from hfcustom.costliest import Trial
 from hfcustom.coverage import every_part_learns
 from hfcustom.custom_model import CustomModel, check_registered
 from hfcustom.data.captions import CaptionCollator
@@ -38,7 +41,7 @@ from hfcustom.exits import EXIT_PREEMPTED, ConfigError
 from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, real_tokens, token_columns
 from hfcustom.naming import unknown
 from hfcustom.optimizers import make_optimizer, set_lr
-from hfcustom.parts import unwrap
+from hfcustom.parts import part_table, unwrap
 from hfcustom.ranks import check_processes, explained, process_state, wait_at_most
 from hfcustom.record import begin_run, run_of
 from hfcustom.run_folder import run_folder
@@ -47,6 +50,7 @@ from hfcustom.signals import StopRequest
 from hfcustom.step_plan import is_blank, plan_step
 from hfcustom.train_config import TrainConfig
 
+logger = logging.get_logger("hfcustom")
 Evaluate = Callable[[Any, int], Mapping[str, float]]
 
 
@@ -119,7 +123,7 @@ def _run(
     evaluate: Evaluate | None,
     accelerator: Accelerator,
 ) -> TrainResult:
-    core, micro_batches = unwrap(model), split_batch(config, accelerator.num_processes)
+    core, cut = unwrap(model), split_batch(config, accelerator.num_processes)
     feed = Feed(rows, config, accelerator)
     max_steps = feed.max_steps
     weighted = core.losses()  # an unknown loss is an error now, not after the first batch
@@ -131,7 +135,9 @@ def _run(
     run = begin_run(core, run_of(state.unwrapped, config, feed), config.resume) if accelerator.is_main_process else {}
     feed.caches = open_caches(model, processor, config, accelerator)
     collate = make_collator(core, processor, config, feed.first_columns(weighted), feed.caches)
-    steps = iter(feed.loader(collate, range(start, max_steps), micro_batches, make_packer(core, config)))
+    trial = Trial(model, optimizer, feed, copy.copy(collate), accelerator, config)
+    cut, packer = trial.settle(cut, make_packer(core, config))
+    steps = iter(feed.loader(collate, range(start, max_steps), cut, packer))
     bad_rows = feed.bad_rows(start)
     state.restore_rng()  # after the iterator exists: making one draws random numbers
     model.train()
@@ -218,6 +224,7 @@ def _checked(model: nn.Module, config: TrainConfig, evaluate: Evaluate | None) -
     if (evaluate is None) != (config.eval_steps is None):
         raise ValueError(f"eval_steps={config.eval_steps} and evaluate={evaluate} have an effect only together.")
     check_caches(model, config)
+    check_weights(core)
     chosen = copy.copy(config)  # replace() would forget where its options came from
     chosen.precision = choose_precision(model, config)
     return chosen
@@ -240,7 +247,7 @@ def train_step(
             core.loss_values, core.loss_metrics = {}, {}
             if is_blank(batch):
                 losses_by_batch.append(_run_blank(model, batch, accelerator))
-                accelerator.backward(losses_by_batch[-1])
+                _backward(losses_by_batch[-1], core, batch, accelerator)
                 continue
             report.add_batch(batch)
             with serving(core, batch):
@@ -252,7 +259,7 @@ def train_step(
                     "super().forward(labels=...) in it, and write the loss as a token loss or a term."
                 )
             # DDP averages gradients over ranks, the divisors count all of them.
-            accelerator.backward(loss * accelerator.num_processes)
+            _backward(loss * accelerator.num_processes, core, batch, accelerator)
             losses_by_batch.append(loss.detach())
         for name, value in core.loss_values.items():
             report.losses[name] = report.losses.get(name, 0.0) + value.mean
@@ -269,6 +276,28 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     return report
+
+
+def _backward(loss: torch.Tensor, core: Any, batch: Mapping[str, Any], accelerator: Accelerator) -> None:
+    """Run the backward pass; a batch of text alone has none where only what sees images is trained."""
+    if loss.requires_grad:
+        accelerator.backward(loss)
+        return
+    trained = ", ".join(row.part for row in part_table(core) if row.trainable)
+    text_alone = isinstance(batch, Batch) and not batch.images
+    if not text_alone:
+        raise ValueError(
+            f"Nothing that is trained ({trained}) has a way to the loss of a batch with images. Train another part too, or "
+            "look at what is overridden behind it; `hfcustom doctor` with --check gradients shows each part."
+        )
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f"A batch of rows without images has no gradient where only {trained} is trained, and other processes wait for it. "
+            "Train on rows with images, or another part too."
+        )
+    logger.warning_once(
+        f"Rows without images teach nothing where only {trained} is trained; they are counted, not more."
+    )
 
 
 def _suspects(batches: Sequence[Mapping[str, Any]], losses: Sequence[torch.Tensor]) -> str:

@@ -57,6 +57,13 @@ class TrainConfig:
         "bf16 computes under autocast and keeps trained weights in float32; by default bf16 if any weight is 16-bit",
     ] = None
     gradient_checkpointing: Annotated[bool, "recompute layers in the backward pass to save memory"] = False
+    try_costliest: Annotated[
+        bool | None,
+        "run the costliest batch first, without a step, so that memory runs out at once or never; by default on a GPU",
+    ] = None
+    auto_micro_batch: Annotated[
+        bool, "halve the micro-batches until the costliest fits; steps keep their rows, losses and gradients"
+    ] = False
     max_length: Annotated[int | None, "longest row in tokens; a longer one is an error that names it"] = None
     train_on: Annotated[
         Literal["assistant", "last", "all"],
@@ -168,6 +175,8 @@ class TrainConfig:
             ),
             (self.keep_checkpoints > 0, f"keep_checkpoints={self.keep_checkpoints} must be positive"),
         ]
+        halves = self.try_costliest is not False or not self.auto_micro_batch
+        rules.append((halves, "auto_micro_batch has no effect with try_costliest=False"))
         for name in ("pack_tokens", "pack_crops"):
             value = getattr(self, name)
             rules.append((value is None or self.packing, f"{name}={value} has no effect without packing"))

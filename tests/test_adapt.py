@@ -398,7 +398,7 @@ def test_other_kinds_of_lora_train_reload_and_merge(internvl: Family, tmp_path: 
         ({"rank": {"vision": 2}}, r"rank={'vision': 2} names vision, but vision, language get LoRA"),
         ({"rank": {"vision": 2, "language": 2, "head": 2}}, "names vision, language, head, but vision, language get"),
         ({"alpha": {}}, "alpha={} names no part"),
-        ({"rank": 0}, "rank=0 of vision must be positive"),
+        ({"rank": 0}, "rank=0 of vision must be a positive whole number"),
         ({"experts": True, "dora": True}, "dora=True and experts=True exclude each other"),
     ],
     ids=lambda value: str(value),
@@ -406,3 +406,9 @@ def test_other_kinds_of_lora_train_reload_and_merge(internvl: Family, tmp_path: 
 def test_ranks_that_fit_no_part(internvl: Family, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         adapt.lora(internvl.model(), ["vision", "language"], **options)
+
+
+@pytest.mark.parametrize("rank", ["8", 2.5, True, {"language": "8"}])
+def test_a_rank_is_a_whole_number(internvl: Family, rank: Any) -> None:
+    with pytest.raises(ValueError, match=r"lora\(\) rank=.* of language must be a positive whole number"):
+        adapt.lora(internvl.model(), rank=rank)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +14,17 @@ import pytest
 import torch
 from conftest import Family, assert_same_model, chat_row
 from PIL import Image
+from test_loading import messages  # noqa: F401
 from test_two_encoders import SIZES, VIT, spec, stubbed, wake
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import hfcustom
+from hfcustom import adapt
 from hfcustom.connectors import build_connector
 from hfcustom.connectors.added_tower import describe_tower, describe_towers
 from hfcustom.families import tiny
+from hfcustom.parts import unwrap
 
 # ---- what reaches a tower --------------------------------------------------------------------------------------------
 
@@ -97,6 +104,85 @@ def test_towers_that_cannot_be_matched_are_named() -> None:
         stubbed(width=5)(torch.randn(1, 4, 8), torch.randn(1, 3, 24, 24))
     with pytest.raises(ValueError, match=r"built for vision features 8 wide and got 6: the family's vision_width\(\)"):
         stubbed()(torch.randn(1, 4, 6), torch.randn(1, 3, 24, 24))
+
+
+TOWER = spec()["tower"]
+NORMS = {"processor_mean": 0.5, "processor_std": 0.5, "tower_mean": 0.5, "tower_std": 0.5}
+TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "a name": ("facebook/dinov2-base", {}, "'facebook/dinov2-base' is no mapping.*describe_tower"),
+    "a list": (["dinov2"], {}, r"tower=\['dinov2'\] is no mapping.*describe_tower"),
+    "a misspelt size": (
+        {**TOWER, "hiden_size": 16},
+        {},
+        "size of tower 'dinov2'.* 'hiden_size'. Did you mean 'hidden_size'",
+    ),
+    "a misspelt size inside": (
+        {"model_type": "clip", "vision_config": {**VIT, "patchsize": 6}},
+        {},
+        "'patchsize'. Did you mean 'patch_size'",
+    ),
+    "a reader of text": (
+        {"model_type": "bert", **TEXT},
+        {},
+        "BertModel, reads input_ids, not pixel_values; choose a vision",
+    ),
+    "a hearer": (
+        {"model_type": "audio-spectrogram-transformer", **TEXT},
+        {},
+        "ASTModel, reads input_values, not pixel",
+    ),
+    "a tower that is no model": (
+        {"model_type": "qwen2_vl"},
+        {},
+        "'qwen2_vl': transformers builds no .*; choose another",
+    ),
+    "no deviation": (TOWER, {**NORMS, "tower_std": 0}, "tower_std=0; it takes a positive number, or three"),
+    "a negative deviation": (
+        TOWER,
+        {**NORMS, "processor_std": [1, -1, 1]},
+        r"processor_std=\[1, -1, 1\]; it takes a pos",
+    ),
+    "two channels": (
+        TOWER,
+        {**NORMS, "processor_mean": [0.5, 0.5]},
+        r"processor_mean=\[0.5, 0.5\]; it takes a number, or",
+    ),
+    "a word": (TOWER, {**NORMS, "tower_mean": "half"}, "tower_mean='half'; it takes a number, or three"),
+}
+
+
+@pytest.mark.parametrize(("tower", "options", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistaken_tower_is_named_before_it_sees_anything(tower: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_connector({"name": "two_encoders", "tower": tower, **options}, 8)
+    with pytest.raises(ValueError, match=message):
+        build_connector({"name": "multi_encoder_resampler", "towers": [{"tower": tower, **options}]}, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"towers": "facebook/dinov2-base"}, "towers='facebook/dinov2-base'.*describe_towers"),
+        ({"towers": ["facebook/dinov2-base"]}, "'facebook/dinov2-base', which is no mapping.*describe_towers"),
+        ({"towers": {"tower": TOWER}}, "towers={'tower'.*is no list.*describe_towers"),
+        ({"towers": [TOWER]}, "option of a tower.*'model_type'.*write {'tower': {'model_type': ...}}"),
+        ({"towers": [{"tower": TOWER}], "num_layers": 0}, "num_layers=0; it must be at least 1"),
+    ],
+)
+def test_mistaken_towers_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_connector({"name": "multi_encoder_resampler", **options}, 8)
+
+
+def test_what_a_tower_does_not_know_is_left_out_of_its_description(tmp_path: Path) -> None:
+    save_tower("clip_vision_model", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"] |= {"old_setting": 1.0, "dtype": "float16"}  # as old files on the hub have it
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    connector = describe_tower(str(tmp_path))
+    assert "old_setting" not in connector["tower"] and connector["tower"]["patch_size"] == 6
+    assert type(build_connector(connector, 8).tower).__name__ == "CLIPVisionModel"
 
 
 def test_a_frozen_tower_stays_as_it_is() -> None:
@@ -188,3 +274,59 @@ def test_a_tower_is_described_for_the_pixels_of_each_family(family: Family, tmp_
         model(**hfcustom.Collator(family.processor)([row]))
     expected = (102 / 255 - torch.tensor([0.1, 0.2, 0.3])) / torch.tensor([0.4, 0.5, 0.6])
     torch.testing.assert_close(seen[0][0, :, 12, 12], expected, rtol=0, atol=2e-3)  # Llama 4's are 16-bit
+
+
+@pytest.mark.parametrize("name", ["two_encoders", "multi_encoder_resampler"])
+def test_a_frozen_tower_without_weights_is_not_trained_with(
+    internvl: Family,
+    name: str,
+    tmp_path: Path,
+    messages: Any,  # noqa: F811
+) -> None:
+    """A stock checkpoint has none for it: said while loading, refused by fit(), until it has got them."""
+    internvl.model(internvl.stock_class).save_pretrained(tmp_path / "stock")
+    save_tower("dinov2", tmp_path / "tower")
+    source = str(tmp_path / "tower")
+    several = name == "multi_encoder_resampler"
+    connector = describe_towers([source], num_queries=2, num_heads=4) if several else describe_tower(source)
+    model = internvl.model_class.from_pretrained(tmp_path / "stock", connector=connector)
+    cure = "custom_connector.load_towers([checkpoint, ...])" if several else "custom_connector.load_tower(checkpoint)"
+    assert f"Dinov2Model has random weights until model.{cure}" in messages.text
+    processor = model.match_processor(copy.deepcopy(internvl.processor))
+    config = hfcustom.TrainConfig(output_dir=str(tmp_path / "run"), max_steps=1, batch_size=1, micro_batch_size=1)
+    with pytest.raises(ValueError, match="Dinov2Model, is frozen with random weights.*" + re.escape(cure)):
+        hfcustom.fit(model, processor, [chat_row(1)], config)
+    wrapped = adapt.lora(copy.deepcopy(model), rank=2)
+    with pytest.raises(ValueError, match="Dinov2Model, is frozen with random weights"):
+        hfcustom.fit(wrapped, processor, [chat_row(1)], config)
+    (model.custom_connector.load_towers if several else model.custom_connector.load_tower)(
+        [source] if several else source
+    )
+    hfcustom.fit(model, processor, [chat_row(1)], config)
+    again = internvl.model_class.from_pretrained(tmp_path / "run/model")
+    hfcustom.fit(again, processor, [chat_row(1)], dataclasses.replace(config, output_dir=str(tmp_path / "more")))
+
+
+def test_a_tower_may_start_from_nothing_where_it_is_trained(internvl: Family, tmp_path: Path) -> None:
+    internvl.model(internvl.stock_class).save_pretrained(tmp_path / "stock")
+    model = internvl.model_class.from_pretrained(tmp_path / "stock", connector=spec(trainable=True))
+    config = hfcustom.TrainConfig(output_dir=str(tmp_path / "run"), max_steps=1, batch_size=1, micro_batch_size=1)
+    assert hfcustom.fit(model, internvl.processor, [chat_row(1)], config).step == 1
+
+
+def test_an_adapter_brings_the_weights_of_a_tower(internvl: Family, tmp_path: Path) -> None:
+    """A run goes on from an adapter whose base, a stock checkpoint, has no tower."""
+    internvl.model(internvl.stock_class).save_pretrained(tmp_path / "stock")
+    save_tower("dinov2", tmp_path / "tower")
+    model = internvl.model_class.from_pretrained(tmp_path / "stock", connector=describe_tower(str(tmp_path / "tower")))
+    model.custom_connector.load_tower(str(tmp_path / "tower"))
+    config = hfcustom.TrainConfig(output_dir=str(tmp_path / "run"), max_steps=1, batch_size=1, micro_batch_size=1)
+    hfcustom.fit(adapt.lora(model, rank=2), internvl.processor, [chat_row(1)], config)
+    again = adapt.load_adapter(tmp_path / "run/model", tmp_path / "stock", trainable=True)
+    for mine, theirs in zip(
+        unwrap(again).custom_connector.tower.parameters(), model.custom_connector.tower.parameters(), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    hfcustom.fit(
+        again, internvl.processor, [chat_row(1)], dataclasses.replace(config, output_dir=str(tmp_path / "more"))
+    )

@@ -282,6 +282,9 @@ def test_features_that_would_be_wrong_are_refused_by_reason(internvl: Family, tm
 
     assert "loss seen looks" in why_tower_only(frozen(internvl, loss={"cross_entropy": 1.0, "seen": 0.1}))
     assert "neighbouring" in why_tower_only(frozen(internvl, connector={"name": "frame_average"}))
+    asking = frozen(internvl, connector={"name": "token_pruning", "num_kept": 2, "by": "question"})
+    hfcustom.freeze(asking, "new")
+    assert "looks at what a row asks" in why_tower_only(asking)
     assert "custom_connector" in why_tower_only(frozen(internvl, connector={"name": "perceiver_resampler"}))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Family
+from conftest import Family, chat_row
 from kinds import family_of_each_kind  # noqa: F401
 from torch import nn
 from training import train, uneven_rows, user_losses
@@ -123,3 +123,29 @@ def words_only(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         text = blocks if isinstance(blocks, str) else " ".join(b["text"] for b in blocks if b["type"] == "text")
         kept.append({**message, "content": text})
     return kept
+
+
+def test_rows_of_text_alone_teach_no_connector_and_stop_no_run(internvl: Family, tmp_path: Path) -> None:
+    """Where only a connector is trained, a micro-batch without images has no gradient; the others count as ever."""
+    moved = []
+    for rows in ([chat_row(1), chat_row(0, 1)], [chat_row(0, 1), chat_row(1)]):
+        model = internvl.model()
+        hfcustom.train_only(model, "connector")
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        config = hfcustom.TrainConfig(
+            output_dir=str(tmp_path / str(len(moved))), max_steps=1, batch_size=2, micro_batch_size=1, lr=1e-2
+        )
+        hfcustom.fit(model, internvl.processor, rows, config)
+        moved.append({name for name, p in model.named_parameters() if not torch.equal(p, before[name])})
+    assert moved[0] == moved[1] and moved[0] and all("multi_modal_projector" in name for name in moved[0])
+
+
+def test_a_part_that_cannot_reach_the_loss_is_named(families: dict[str, Family], tmp_path: Path) -> None:
+    family = families["chameleon"]  # choosing a code has no gradient
+    model = family.model()
+    hfcustom.train_only(model, "vision")
+    config = hfcustom.TrainConfig(output_dir=str(tmp_path), max_steps=1, batch_size=1, micro_batch_size=1)
+    with pytest.raises(
+        ValueError, match="Nothing that is trained .vision. has a way to the loss .* Train another part"
+    ):
+        hfcustom.fit(model, family.processor, [chat_row(1)], config)

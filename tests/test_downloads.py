@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import pickle
 import shutil
 import threading
@@ -98,13 +99,20 @@ def test_a_process_asks_for_what_failed_no_second_time(site: Site, tmp_path: Pat
     assert told[0] == told[1] and site.paths() == ["/gone.png"]
 
 
-@pytest.mark.parametrize("damage", ["picture", "record", "gone"])
+@pytest.mark.parametrize("damage", ["picture", "record", "gone", "deep", "pipe", "huge"])
 def test_a_damaged_file_is_fetched_again(damage: str, site: Site, tmp_path: Path) -> None:
     downloads = kept(site, tmp_path)
     downloads(site.url())
     (record,), (file,) = tmp_path.glob("addresses/*/*.json"), tmp_path.glob("pictures/*/*")
     if damage == "gone":
         file.unlink()
+    elif damage == "deep":
+        record.write_text("[" * 100_000)
+    elif damage == "pipe":
+        record.unlink()
+        os.mkfifo(record)  # nobody will ever write into it
+    elif damage == "huge":
+        os.truncate(file, 2**40)  # of which nothing is on the disk
     else:
         damaged = file if damage == "picture" else record
         damaged.write_bytes(damaged.read_bytes()[:-3])

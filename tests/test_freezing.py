@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from conftest import Family
 
@@ -82,6 +84,26 @@ def test_a_final_norm_is_trained_with_the_last_layers(internvl: Family) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "behind"),
+    [
+        ("aria", "model.vision_tower.post_layernorm"),  # beside the encoder, which holds the layers
+        ("idefics2", "model.vision_model.post_layernorm"),
+        ("janus", "model.vision_model.post_layernorm"),
+        ("llava_next", "model.vision_tower.post_layernorm"),
+        ("mllama", "model.vision_model.global_transformer"),
+    ],
+)
+def test_what_is_behind_the_holder_of_the_layers_is_trained_too(
+    families: dict[str, Family], name: str, behind: str
+) -> None:
+    model = families[name].model()
+    freezing.freeze(model, "vision", keep_last=1)
+    assert behind in freezing.last_layers(model, "vision", 1)
+    assert all(parameter.requires_grad for parameter in model.get_submodule(behind).parameters())
+    assert {find_parts(model).find(path) for path in freezing.last_layers(model, "vision", 1)} == {"vision"}
+
+
 def test_both_towers_of_a_part_keep_their_last_layers(families: dict[str, Family]) -> None:
     kept = freezing.last_layers(families["video_llava"].model(), "vision", 1)
     assert {path.split(".")[1] for path in kept} == {"image_tower", "video_tower"}
@@ -103,6 +125,12 @@ def test_layers_that_are_not_there_cannot_be_kept(internvl: Family, count: int) 
         freezing.freeze(internvl.model(), "language", keep_last=count)
     with pytest.raises(ValueError, match="The part 'head' .lm_head. has no stack of layers"):
         freezing.freeze(internvl.model(), "head", keep_last=1)
+
+
+@pytest.mark.parametrize("count", ["1", 1.0, True])
+def test_a_count_of_layers_is_a_whole_number(internvl: Family, count: Any) -> None:
+    with pytest.raises(ValueError, match=rf"keep_last={count!r}; it takes a whole number of layers"):
+        freezing.freeze(internvl.model(), "language", keep_last=count)
 
 
 def test_train_only_freezes_the_rest(family: Family) -> None:

@@ -87,6 +87,7 @@ def test_blocks_have_the_shares_to_a_row(weights: list[float]) -> None:
         ({"a": float("nan")}, "The weight of a is nan"),
         ({"a": True}, "The weight of a is True"),
         ({"a": "1"}, "The weight of a is '1'"),
+        ({"a": 1, "b": "1"}, "The weight of b is '1'"),
         ({"a": 1e-6, "b": 1}, "The weight of a is 1e-06, less than one row in 10000"),
     ],
 )

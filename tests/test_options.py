@@ -29,6 +29,7 @@ class Options:
     kind: Annotated[Literal["8bit", "4bit"] | None, "one of two or nothing"] = None
     verbose: Annotated[bool, "talk"] = False
     resume: Annotated[bool, "go on"] = True
+    careful: Annotated[bool | None, "yes, no, or as it fits"] = None
     names: Annotated[list[str], "some words"] = field(default_factory=list)
     loss: Annotated[str | dict[str, Any] | None, "a name or a mapping"] = None
     title: str = "plain"
@@ -119,6 +120,12 @@ def test_defaults_give_way_to_the_file_and_the_file_to_flags(written: Any) -> No
     assert config.sources == {"rate": path, "max_steps": "--max-steps", "resume": "--resume"}
 
 
+def test_a_flag_of_three_answers_is_yes_or_no_where_it_is_given() -> None:
+    assert given("--careful") == {"careful": True}
+    assert given("--no-careful") == {"careful": False}
+    assert read(Options, None, []).careful is None
+
+
 def test_defaults_are_not_shared_between_configs() -> None:
     read(Options, None, []).names.append("a")
     assert read(Options, None, []).names == []
@@ -155,7 +162,7 @@ WRONG_FILES = {
     "unknown key": (
         "a.yaml",
         "max_step: 3\n",
-        "Unknown key 'max_step'. Did you mean 'max_steps'? Allowed: kind, limit,",
+        "Unknown key 'max_step'. Did you mean 'max_steps'? Allowed: careful, kind, limit,",
     ),
     "a flag's spelling": ("a.yaml", "max-steps: 3\n", "Unknown key 'max-steps'. Did you mean 'max_steps'?"),
     "a key of another type": ("a.yaml", "3: x\n", "Unknown key 3."),

@@ -388,6 +388,17 @@ def test_four_times_the_copies_take_four_times_the_work(same: str, tmp_path: Pat
     assert many < 6 * few
 
 
+def test_a_scan_that_is_stopped_while_its_rows_are_found_ends_as_any_stopped_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(options: ScanOptions) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ScanOptions, "load_sets", interrupt)
+    assert main(["preflight", str(tmp_path / "rows.jsonl")]) == 7
+    assert capsys.readouterr().err == "Stopped before rows were checked. Give the same command again.\n"
+
+
 def test_what_a_killed_scan_has_written_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = ScanState(tmp_path / "a.part")
     row = partial(RowFacts, kind="ordinary", findings=[Finding("row", "reason")])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from bundle_cases import save
 from conftest import ROOT, Family, picture
+from test_added_tower import save_tower
 
 from hfcustom.bundle.modules import import_code
 from hfcustom.options import read
@@ -22,6 +23,7 @@ from hfcustom.options import read
 DOCUMENTS = ("README.md", "README_customize_hf_models.md")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CHECKPOINT = "OpenGVLab/InternVL3-1B-hf"  # the name that the documents use; here a folder of that name
+TOWER = "facebook/dinov2-base"  # likewise
 SMALL = {
     "make quickstart": "--max-steps 3 --lora-steps 2 --train-rows 24 --held-out-rows 6 --batch-size 4",
     "make test": "tests/test_naming.py -q -n 0",
@@ -34,6 +36,7 @@ SMALL = {
     "hfcustom lint-serving": "",
     "hfcustom inspect": "",
     "hfcustom preflight rows.jsonl --image-hosts": "--workers 0",
+    "hfcustom plan": "--batch-size 2",
     "hfcustom preflight": "",
     "hfcustom frames": "",
     "hfcustom lens": "",
@@ -55,9 +58,10 @@ LAUNCHED = next(command for command in commands() if command.startswith("acceler
 
 @pytest.fixture
 def workplace(tmp_path: Path, internvl: Family) -> Path:
-    """A folder with what the documents name: a stock checkpoint, a picture, rows, a class, a config, the recipes."""
+    """A folder with what the documents name: a stock checkpoint, a vision tower, a picture, rows, a class, a config, the recipes."""
     internvl.model(internvl.stock_class).to(torch.bfloat16).save_pretrained(tmp_path / CHECKPOINT)  # as on the hub
     internvl.processor.save_pretrained(tmp_path / CHECKPOINT)
+    save_tower("dinov2", tmp_path / TOWER)
     internvl.model().save_pretrained(tmp_path / "outputs/run/model")  # what a training leaves
     internvl.processor.save_pretrained(tmp_path / "outputs/run/model")
     picture().save(tmp_path / "cat.png")

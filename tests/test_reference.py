@@ -193,6 +193,10 @@ def test_what_cannot_be_cached_is_told(internvl: Family) -> None:
         hfcustom.cache_reference(internvl.model(), internvl.processor, [])
     with pytest.raises(ValueError, match="in batches of 0"):
         hfcustom.cache_reference(internvl.model(), internvl.processor, pair_rows([0]), batch_size=0)
+    with pytest.raises(ValueError, match="Unknown on_bad_row 'skp'. Did you mean 'skip'"):
+        hfcustom.cache_reference(internvl.model(), internvl.processor, pair_rows([0]), on_bad_row="skp")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_bad_share=5 must be in"):
+        hfcustom.cache_reference(internvl.model(), internvl.processor, pair_rows([0]), max_bad_share=5)
     with pytest.raises(hfcustom.RowError, match="row 1 is an ordinary row .*, but the first row is a pair"):
         hfcustom.cache_reference(internvl.model(), internvl.processor, [*pair_rows([0]), chat_row(0)])
     with pytest.raises(ValueError, match="column 'score' has 1 values for 2 rows"):

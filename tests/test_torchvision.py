@@ -22,6 +22,7 @@ from hfcustom.families import family_names, load_family, missing_packages
 FOLDER = Path(sys.prefix) / "torchvision"
 FILES = [
     "cache",
+    "cached_videos",
     "processors",
     "collate",
     "control",

@@ -165,6 +165,12 @@ def test_packed_rows_with_videos_equal_separate_ones(name: str, families: dict[s
     family = families[name]
     model, collate = family.model(), Collator(with_videos(family))
     rows = [row(FRAMES), row(answer="A dog."), row(FRAMES[::-1], answer="A hen.")]
+    if name in ("molmo2", "nemotron_h_omni"):
+        kinds = [collate([read_row(each, "row")]) for each in (beside(), row(FRAMES))]
+        with pytest.raises(ValueError, match="takes images or videos in one micro-batch, not both"):
+            pack_rows(kinds, family.model_class.merge_images)
+    else:
+        rows.insert(2, beside())
     singles = [collate([read_row(each, f"row {at}")]) for at, each in enumerate(rows)]
     if reason := why_not_packed(model):
         pytest.skip(f"not packed: {reason}")
@@ -172,6 +178,45 @@ def test_packed_rows_with_videos_equal_separate_ones(name: str, families: dict[s
         separate = torch.cat([model(**single, return_logits=True).logits[0] for single in singles])  # (T, V)
         packed = model(**pack_rows(singles, type(model).merge_images), return_logits=True).logits[0]
     torch.testing.assert_close(packed, separate, rtol=1e-5, atol=2e-6)
+
+
+def beside(answer: str = "A pig.") -> dict[str, Any]:
+    content = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "images": [picture(3)]}
+
+
+ONE_KIND = ("molmo2", "nemotron_h_omni", "smolvlm")  # write images and videos into one field, or over each other
+
+
+@pytest.mark.skipif(not is_torchvision_available(), reason="videos need torchvision")
+@pytest.mark.parametrize("name", [name for name in family_names() if reads_videos(name)])
+def test_an_image_beside_a_video_is_seen_or_refused(name: str, families: dict[str, Family]) -> None:
+    family = families[name]
+    model, collate = family.model(), Collator(with_videos(family))
+    both = row(FRAMES)
+    both["messages"][0]["content"].insert(0, {"type": "image"})
+    both["images"] = [picture(5)]
+    if name in ONE_KIND:
+        with pytest.raises(
+            RowError, match="row 0: .*takes images or videos in one .*, not both: set video_as_images=True"
+        ):
+            collate([read_row(both, "row 0")])
+        with pytest.raises(
+            ValueError, match="not both: set video_as_images=True|one row a call where there is a video"
+        ):
+            collate([read_row(row(FRAMES), "row 0"), read_row(beside(), "row 1")])
+        return
+    assert model(**collate([read_row(both, "row 0")])).logits.isfinite().all()
+    for rows in ([row(FRAMES), beside()], [beside(), row(FRAMES)]):
+        examples = [read_row(each, f"row {at}") for at, each in enumerate(rows)]
+        batch = collate(examples)
+        with torch.no_grad():
+            together = model(**batch, return_logits=True).logits  # (2, T, V)
+            for at, example in enumerate(examples):
+                single = collate([example])
+                alone = model(**single, return_logits=True).logits[0]  # (t, V)
+                torch.testing.assert_close(together[at, : len(alone)], alone, rtol=1e-5, atol=2e-6)
 
 
 def test_a_family_without_videos_and_a_template_without_them_say_what_to_do(families: dict[str, Family]) -> None:

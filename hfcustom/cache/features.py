@@ -2,6 +2,7 @@
 
 FeatureCache: pixels -> [vision tower -> connector] -> (n, D) an image, its placeholders in order -> language model.
 TowerCache, where the connector trains: pixels -> [vision tower] -> (p, patches, D_vision) an image -> seams, connector, ...
+A video's features are kept as an image's are, where `get_video_features` is asked for them.
 On a hit of all images of a batch nothing in brackets runs; on a hit of some, theirs are put in the place of what is computed. What
 is stored is what the forward gets, in its dtype, so that a hit changes no bit. Everything that could change it is in the folder's
 name (fingerprint).
@@ -11,7 +12,7 @@ Letters: P crops, p crops of an image, N tokens of a crop, n tokens of an image,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,16 +27,18 @@ from hfcustom.cache.store import Entry, ShardStore
 from hfcustom.ragged import RaggedImages
 
 METHOD = "get_image_features"
+VIDEO_METHOD = "get_video_features"
 
 
 @dataclass
 class Picture:
-    """One image of a batch: its key in the store, its tokens and crops, what the store held when the batch was made."""
+    """One image or video of a batch: its key in the store, its tokens and crops, what the store held when the batch was made."""
 
     key: str
     tokens: int = 0
     crops: int = 0
     found: Entry | None = None
+    is_video: bool = False
 
 
 class FeatureCache:
@@ -48,27 +51,33 @@ class FeatureCache:
         self.store = store
         self.hits = self.misses = 0
         self._pictures: Sequence[Picture] = ()
+        self._videos: Sequence[Picture] = ()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Stand in for the method, and leave it as it was found."""
+        """Stand in for the method, and the one of videos, and leave them as they were found."""
         holder = self.holder()
-        seam = holder.__dict__.get(self.method)
-        stock = getattr(holder, self.method)
-
-        def standin(*args: Any, **kwargs: Any) -> Any:
-            return self._serve(stock, args, kwargs) if self._pictures else stock(*args, **kwargs)
-
-        holder.__dict__[self.method] = standin
+        videos = self.method == METHOD and hasattr(type(holder), VIDEO_METHOD)
         self.core.feature_cache = self
+        try:
+            with self._replaced(holder, self.method, self._serve_pictures):
+                with self._replaced(holder, VIDEO_METHOD, self._serve_videos) if videos else nullcontext():
+                    yield
+        finally:
+            self.core.feature_cache = None
+            self.store.flush()
+
+    @contextmanager
+    def _replaced(self, holder: nn.Module, method: str, serve: Callable[..., Any]) -> Iterator[None]:
+        seam = holder.__dict__.get(method)
+        stock = getattr(holder, method)
+        holder.__dict__[method] = lambda *args, **kwargs: serve(stock, args, kwargs)
         try:
             yield
         finally:
-            self.core.feature_cache = None
-            del holder.__dict__[self.method]
+            del holder.__dict__[method]
             if seam is not None:
-                holder.__dict__[self.method] = seam
-            self.store.flush()
+                holder.__dict__[method] = seam
 
     def holder(self) -> nn.Module:
         """Return the module whose method is replaced."""
@@ -77,20 +86,35 @@ class FeatureCache:
 
     @contextmanager
     def serving(self, pictures: Sequence[Picture]) -> Iterator[None]:
-        """Know the images of the batch that runs, in the order of their placeholders."""
+        """Know the images and the videos of the batch that runs, each in the order of their placeholders."""
         for picture in pictures:
             if picture.found is None:
                 picture.found = self.store.get(picture.key)
         found = sum(picture.found is not None for picture in pictures)
         self.hits, self.misses = self.hits + found, self.misses + len(pictures) - found
-        self._pictures = pictures
+        self._pictures = [picture for picture in pictures if not picture.is_video]
+        self._videos = [picture for picture in pictures if picture.is_video]
         try:
             yield
         finally:
-            self._pictures = ()
+            self._pictures = self._videos = ()
 
-    def _serve(self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        pictures = self._pictures
+    def _serve_pictures(self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._serve(self._pictures, stock, args, kwargs)
+
+    def _serve_videos(self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Serve videos; in some families frames pass the method of images, which are not those of the batch then."""
+        pictures, self._pictures = self._pictures, ()
+        try:
+            return self._serve(self._videos, stock, args, kwargs)
+        finally:
+            self._pictures = pictures
+
+    def _serve(
+        self, pictures: Sequence[Picture], stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if not pictures:
+            return stock(*args, **kwargs)
         missing = sum(picture.found is None for picture in pictures)
         if missing:
             outputs = stock(*args, **{**kwargs, "return_dict": True} if "return_dict" in kwargs else kwargs)
@@ -118,13 +142,13 @@ class FeatureCache:
         lengths = [picture.tokens for picture in pictures]
         if len(flat) != sum(lengths):
             raise ValueError(
-                f"cache_features: the model made {len(flat)} image tokens, the text has {sum(lengths)} placeholders for its "
-                f"{len(pictures)} images, so it is not known which are of which image. Leave cache_features out."
+                f"cache_features: the model made {len(flat)} tokens, the text has {sum(lengths)} placeholders for its {len(pictures)} images "
+                "or videos, so it is not known which are of which. Leave cache_features out."
             )
         passed = self.core._pass
         seen = None if passed is None or isinstance(self.core, RaggedImages) else passed.image_features
         shape = {"listed": listed, "crop": None if listed else pooled.shape[-2]}
-        shape["seen"] = None if seen is None else seen.shape[1]
+        shape["seen"] = None if seen is None or pictures[0].is_video else seen.shape[1]
         for picture, features in zip(pictures, flat.split(lengths), strict=True):
             self._store(picture, ({"features": features}, shape))
 
@@ -141,7 +165,7 @@ class FeatureCache:
         features = [tensors["features"].to(device, non_blocking=True) for tensors, _ in entries]  # (n, D) each
         shape, flat = entries[0][1], torch.cat(features)  # (all tokens, D)
         passed = self.core._pass
-        if passed is not None and passed.records:
+        if passed is not None and passed.records and not pictures[0].is_video:
             passed.image_features = flat[None] if shape["seen"] is None else flat.unflatten(0, (-1, shape["seen"]))
         pooled: Any = features if shape["listed"] else flat.unflatten(0, (-1, shape["crop"]))  # (P, N, D)
         return BaseModelOutputWithPooling(pooler_output=pooled)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL
@@ -24,6 +24,9 @@ from torch import nn
 from transformers.utils import is_torchvision_available
 
 import hfcustom
+
+if TYPE_CHECKING:
+    from hfcustom.data.video_frames import Frames
 
 DIGEST = "hfcustom_digest"  # attribute of an image: of the encoded bytes
 LIBRARIES = ("accelerate", "bitsandbytes", "builtins", "hfcustom", "peft", "torch", "torchvision", "transformers")
@@ -42,6 +45,11 @@ def image_digest(image: Image.Image) -> str:
     found = hashlib.sha256(f"{image.mode} {image.size} ".encode())
     found.update(np.asarray(image).tobytes())
     return found.hexdigest()[:32]
+
+
+def video_digest(frames: Frames) -> str:
+    """Return the digest of the chosen frames of a video and of where they lie in it."""
+    return digest_of([[image_digest(frame) for frame in frames], frames.fps, frames.indices, frames.total])
 
 
 def versions() -> dict[str, str]:

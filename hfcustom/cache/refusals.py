@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from hfcustom.base import CustomVLM
-from hfcustom.cache.features import METHOD, modules_below
-from hfcustom.connectors import frames_together, takes_pictures, works_before_projector
+from hfcustom.cache.features import METHOD, VIDEO_METHOD, modules_below
+from hfcustom.connectors import frames_together, takes_pictures, takes_question, works_before_projector
 from hfcustom.parts import find_parts, unwrap
+from hfcustom.processors import VideosAsImages
+from hfcustom.videos import VideoFrames
 from hfcustom.wrapping import WrappedVLM
 
 
@@ -27,6 +29,22 @@ def why_not_cached(model: Any) -> str:
 def why_tower_only(model: Any) -> str:
     """Return why what is cached ends at the vision tower, "" where the connector's output is."""
     return next(_above(model, unwrap(model)), "")
+
+
+def why_no_videos(core: Any, processor: Any, tower_only: str = "") -> str:
+    """Return why features of videos cannot be kept, though those of images can; "" where they can."""
+    if tower_only:
+        return f"what the vision tower makes is kept, since {tower_only}"
+    if not hasattr(type(core.get_submodule(core.inner_path())), VIDEO_METHOD):
+        return f"{type(core).__name__} has no {VIDEO_METHOD}() that they could be handed in at"
+    if isinstance(processor, VideosAsImages):
+        return f"{type(processor).__name__} puts frames of videos among the images"
+    return ""
+
+
+def video_token_id(core: Any) -> int:
+    """Return the id in input_ids that stands for one token of a video."""
+    return int(core.video_token_id if isinstance(core, VideoFrames) else core.config.video_token_id)
 
 
 def _general(model: Any, core: Any) -> Iterator[str]:
@@ -79,6 +97,8 @@ def _above(model: Any, core: Any) -> Iterator[str]:
         yield f"{name} overrides transform_vision_features, which would no longer run"
     if takes_pictures(core.custom_connector):
         yield f"connector={core.config.connector!r} looks at the pictures"
+    if takes_question(core.custom_connector):
+        yield f"connector={core.config.connector!r} looks at what a row asks, so an image is another one in each row"
     if frames_together(core.custom_connector) > 1:
         yield f"connector={core.config.connector!r} takes neighbouring images together"
     if dropped := _random(core):

@@ -16,11 +16,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from hfcustom.base import CustomVLM
+from hfcustom.cache.clips import ClipCache
 from hfcustom.cache.features import FeatureCache, Picture, TowerCache, fingerprint
-from hfcustom.cache.fingerprint import image_digest
+from hfcustom.cache.fingerprint import image_digest, processor_digest, video_digest
 from hfcustom.cache.lazy import LazyRows, only_loaded
 from hfcustom.cache.pictures import PIXELS, ImageCache
-from hfcustom.cache.refusals import reads_pixels, why_not_cached, why_tower_only
+from hfcustom.cache.refusals import reads_pixels, video_token_id, why_no_videos, why_not_cached, why_tower_only
 from hfcustom.cache.store import ShardStore, in_words, size_of
 from hfcustom.parts import unwrap
 
@@ -39,7 +40,11 @@ class Caches:
     placeholder: int | None = None  # the id of an image token
     pixels_wanted: bool = True  # also of images whose features are known
     tower_only: str = ""  # why features are those of the tower, before the connector
+    clips: ClipCache | None = None  # what the processor makes of videos
+    video_placeholder: int | None = None  # the id of a video's token
+    no_videos: str = ""  # why features of videos cannot be kept
     _known: list[Picture] = field(default_factory=list)
+    _videos: list[Picture] = field(default_factory=list)
 
     def lazy_rows(self, rows: Examples) -> Examples:
         """Return rows whose known images are not decoded."""
@@ -49,11 +54,8 @@ class Caches:
 
     @contextmanager
     def serving(self, processor: Any, examples: Sequence[Example]) -> Iterator[None]:
-        """Answer for the image processor while it runs on examples; ValueError for videos, which no cache of features knows."""
-        if self.features is not None and (shown := [example.name for example in examples if example.videos]):
-            raise ValueError(
-                f"{shown[0]} has a video; cache_features is for images alone. Leave cache_features out, or let videos be images."
-            )
+        """Answer for the image processor while it runs on examples; ValueError for videos where their features cannot be kept."""
+        self._videos = self._find_videos(processor, examples)
         if self.images is not None:
             self.images.levels = None
         digests = {id(image): image_digest(image) for example in examples for image in example.images}
@@ -67,8 +69,26 @@ class Caches:
         known = {picture.key.partition("-")[0] for picture in self._known if picture.found is not None}
         missing = {picture.key.partition("-")[0] for picture in self._known if picture.found is None}
         blank = frozenset() if self.pixels_wanted else frozenset(known - missing)
-        with nullcontext() if self.images is None else self.images.serving(processor, digests, blank):
+        clips = None if not any(example.videos for example in examples) else self.clips
+        with (
+            nullcontext() if self.images is None else self.images.serving(processor, digests, blank),
+            nullcontext() if clips is None else clips.serving(processor),
+        ):
             yield
+
+    def _find_videos(self, processor: Any, examples: Sequence[Example]) -> list[Picture]:
+        """Return the videos of a batch as the cache of features knows them."""
+        shown = [example.name for example in examples if example.videos]
+        if self.features is None or not shown:
+            return []
+        if self.no_videos:
+            raise ValueError(
+                f"{shown[0]} has a video, and cache_features keeps images only: {self.no_videos}. Leave cache_features out, or set "
+                "video_as_images=True."
+            )
+        settings = processor_digest(processor.video_processor, {})
+        keys = [f"{video_digest(video)}-{settings}" for example in examples for video in example.videos]
+        return [Picture(key, found=self.features.get(key), is_video=True) for key in keys]
 
     @property
     def levels(self) -> torch.Tensor | None:
@@ -90,16 +110,21 @@ class Caches:
         replaced: Sequence[Sequence[Mapping[str, Any]]],
         examples: Sequence[Example],
     ) -> list[Picture]:
-        """Return the images of the batch just processed with their tokens; ids (B, T), offsets (B, T, 2)."""
+        """Return the images, then the videos, of the batch just processed with their tokens; ids (B, T), offsets (B, T, 2)."""
         if self.features is None:
             return []
         counts: list[int] = []
+        lengths: list[int] = []
         for row, spans, records, example in zip(ids, offsets, replaced, examples, strict=True):
+            if example.videos:
+                lengths += _tokens_of_images(row == self.video_placeholder, spans, records, len(example.videos))
             counts += _tokens_of_images(row == self.placeholder, spans, records, len(example.images))
         crops = {} if self.images is None else self.images.crops
         for picture, tokens in zip(self._known, counts, strict=True):
             picture.tokens, picture.crops = tokens, crops.get(picture.key.partition("-")[0], 0)
-        return self._known
+        for video, tokens in zip(self._videos, lengths, strict=True):
+            video.tokens = tokens
+        return [*self._known, *self._videos]
 
 
 def _tokens_of_images(
@@ -143,11 +168,14 @@ def open_caches(model: Any, processor: Any, config: TrainConfig, accelerator: Ac
         name = f"{'tower' if caches.tower_only else 'features'}-{digest}"
         caches.features = ShardStore(root, name, max_bytes)
         caches.placeholder, caches.pixels_wanted = core.placeholder_token_id, reads_pixels(core)
+        caches.no_videos = why_no_videos(core, processor, caches.tower_only)
+        caches.video_placeholder = None if caches.no_videos else video_token_id(core)
         caches.images = ImageCache(ShardStore(root, "layouts", max_bytes), keeps_pixels=False)
         ends = f" of the vision tower, since {caches.tower_only}" if caches.tower_only else ""
         accelerator.print(f"image features{ends}: {_opened(caches.features)}")
     if config.cache_images is not None:
         caches.images = ImageCache(ShardStore(Path(config.cache_images), "images", max_bytes))
+        caches.clips = ClipCache(ShardStore(Path(config.cache_images), "videos", max_bytes))
         accelerator.print(f"processed images: {_opened(caches.images.store)}")
     return caches
 
@@ -171,18 +199,22 @@ def use_caches(core: Any, caches: Caches | None, accelerator: Accelerator) -> It
     with nullcontext() if cache is None else cache.installed():
         yield
     caches.images.store.flush()
+    if caches.clips is not None:
+        caches.clips.store.flush()
     accelerator.wait_for_everyone()
     if cache is not None:
         hits, misses = (sum(gather_object([count])) for count in (cache.hits, cache.misses))
         accelerator.print(f"image features: {_report(caches.features, hits, hits + misses)}")
     if caches.images.keeps_pixels:
         accelerator.print(f"processed images: {_report(caches.images.store)}")
+    if caches.clips is not None and caches.clips.store.count():
+        accelerator.print(f"processed videos: {_report(caches.clips.store, kind='videos')}")
 
 
-def _report(store: ShardStore | None, hits: int = 0, asked: int = 0) -> str:
+def _report(store: ShardStore | None, hits: int = 0, asked: int = 0, kind: str = "images") -> str:
     assert store is not None
     share = f", {hits / asked:.0%} hits" if asked else ""
-    return f"{store.count():,} images, {in_words(size_of(store.folder))}{share}"
+    return f"{store.count():,} {kind}, {in_words(size_of(store.folder))}{share}"
 
 
 def serving(core: Any, batch: Any) -> Any:

@@ -13,10 +13,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from hfcustom.connectors.grids import Grid, alike
 from hfcustom.naming import unknown
+from hfcustom.parts import without_wrappers
 
+NORMS = ("processor_mean", "processor_std", "tower_mean", "tower_std")
 MAX_EXTRA_TOKENS = 16  # class and register tokens before the patches
 Channels = float | Sequence[float]
 Seen = TypeVar("Seen")
@@ -33,6 +36,8 @@ class AddedTower(nn.Module):
     another mean and deviation, both are named (a number, or one a channel). Weights are random until `load_tower` or a
     checkpoint of the model gives it some. It is frozen and in eval mode unless `trainable`.
     """
+
+    lacks_weights = False  # made for a checkpoint that has none for it; fit() refuses a frozen one
 
     def __init__(
         self,
@@ -78,6 +83,13 @@ class AddedTower(nn.Module):
                 f"connector with describe_tower({source!r})."
             )
         self.tower.load_state_dict(loaded.state_dict())
+        self.lacks_weights = False
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Note that a checkpoint of the model, or an adapter, has weights for the tower."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if any(name.startswith(f"{prefix}tower.") for name in state_dict):
+            self.lacks_weights = False
 
     def of_all(self, look: Callable[[torch.Tensor], Seen], pictures: Sequence[torch.Tensor]) -> list[Seen]:
         """Run `look`, one of the methods below, on pictures of any sizes, (P_i, 3, H_i, W_i) each: a result each.
@@ -150,6 +162,32 @@ def _split(seen: Any, counts: Sequence[int]) -> list[Any]:
     return [(part, grid) for part in features.split(list(counts))]
 
 
+def towers_without_weights(model: nn.Module) -> dict[str, AddedTower]:
+    """Return the added towers that neither a checkpoint nor load_tower has given weights, by the call that would."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AddedTower) and module.lacks_weights and "original_module" not in name:
+            holder, several, _ = without_wrappers(name).rpartition(".towers.")
+            call = (
+                f"{holder}.load_towers([checkpoint, ...])"
+                if several
+                else f"{without_wrappers(name)}.load_tower(checkpoint)"
+            )
+            found[f"model.{call}"] = module
+    return found
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise ValueError for an added tower that would be frozen as it was drawn."""
+    for call, added in towers_without_weights(model).items():
+        if not added.trainable:
+            raise ValueError(
+                f"The added tower, {type(added.tower).__name__}, is frozen with random weights: what it sees means nothing. "
+                f"Call {call} before training, or set trainable=true in its connector to train it from nothing. For a "
+                "command line, save the model with its weights, and train that folder."
+            )
+
+
 def describe_tower(source: str, processor: Any = None, **options: Any) -> dict[str, Any]:
     """Return the mapping of connector two_encoders for a checkpoint's vision tower; only configs are read.
 
@@ -171,6 +209,9 @@ def describe_towers(sources: Sequence[str], processor: Any = None, **options: An
 def _described(source: str, processor: Any) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(source)
     tower = getattr(config, "vision_config", config).to_diff_dict()
+    known = getattr(config, "vision_config", config)
+    unused = _unknown_sizes(tower, known)  # old files hold what only text models ever read
+    tower = {key: value for key, value in tower.items() if key not in unused}
     described: dict[str, Any] = {"tower": {**tower, "model_type": _vision_type(config)}}
     if processor is None:
         return described
@@ -194,6 +235,11 @@ def _vision_type(config: PretrainedConfig) -> str:
 
 def _tower_config(name: str, tower: Mapping[str, Any] | None) -> PretrainedConfig:
     """Build the tower's config; of a model of pictures and text, its vision part."""
+    if tower is not None and not isinstance(tower, Mapping):
+        raise ValueError(
+            f"{name} tower={tower!r} is no mapping; write {{'model_type': 'dinov2', ...}}, or let "
+            "describe_tower(checkpoint) write it."
+        )
     values = {key: value for key, value in (tower or {}).items() if key not in ("dtype", "torch_dtype")}
     model_type = values.pop("model_type", None)
     if model_type is None:
@@ -204,12 +250,38 @@ def _tower_config(name: str, tower: Mapping[str, Any] | None) -> PretrainedConfi
     if model_type not in CONFIG_MAPPING:
         raise ValueError(unknown("model_type of an added tower:", model_type, CONFIG_MAPPING.keys()))
     config = AutoConfig.for_model(model_type, **values)
-    return getattr(config, "vision_config", config)
+    for size, known in _unknown_sizes(values, config).items():
+        cure = "describe_tower(checkpoint) writes a checkpoint's."
+        raise ValueError(unknown(f"size of tower {model_type!r} of {name}:", size, known, cure))
+    vision: PretrainedConfig = getattr(config, "vision_config", config)
+    if type(vision) not in MODEL_MAPPING:
+        raise ValueError(
+            f"{name} tower model_type={model_type!r}: transformers builds no {type(vision).__name__} by itself; choose "
+            "another tower, such as dinov2, siglip_vision_model or clip_vision_model."
+        )
+    return vision
+
+
+def _unknown_sizes(values: Mapping[str, Any], config: PretrainedConfig) -> dict[str, list[str]]:
+    """Return what a config was given and does not know, which nobody would read, and what it knows there."""
+    default = type(config)()
+    known = [size for size in default.to_dict() if size not in PretrainedConfig().to_dict()]
+    found = {key: known for key in values if not hasattr(default, key)}
+    for key, value in values.items():
+        inner = getattr(config, key, None)
+        if isinstance(inner, PretrainedConfig) and isinstance(value, Mapping):
+            found |= _unknown_sizes(value, inner)
+    return found
 
 
 def _check_inputs(name: str, tower: nn.Module) -> None:
     """A tower that cannot work from pixel_values alone cannot be added."""
     inputs = inspect.signature(tower.forward).parameters.values()
+    if not any(x.name == "pixel_values" for x in inputs):
+        raise ValueError(
+            f"The added tower, {type(tower).__name__}, reads {next(iter(inputs)).name}, not pixel_values; choose a vision "
+            "tower, such as dinov2, siglip_vision_model or clip_vision_model."
+        )
     needed = [x.name for x in inputs if x.default is x.empty and x.kind not in (x.VAR_KEYWORD, x.VAR_POSITIONAL)]
     if extra := [name for name in needed if name != "pixel_values"]:
         raise ValueError(
@@ -237,7 +309,18 @@ def _renormalization(name: str, *given: Channels | None) -> tuple[list[float], l
         raise ValueError(
             f"{name} needs processor_mean, processor_std, tower_mean and tower_std together, or none of them."
         )
-    channels = [list(value) if isinstance(value, Sequence) else [value] * 3 for value in known]
+    channels = [_channels(name, option, value) for option, value in zip(NORMS, known, strict=True)]
     means_and_stds = list(zip(*channels, strict=True))  # a channel: of the processor, of the tower
     scale = [std / tower_std for _, std, _, tower_std in means_and_stds]
     return scale, [(mean - tower_mean) / tower_std for mean, _, tower_mean, tower_std in means_and_stds]
+
+
+def _channels(name: str, option: str, value: Any) -> list[float]:
+    """Return a mean or deviation as one number a channel."""
+    channels = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * 3
+    positive = option.endswith("_std")
+    numbers = len(channels) == 3 and all(isinstance(x, int | float) and (x > 0 or not positive) for x in channels)
+    if not numbers:
+        kind = "a positive number" if positive else "a number"
+        raise ValueError(f"{name} {option}={value!r}; it takes {kind}, or three, one a channel.")
+    return channels

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfcustom.connectors.added_tower import AddedTower
+from hfcustom.connectors.added_tower import NORMS, AddedTower
 from hfcustom.connectors.grids import Grid, alike
 from hfcustom.connectors.perceiver_resampler import Resampler
 from hfcustom.naming import unknown
 
-TOWER_OPTIONS = ("tower", "processor_mean", "processor_std", "tower_mean", "tower_std")
+TOWER_OPTIONS = ("tower", *NORMS)
 
 
 class MultiEncoderResampler(Resampler):
@@ -53,15 +53,7 @@ class MultiEncoderResampler(Resampler):
     ) -> None:
         name = "multi_encoder_resampler"
         super().__init__(name, hidden_size, num_queries, num_layers, num_heads, start)
-        if not towers:
-            raise ValueError(
-                f"{name} towers={towers!r} names no tower; write [{{'tower': {{'model_type': 'dinov2', ...}}}}, ...], or let "
-                "describe_towers([checkpoint, ...]) do it."
-            )
-        for options in towers:
-            for option in options:
-                if option not in TOWER_OPTIONS:
-                    raise ValueError(unknown(f"option of a tower of {name}:", option, TOWER_OPTIONS))
+        _check_towers(name, towers)
         self.towers = nn.ModuleList(
             AddedTower(name, **{"tower": None, **options}, trainable=trainable) for options in towers
         )
@@ -105,3 +97,20 @@ class MultiEncoderResampler(Resampler):
             found = self.read(own, grids[at[0]], all_tokens)  # (P, M, D)
             read.update(zip(at, found.split([len(features[image]) for image in at]), strict=True))
         return [read[image] for image in range(len(features))]
+
+
+def _check_towers(name: str, towers: Any) -> None:
+    """Raise ValueError for what is no list of mappings that describe a tower each."""
+    what = "names no tower" if not towers else "" if isinstance(towers, list | tuple) else "is no list"
+    if other := [options for options in towers if not isinstance(options, Mapping)]:
+        what = what or f"holds {other[0]!r}, which is no mapping"
+    if what:
+        raise ValueError(
+            f"{name} towers={towers!r} {what}; write [{{'tower': {{'model_type': 'dinov2', ...}}}}, ...], or let "
+            "describe_towers([checkpoint, ...]) do it."
+        )
+    for options in towers:
+        for option in options:
+            if option not in TOWER_OPTIONS:
+                cure = "For a tower's sizes write {'tower': {'model_type': ...}}."
+                raise ValueError(unknown(f"option of a tower of {name}:", option, TOWER_OPTIONS, cure))

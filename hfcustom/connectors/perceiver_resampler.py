@@ -17,6 +17,8 @@ class Resampler(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(name, hidden_size, num_heads)
+        if num_layers < 1:
+            raise ValueError(f"{name} num_layers={num_layers}; it must be at least 1, or nothing is read.")
         self.queries = ImageQueries(name, hidden_size, num_queries, start)
         average = self.queries.average
         self.blocks = nn.ModuleList(PerceiverBlock(hidden_size, num_heads, average) for _ in range(num_layers))

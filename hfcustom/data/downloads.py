@@ -21,7 +21,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from hfcustom.data.hosts import Host, check_hosts, check_url, host_problems
-from hfcustom.data.images import ImageError, decode_image
+from hfcustom.data.images import MAX_BYTES, ImageError, decode_image
 
 MAX_FAILED = 10_000  # that a process remembers
 HEX = re.compile("[0-9a-f]{64}")
@@ -56,11 +56,11 @@ class Downloads:
 
     def _kept(self, record: Path) -> bytes | None:
         try:
-            digest = json.loads(record.read_text(encoding="utf-8"))["sha256"]
-            data = self._picture(digest).read_bytes() if HEX.fullmatch(digest) else b""
+            digest = json.loads(_read(record).decode())["sha256"]
+            data = _read(self._picture(digest)) if HEX.fullmatch(digest) else b""
         except FileNotFoundError:
             return None
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, RecursionError, TypeError, ValueError):
             digest, data = "", b""
         if hashlib.sha256(data).hexdigest() != digest:
             logger.warning(f"{record} or its picture is damaged; it is fetched again.")
@@ -106,6 +106,13 @@ def _using(folder: Path) -> Iterator[None]:
             f"{folder}, where fetched images are kept, cannot be used: {error.strerror or error}. Free some space, or name "
             "another folder as image_downloads (--image-downloads)."
         ) from error
+
+
+def _read(path: Path) -> bytes:
+    """Return what is in a file of ours: nothing for one that is too large to be, FileNotFoundError for what is none."""
+    if not path.is_file():  # a pipe would never end
+        raise FileNotFoundError(path)
+    return path.read_bytes() if path.stat().st_size <= MAX_BYTES else b""
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -93,7 +93,7 @@ def _ask(url: httpx2.URL, host: Host, deadline: float) -> bytes | str:
             return _read(str(url), response)
     except (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError, OSError) as error:
         late = monotonic() >= deadline
-        reason = f"it took more than {TOTAL_S:g} s" if late else f"{error!s:.200}" or type(error).__name__
+        reason = f"it took more than {TOTAL_S:g} s" if late else f"{error!s:.200}".rstrip(".") or type(error).__name__
         raise _Transient(reason) from error
 
 

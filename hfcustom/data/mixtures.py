@@ -34,6 +34,7 @@ def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
             raise ValueError(
                 f"The weight of {name} is {weight!r}; it must be a positive number. Leave the source out for 0."
             )
+    for name, weight in weights.items():
         if weight * BLOCK < sum(weights.values()):
             raise ValueError(
                 f"The weight of {name} is {weight!r}, less than one row in {BLOCK}; leave the source out."

@@ -25,6 +25,7 @@ from hfcustom.data.row_forms import SIDES
 from hfcustom.data.sources import RowsWithColumns, as_examples
 from hfcustom.data.steps import Attempts, StepCollator, TooManyBadRows
 from hfcustom.losses import frozen_pass
+from hfcustom.naming import unknown
 from hfcustom.parts import unwrap
 from hfcustom.train import choose_precision, process_state
 from hfcustom.train_config import TrainConfig
@@ -61,13 +62,13 @@ def cache_reference(
     examples = as_examples(rows)
     if not len(examples) or batch_size < 1:
         raise ValueError(f"{len(examples)} rows in batches of {batch_size}: give at least one row and batch_size=1.")
+    _check_options(on_bad_row, max_bad_share)
     low = choose_precision(model, TrainConfig(precision=precision)) == "bf16"
     state = process_state()
     collate = Collator(processor, train_on=train_on, allowed_tokens=allowed_tokens, head_size=core.head_size())
     attempts = Attempts(examples, skip_bad_rows=on_bad_row == "skip", exclude=exclude)
     steps = StepCollator(collate, batch_size, skip_bad_rows=attempts.skip_bad_rows, kind=kind_of(attempts.first()))
-    starts = range(0, len(examples), batch_size)
-    own = starts[state.process_index :: state.num_processes]
+    own = range(0, len(examples), batch_size)[state.process_index :: state.num_processes]
     quiet = not (out.is_terminal and state.is_main_process)
     found: dict[int, dict[str, float]] = {}
     bad: dict[int, Finding] = {}
@@ -92,6 +93,13 @@ def cache_reference(
     names = dict.fromkeys(name for values in found.values() for name in values)
     columns = {name: [math.nan if at in bad else found[at][name] for at in range(len(examples))] for name in names}
     return RowsWithColumns(examples, columns, bad)
+
+
+def _check_options(on_bad_row: str, max_bad_share: float) -> None:
+    if on_bad_row not in ("error", "skip"):
+        raise ValueError(unknown("on_bad_row", on_bad_row, ("error", "skip")))
+    if not 0 <= max_bad_share <= 1:
+        raise ValueError(f"max_bad_share={max_bad_share} must be in [0, 1].")
 
 
 def _say_bad(bad: Mapping[int, Finding], excluded: Collection[int], num_rows: int, max_share: float) -> None:

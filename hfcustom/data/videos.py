@@ -9,7 +9,7 @@ import numpy as np
 
 from hfcustom.data.messages import Example, RowError
 from hfcustom.data.video_frames import Frames
-from hfcustom.processors import OptionalVideo, RaggedVideos
+from hfcustom.processors import OptionalVideo, RaggedVideos, VideosAsImages
 
 CURE = "set video_as_images=True, so that its frames are images"
 
@@ -35,11 +35,14 @@ def video_options(processor: Any, texts: Sequence[str], examples: Sequence[Examp
     if not isinstance(processor, RaggedVideos):
         _check_lengths(processor, examples[0].name, videos)
         options["return_tensors"] = "pt"  # SmolVLM's asks them for their shape before the batch is made of tensors
-    return {
+    given = {
         "videos": list(map(_clip, videos)),
         "video_metadata": list(map(_metadata, videos)),
         "videos_kwargs": options,
     }
+    if isinstance(processor, VideosAsImages):  # which puts pixels of both together
+        given["images_kwargs"] = {"return_tensors": "pt"}
+    return given
 
 
 def _check_lengths(processor: Any, name: str, videos: Sequence[Frames]) -> None:

@@ -20,7 +20,7 @@ from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
 from hfcustom.connectors import Grid, Told, count_tokens_out, grid_out, of_each, takes_pictures
 from hfcustom.families import tiny
-from hfcustom.processors import MatchedProcessor, NeedsTorchvision, RaggedVideos
+from hfcustom.processors import MatchedProcessor, NeedsTorchvision, RaggedVideos, check_one_kind
 from hfcustom.ragged import RaggedImages
 from hfcustom.registry import register
 from hfcustom.videos import VideoFrames
@@ -32,12 +32,6 @@ class CustomMolmo2Config(CustomConfig, Molmo2Config):
     """Molmo2Config with `connector` and `loss`."""
 
     model_type = "custom_molmo2"
-
-
-BOTH_KINDS = (
-    "Molmo 2 takes images or videos in one micro-batch, not both: set video_as_images=True, so that frames are images, or "
-    "micro_batch_size=1 without packing where no row has both."
-)
 
 
 class CustomMolmo2Processor(RaggedVideos, NeedsTorchvision, MatchedProcessor, Molmo2Processor):
@@ -63,8 +57,7 @@ class CustomMolmo2Processor(RaggedVideos, NeedsTorchvision, MatchedProcessor, Mo
 
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> Any:
         """Process as stock does; stock writes a beginning before the text, which labels must not be shifted by."""
-        if images and videos:
-            raise ValueError(BOTH_KINDS)
+        check_one_kind("Molmo 2", images, videos)
         outputs = super().__call__(images=images, text=text, videos=videos, **kwargs)
         beginning = self.tokenizer.bos_token or self.tokenizer.eos_token
         texts = [text] if isinstance(text, str) else text or []
@@ -97,8 +90,7 @@ class CustomMolmo2ForConditionalGeneration(VideoFrames, RaggedImages, CustomVLM,
     @classmethod
     def merge_images(cls, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Join the image tensors of rows; where patches are pooled is counted over all that came before."""
-        if len({name for row in rows for name in POOLED.keys() & row.keys()}) > 1:
-            raise ValueError(BOTH_KINDS)
+        check_one_kind("Molmo 2", *(any(name in row for row in rows) for name in POOLED))
         first = dict.fromkeys(POOLED, 0)  # patches before a row's
         moved = [dict(row) for row in rows]
         for row in moved:

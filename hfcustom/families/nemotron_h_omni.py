@@ -9,7 +9,7 @@ flat class.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from hfcustom.configuration import CustomConfig
 from hfcustom.connectors import Grid, count_tokens_out, reduce_tokens, takes_pictures
 from hfcustom.families import tiny
 from hfcustom.losses import LossContext
-from hfcustom.processors import MatchedProcessor, NeedsTorchvision
+from hfcustom.processors import MatchedProcessor, NeedsTorchvision, check_one_kind
 from hfcustom.ragged import RaggedImages
 from hfcustom.registry import register
 from hfcustom.videos import VideoFrames
@@ -93,6 +93,7 @@ class CustomNemotronH_Omni_Reasoning_V3Processor(NeedsTorchvision, MatchedProces
             raise ValueError(
                 f"Nemotron takes one row a call where there is a video, not {len(text)}: train with micro_batch_size=1."
             )
+        check_one_kind("Nemotron", images, videos)
         asked = {**kwargs, **kwargs.get("text_kwargs", {})}.get("return_text_replacement_offsets")
         outputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if asked:
@@ -112,6 +113,14 @@ class CustomNemotronH_Omni_Reasoning_V3(VideoFrames, RaggedImages, CustomVLM, Ne
     processor_class = CustomNemotronH_Omni_Reasoning_V3Processor
     state_modules = (NemotronHMamba2Mixer,)
     _router_logits: Any = None  # of the running forward
+
+    @classmethod
+    def merge_images(cls, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Join the image tensors of rows; stock sees the images or the videos of a call."""
+        check_one_kind(
+            "Nemotron", *(any(name in row for row in rows) for name in ("pixel_values", "pixel_values_videos"))
+        )
+        return super().merge_images(rows)
 
     @property
     def other_modules(self) -> tuple[str, ...]:

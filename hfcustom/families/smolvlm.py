@@ -14,7 +14,7 @@ from transformers.utils import is_torchvision_available
 from hfcustom.base import CustomVLM
 from hfcustom.configuration import CustomConfig
 from hfcustom.families import published, tiny
-from hfcustom.processors import OptionalVideo, VideosAsImages
+from hfcustom.processors import OptionalVideo, VideosAsImages, check_one_kind
 from hfcustom.registry import register
 
 REQUIRES = ("num2words",)
@@ -31,6 +31,11 @@ class CustomSmolVLMProcessor(VideosAsImages, OptionalVideo, SmolVLMProcessor):
 
     video_processor_type = "SmolVLMVideoProcessor"
     crop_field = "image_seq_len"
+
+    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> Any:
+        """Process as stock does, which would put the frames of a video in the place of the images beside it."""
+        check_one_kind("SmolVLM", images, videos)
+        return super().__call__(images=images, text=text, videos=videos, **kwargs)
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         """Render as stock does; stock asks its video processor for frame counts even when there is no video."""
