@@ -37,6 +37,7 @@ _HOME = {
     "freeze": "hfcustom.freezing",
     "generate_answers": "hfcustom.evaluate",
     "honour_model": "hfcustom.trl_adapter",
+    "keep_samples": "hfcustom.run_files",
     "linear_table": "hfcustom.adapt",
     "load_adapter": "hfcustom.adapt",
     "load_encoder": "hfcustom.encoders",
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from hfcustom.registry import register
     from hfcustom.resize import resize_images
     from hfcustom.retrieval import retrieval_recall
+    from hfcustom.run_files import keep_samples
     from hfcustom.train import fit
     from hfcustom.train_config import TrainConfig
     from hfcustom.trainer_callback import LossCallback

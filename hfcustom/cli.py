@@ -307,6 +307,23 @@ def lint_serving(argv: Sequence[str]) -> int:
     return run_lint(options)
 
 
+def runs(argv: Sequence[str]) -> int:
+    """Compare trainings: steps, seconds, newest and best numbers, options that differ."""
+    parser = argparse.ArgumentParser(
+        prog="hfcustom runs",
+        description=runs.__doc__,
+        epilog="Beside the newest value stands of a loss the lowest, of what an evaluation returned the highest, with its step; "
+        "--json has both of every number. Exit codes: 0 done; 2 wrong usage, or no run in a folder.",
+    )
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="output_dir of a training, or a folder of such")
+    parser.add_argument("--html", metavar="FILE", help="write a page with every curve, too")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    from hfcustom.runs_command import run_runs
+
+    return run_runs(options)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "bundle": bundle,
     "card": card,
@@ -320,6 +337,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan,
     "preflight": preflight,
     "push": push,
+    "runs": runs,
 }
 
 

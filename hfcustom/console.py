@@ -24,6 +24,7 @@ from hfcustom.losses import IGNORE, LOSSES, WeightedLoss, count_all_tokens
 from hfcustom.losses.chunked import product_dtype
 from hfcustom.losses.kernels import DESCRIPTIONS, choose_kernel
 from hfcustom.parts import expert_matrices, part_table, unwrap
+from hfcustom.run_files import RunFiles
 from hfcustom.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -49,19 +50,21 @@ class TrainLog:
         max_steps: int,
         history: Iterable[Mapping[str, float]] = (),
         sources: Sequence[str] = (),
+        model: Any = None,
     ) -> None:
         self.config = config
+        self.model = model  # for the page of the run, which there is not without it
         self.accelerator = accelerator
         self.losses = list(losses)
         self.names = [item.loss.name for item in losses]
         self.sources = list(sources)  # of a mixture, whose shares of the tokens are logged
-        recorded = bool(sources) or any(item.loss.is_term for item in losses)
-        self._records_on_ranks = accelerator.num_processes > 1 and recorded
         self.start = start
         self.max_steps = max_steps
         self.history = [dict(entry) for entry in history]
         self.window: list[StepReport] = []
         self.window_began = time.perf_counter()
+        self.files: RunFiles | None = None
+        self.last_step = start
         self.bar = _progress_bar(enabled=accelerator.is_main_process and out.is_terminal)
 
     def __enter__(self) -> TrainLog:
@@ -70,6 +73,9 @@ class TrainLog:
         if self.accelerator.is_main_process:
             path = Path(self.config.output_dir) / "metrics.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
+            if self.model is not None:
+                self.files = RunFiles(self.config, self.start, self.max_steps)
+                self.files.begin(self.model, self.names)
             path.write_text("".join(json.dumps(entry) + "\n" for entry in self.history))
             self.file = path.open("a")
         self.bar.start()
@@ -82,6 +88,8 @@ class TrainLog:
         self.bar.stop()
         if self.accelerator.is_main_process:
             self.file.close()
+        if self.files is not None:
+            self.files.end(self.last_step, error)
         if self.config.trackers:
             self.accelerator.end_training()
 
@@ -91,10 +99,16 @@ class TrainLog:
             for name in self.sources:
                 share = [report.source_tokens.get(name, 0), sum(report.source_tokens.values())]
                 report.metrics[f"tokens/{name}"] = torch.tensor(share, dtype=torch.float64)
+            if report.positions:  # the rest is padding
+                share = [report.tokens, report.positions]
+                report.metrics["useful_tokens"] = torch.tensor(share, dtype=torch.float64)
             self.window.append(report)
+        self.last_step = step
         self.bar.update(self.task, completed=step)
         if self.window and (step % self.config.log_steps == 0 or step == self.max_steps):
             self.metrics(step, self._close_window(step, optimizer), progress=True)
+        if self.files is not None and self.config.save_steps and step % self.config.save_steps == 0:
+            self.files.write_page()
 
     def metrics(self, step: int, values: Mapping[str, float], progress: bool = False) -> None:
         """Record named numbers of a step; `progress` keeps them in the bar where there is one."""
@@ -105,7 +119,12 @@ class TrainLog:
             return
         self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
-        facts = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
+        shown = {
+            name: value for name, value in values.items() if not name.startswith("grad_norm_")
+        }  # by part: in the file
+        if self.files is not None and not progress:  # an evaluation
+            self.files.write_page()
+        facts = "  ".join(f"{name} {_short(value)}" for name, value in shown.items())
         if progress and out.is_terminal:
             self.bar.update(self.task, facts=facts)
         else:
@@ -124,7 +143,10 @@ class TrainLog:
         for step in pending:
             if list(step["losses"]) == self.names:  # else the run goes on with another loss
                 losses = {name: share * value for name, value in step["losses"].items()}
-                metrics = {name: share * torch.tensor([value, 1.0]) for name, value in step["metrics"].items()}
+                metrics = {
+                    name: share * torch.tensor([value, 1.0], dtype=torch.float64)
+                    for name, value in step["metrics"].items()
+                }
                 self.window.append(StepReport(losses, metrics))
 
     def _sum_over_ranks(self, values: list[Any]) -> list[Any]:
@@ -141,7 +163,7 @@ class TrainLog:
         """Return what terms recorded, as means over the rows of a step, of all ranks, for each step of the window."""
         own = [{name: value.tolist() for name, value in report.metrics.items()} for report in self.window]
         # which numbers there are may differ by rank, where a micro-batch has none of what a term counts
-        ranks = gather_object([own]) if self._records_on_ranks else [own]
+        ranks = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
         means = []
         for reports in zip(*ranks, strict=True):
             names = dict.fromkeys(name for report in reports for name in report)
@@ -164,8 +186,8 @@ class TrainLog:
             for item, value in zip(self.losses, values, strict=True):
                 raw[item.loss.name] += value / len(steps)
                 weighted[item.loss.name] += item.weight_at(at) * value / len(steps)
-        work = [sum(getattr(report, name) for report in self.window) for name in ("tokens", "positions", "images")]
-        tokens, positions, images = self._sum_over_ranks(work)
+        work = [sum(getattr(report, name) for report in self.window) for name in ("tokens", "images")]
+        tokens, images = self._sum_over_ranks(work)
         seconds = time.perf_counter() - self.window_began
         entry = {"loss": sum(weighted.values())}
         several = len(self.losses) > 1
@@ -182,10 +204,12 @@ class TrainLog:
         rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
         same = len(set(rates.values())) == 1
         entry |= {"lr": next(iter(rates.values()))} if same else {f"lr_{part}": rate for part, rate in rates.items()}
-        entry |= {"grad_norm": float(self.window[-1].grad_norm)}
-        if self.config.packing and positions:
-            entry["useful_tokens"] = tokens / positions
+        last = self.window[-1]
+        entry |= {"grad_norm": float(last.grad_norm)}
+        entry |= {f"grad_norm_{part}": float(norm) for part, norm in last.part_norms.items()}
         entry |= {"tokens_per_s": tokens / seconds, "images_per_s": images / seconds}
+        if self.accelerator.device.type == "cuda":
+            entry["peak_gib"] = torch.cuda.max_memory_allocated(self.accelerator.device) / 2**30
         self.window, self.window_began = [], time.perf_counter()
         return entry
 

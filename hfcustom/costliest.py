@@ -22,7 +22,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 from torch import nn
 
-from hfcustom import checkpoint
+from hfcustom import randomness
 from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import serving, use_caches
 from hfcustom.console import out
@@ -163,7 +163,7 @@ class Trial:
 
     def _fits(self, batch: Batch, repeated: bool) -> bool:
         """Run forward and backward as a step does, and put everything back; whether every rank had the memory."""
-        core, random = unwrap(self.model), checkpoint.rng_state()
+        core, random = unwrap(self.model), randomness.rng_state()
         buffers = [(buffer, buffer.clone()) for buffer in core.buffers()]
         step, self_failed = core.loss_step, False
         core.loss_step = 0
@@ -181,7 +181,7 @@ class Trial:
                 for buffer, value in buffers:
                     buffer.copy_(value)
             core.loss_step, core.loss_values, core.loss_metrics = step, {}, {}
-            checkpoint.set_rng_state(random)
+            randomness.set_rng_state(random)
         if self_failed and self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
         return not any(gather_object([self_failed]))

@@ -40,6 +40,7 @@ from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.exits import EXIT_PREEMPTED, ConfigError
 from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, real_tokens, token_columns
 from hfcustom.naming import unknown
+from hfcustom.norms import part_norms
 from hfcustom.optimizers import make_optimizer, set_lr
 from hfcustom.parts import part_table, unwrap
 from hfcustom.ranks import check_processes, explained, process_state, wait_at_most
@@ -82,6 +83,7 @@ class StepReport:
     images: int = 0
     source_tokens: dict[str, int] = field(default_factory=dict)  # of a mixture
     grad_norm: torch.Tensor | float = 0.0
+    part_norms: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add_batch(self, batch: Mapping[str, Any]) -> None:
         """Count what a micro-batch holds."""
@@ -149,7 +151,7 @@ def _run(
         counting_steps(core),
         every_part_learns(model, optimizer),
         use_caches(core, feed.caches, accelerator),
-        TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names) as log,
+        TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names, core) as log,
     ):
         log.restore_window(state.pending)
         while step < max_steps and not stopped:
@@ -265,6 +267,7 @@ def train_step(
             report.losses[name] = report.losses.get(name, 0.0) + value.mean
         for name, sum_and_count in core.loss_metrics.items():
             report.metrics[name] = report.metrics.get(name, 0.0) + sum_and_count
+    report.part_norms = part_norms(optimizer)
     report.grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     losses = {name: float(value) for name, value in report.losses.items()}
     if not all(map(math.isfinite, (report.grad_norm, *losses.values()))):

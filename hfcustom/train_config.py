@@ -122,6 +122,8 @@ class TrainConfig:
                 "pack_tokens",
                 "pack_crops",
                 "gradient_checkpointing",
+                "try_costliest",
+                "auto_micro_batch",
             ),
             *("lr", "connector_lr", "vision_lr", "part_lr", "weight_decay", "part_weight_decay", "beta2"),
             *("warmup_steps", "schedule", "min_lr_ratio"),
@@ -163,11 +165,6 @@ class TrainConfig:
                 self.on_bad_row == "skip" or "max_bad_share" not in self.sources,
                 "max_bad_share has no effect without on_bad_row=skip",
             ),
-            (
-                not (self.packing and self.micro_batch_size is not None),
-                f"micro_batch_size={self.micro_batch_size} and packing exclude each other: pack_tokens says how large a "
-                "micro-batch is",
-            ),
             (self.max_cache_gb > 0, f"max_cache_gb={self.max_cache_gb} must be positive"),
             (
                 self.cache_images or self.cache_features or "max_cache_gb" not in self.sources,
@@ -175,11 +172,7 @@ class TrainConfig:
             ),
             (self.keep_checkpoints > 0, f"keep_checkpoints={self.keep_checkpoints} must be positive"),
         ]
-        halves = self.try_costliest is not False or not self.auto_micro_batch
-        rules.append((halves, "auto_micro_batch has no effect with try_costliest=False"))
-        for name in ("pack_tokens", "pack_crops"):
-            value = getattr(self, name)
-            rules.append((value is None or self.packing, f"{name}={value} has no effect without packing"))
+        rules += self._rules_of_micro_batches()
         for name in (
             "micro_batch_size",
             "pack_tokens",
@@ -195,6 +188,21 @@ class TrainConfig:
         rules += self._rules_of_parts()
         rules += self._rules_of_going_on()
         return [message for holds, message in rules if not holds]
+
+    def _rules_of_micro_batches(self) -> list[tuple[bool, str]]:
+        halves = self.try_costliest is not False or not self.auto_micro_batch
+        rules = [
+            (
+                not (self.packing and self.micro_batch_size is not None),
+                f"micro_batch_size={self.micro_batch_size} and packing exclude each other: pack_tokens says how large a "
+                "micro-batch is",
+            ),
+            (halves, "auto_micro_batch has no effect with try_costliest=False"),
+        ]
+        for name in ("pack_tokens", "pack_crops"):
+            value = getattr(self, name)
+            rules.append((value is None or self.packing, f"{name}={value} has no effect without packing"))
+        return rules
 
     def _rules_of_parts(self) -> list[tuple[bool, str]]:
         rules = []

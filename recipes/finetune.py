@@ -13,8 +13,8 @@ its own below output_dir. --resume goes on in the stage that was interrupted:
       - {name: instruct, data: chats.jsonl, train: [connector, language], lr: 2.0e-5, batch_size: 128}
 
 A row is {"messages": [...], "images": [...]}, or of another form that README.md lists, in a file, a folder, a data set on the
-hub, or several of them with weights. Writes checkpoints, metrics.jsonl and the model to --output-dir, and with --merge a
-full-precision model without adapter.
+hub, or several of them with weights. Writes checkpoints, metrics.jsonl, report.html and the model to --output-dir, and with
+--merge a full-precision model without adapter.
 """
 
 from __future__ import annotations
@@ -299,7 +299,9 @@ def run(config: FinetuneConfig) -> Path:
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
         options = {"max_new_tokens": config.max_new_tokens, "allowed_tokens": config.allowed_tokens}
-        return match_by_source(hfcustom.generate_answers(model, processor, held_out, **options))
+        answers = hfcustom.generate_answers(model, processor, held_out, **options)
+        hfcustom.keep_samples(config.output_dir, step, answers)
+        return match_by_source(answers)
 
     console.show_start(model, processor, first_example(rows, config), config)
     result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)

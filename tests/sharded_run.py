@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import FAMILIES, Family
 from torch import distributed, nn
@@ -21,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import hfcustom
 from hfcustom.families import load_family
+from hfcustom.norms import part_norms
 from hfcustom.parts import unwrap
 from hfcustom.sharding import shard, whole, whole_state
 from hfcustom.train import checkpoint_activations, make_accelerator, make_optimizer, train_step
@@ -67,26 +69,29 @@ def run(family: Family, change: Any, folder: Path) -> dict[str, float]:
     optimizers = [make_optimizer(model, config) for model in (alone, sharded)]
     mine = batches[2 * rank : 2 * rank + 2]
     start = {name: p.detach().clone() for name, p in alone.named_parameters()}
-    norms = []
     for _ in range(2):
-        unsharded_step(alone, batches, optimizers[0], config)
-        norms.append(float(train_step(sharded, mine, optimizers[1], accelerator, config).grad_norm))
+        expected_norms = unsharded_step(alone, batches, optimizers[0], config)
+        report = train_step(sharded, mine, optimizers[1], accelerator, config)
+        norms = {part: float(norm) for part, norm in report.part_norms.items()}
+        assert norms == pytest.approx(expected_norms, rel=1e-4), (norms, expected_norms)
     moved = [float((whole(p) - start[name]).abs().max()) for name, p in sharded.named_parameters()]
     found = whole_state(sharded)
     expected = alone.state_dict()
     apart = max((float((found[name] - expected[name]).abs().max()) for name in found), default=0.0)
     assert rank or found.keys() == expected.keys()
-    return {"apart": apart, "moved": max(moved), "norm": norms[-1]}
+    return {"apart": apart, "moved": max(moved), "norm": float(report.grad_norm)}
 
 
-def unsharded_step(model: nn.Module, batches: list[Any], optimizer: Any, config: TrainConfig) -> None:
+def unsharded_step(model: nn.Module, batches: list[Any], optimizer: Any, config: TrainConfig) -> dict[str, float]:
     core = unwrap(model)
     divisors = core.loss_counts(batches)
     for batch in batches:
         model(**batch, loss_divisors=divisors).loss.backward()
+    norms = {part: float(norm) for part, norm in part_norms(optimizer).items()}
     nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
+    return norms
 
 
 def main(folder: Path) -> None:

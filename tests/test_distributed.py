@@ -69,8 +69,10 @@ def same_weights(first: dict[str, Any], second: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("case", [*CASES, "grown"])
 def test_losses_gradient_norms_and_weights_are_those_of_one_process(runs: Folders, case: str) -> None:
     alone, (first, second) = runs[1][case], ranks(runs, case)
-    names = [name for name in alone["history"][0] if name in ("loss", "grad_norm", *TERMS)]
-    assert len(names) == (5 if "terms" in case else 2)
+    names = [name for name in alone["history"][0] if name in ("loss", *TERMS) or name.startswith("grad_norm")]
+    by_part = [name for name in names if name.startswith("grad_norm_")]
+    assert len(names) - len(by_part) == (5 if "terms" in case else 2)
+    assert "grad_norm_connector" in by_part
     for expected, found in zip(logged(alone, *names), logged(first, *names), strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
     assert relative_distance(first["end"], alone["end"], alone["start"]) < 1e-4

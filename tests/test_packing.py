@@ -367,7 +367,7 @@ def test_a_packed_run_ends_where_a_padded_one_does(
     assert said.count("packing: 8 rows in ") == 1
     assert ("cross-attention shows" in said) == (name == "mllama")
     assert shares == [1.0] * 3 if name != "mllama" else min(shares) > 0.5
-    assert not curve(results[0], "useful_tokens")
+    assert all(0 < share < 1 for share in curve(results[0], "useful_tokens"))  # padding
 
 
 def test_a_stopped_packed_run_resumes_to_the_same_weights(internvl: Family, tmp_path: Path) -> None:

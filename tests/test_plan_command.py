@@ -15,6 +15,7 @@ from test_costliest import memory_for
 from test_recipes import stock_checkpoint
 
 from hfcustom.cli import main
+from hfcustom.exits import exit_codes
 from hfcustom.options import ConfigError, read
 from hfcustom.plan.batches import shaped_batches
 from hfcustom.plan.config import GPUS, load_recipe, read_plan
@@ -261,10 +262,10 @@ def test_a_recipe_that_runs_out_of_memory_says_what_would_fit(
     monkeypatch.setattr(sys, "argv", [str(recipe), *argv])
     import finetune
 
-    with memory_for(10), pytest.raises(SystemExit) as stopped:
+    with memory_for(10), pytest.raises(SystemExit) as stopped, exit_codes():
         finetune.main(read(finetune.FinetuneConfig, finetune.__doc__, argv))
     assert stopped.value.code == 3
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "The costliest batch, 2 x " in said
     assert "No step was taken." in said
     assert "what could be changed" in said

@@ -40,6 +40,7 @@ SMALL = {
     "hfcustom preflight": "",
     "hfcustom frames": "",
     "hfcustom lens": "",
+    "hfcustom runs": "",
 }
 
 
@@ -64,6 +65,7 @@ def workplace(tmp_path: Path, internvl: Family) -> Path:
     save_tower("dinov2", tmp_path / TOWER)
     internvl.model().save_pretrained(tmp_path / "outputs/run/model")  # what a training leaves
     internvl.processor.save_pretrained(tmp_path / "outputs/run/model")
+    (tmp_path / "outputs/run/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     picture().save(tmp_path / "cat.png")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     files = {"python": ["my_file.py"], "json": ["rows.jsonl", "pairs.jsonl", "chats.jsonl"], "yaml": ["run.yaml"]}

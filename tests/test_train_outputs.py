@@ -159,7 +159,7 @@ def test_epochs_say_how_many_steps(internvl: Family, tmp_path: Path) -> None:
 
 
 FILES = ["config.json", "generation_config.json", "model.safetensors", "processor_config.json", "tokenizer.json"]
-FILES = sorted([*FILES, "chat_template.jinja", "tokenizer_config.json"])
+FILES = sorted([*FILES, "README.md", "chat_template.jinja", "hfcustom.json", "tokenizer_config.json"])
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,13 @@ FILES = sorted([*FILES, "chat_template.jinja", "tokenizer_config.json"])
 def test_the_output_folder(internvl: Family, tmp_path: Path, options: dict[str, Any], kept: list[int]) -> None:
     model = internvl.model()
     result = train(model, internvl, tmp_path, max_steps=5, batch_size=2, **options)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl", "model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoints",
+        "metrics.jsonl",
+        "model",
+        "report.html",
+        "run.json",
+    ]
     steps = [f"step-{step:06d}" for step in kept]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == steps
     assert result.model_dir == tmp_path / "model"

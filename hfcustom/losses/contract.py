@@ -162,7 +162,7 @@ COUNTS: dict[str, Callable[[Batch], float]] = {
 
 RESERVED = (  # names in the logs of fit() and of transformers.Trainer
     *("epoch", "grad_norm", "images_per_s", "learning_rate", "loss", "lr", "num_tokens"),
-    *("step", "stock", "tokens_per_s", "useful_tokens"),
+    *("peak_gib", "step", "stock", "tokens_per_s", "useful_tokens"),
 )
 SCHEDULE = ("weight", "warmup_steps", "decay_steps", "final_weight")  # what a config says beside a loss's own options
 
