@@ -14,12 +14,13 @@ from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from hfcustom.card import card_facts, merge_card, write_card
+from hfcustom.custom_model import CustomModel
 from hfcustom.encoders import class_of as encoder_class_of
-from hfcustom.encoders import encoder_names
+from hfcustom.encoders import encoder_names, load_encoder
 from hfcustom.families import class_of, family_names, load_family
 from hfcustom.hub import choose_files, push_folder, reason
 from hfcustom.loading import check_source
-from hfcustom.naming import load_object, unknown
+from hfcustom.naming import load_class, no_target
 from hfcustom.record import origin_of, read_record
 from hfcustom.registry import REGISTERED
 
@@ -31,7 +32,7 @@ def show_card(options: argparse.Namespace) -> int:
     try:
         if options.write and not Path(options.target).is_dir():
             raise ValueError(f"--write puts the card into a folder, and {options.target} is none.")
-        custom = load_object(options.custom, "model") if options.custom else None
+        custom = _checked(load_class(options.custom)) if options.custom else None
         facts = facts_of(options.target, custom)
     except (FileNotFoundError, ImportError, AttributeError, TypeError, ValueError, OSError) as error:
         print(f"hfcustom card: {error}", file=sys.stderr)
@@ -54,12 +55,15 @@ def _plain(value: Any) -> Any:
 
 def facts_of(target: str, custom: Any = None) -> dict[str, Any]:
     """Return what a card says of a family, a class in a file, or a checkpoint, whose weights are not read."""
-    if ".py:" in target or target in family_names():
-        return _facts_of_class(load_object(target, "model") if ".py:" in target else _family_class(target))
-    check_source(target)
-    if not Path(target).is_dir() and "/" not in target:
-        cure = "Or name a checkpoint's folder, a hub id (owner/name), or your class: my_file.py:MyModel."
-        raise ValueError(unknown("family", target, family_names(), cure))
+    if ".py:" in target:
+        return _facts_of_class(_checked(load_class(target)))
+    if target in (*family_names(), *encoder_names()):
+        (load_family if target in family_names() else load_encoder)(target)
+        return _facts_of_class(REGISTERED[f"custom_{target}"])
+    if not target.endswith(".py"):
+        check_source(target)
+    if not Path(target).is_dir() and ("/" not in target or target.endswith(".py")):
+        raise ValueError(no_target(target, [*family_names(), *encoder_names()]))
     model_class: Any = custom or class_of_checkpoint(target)
     record = read_record(target)
     with torch.device("meta"):
@@ -75,15 +79,22 @@ def class_of_checkpoint(target: str) -> Any:
     return encoder_class_of(target) if model_type.removeprefix("custom_") in encoder_names() else class_of(target)
 
 
-def _family_class(name: str) -> Any:
-    load_family(name)
-    return REGISTERED[f"custom_{name}"]
+def _checked(model_class: Any) -> Any:
+    if not issubclass(model_class, CustomModel):
+        raise TypeError(
+            f"{model_class.__name__} is no custom model: a subclass of a family or an encoder of hfcustom."
+        )
+    return model_class
 
 
 def _facts_of_class(model_class: Any) -> dict[str, Any]:
     """Return the facts of a class with the sizes of the first checkpoint that its family names."""
     module = sys.modules[next(cls.__module__ for cls in model_class.__mro__ if cls.__module__.startswith("hfcustom."))]
-    name, sizes = next(iter(vars(module).get("CHECKPOINTS", {}).items()))
+    own: tuple[str, dict[str, Any]] = (
+        f"{model_class.config_class.__name__}'s defaults",
+        {},
+    )  # of a class that inherits no family
+    name, sizes = next(iter(vars(module).get("CHECKPOINTS", {}).items()), own)
     with torch.device("meta"):
         facts = card_facts(model_class(model_class.config_class(**sizes)))
     return {**facts, "sizes_of": name}

@@ -16,8 +16,6 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from hfcustom import loading, parts, seams
-from hfcustom.card import write_beside
-from hfcustom.hub import PUSHED, push_folder
 
 
 class CustomModel(PreTrainedModel):
@@ -117,6 +115,12 @@ class CustomModel(PreTrainedModel):
         """
         check_registered(self)
         kwargs.setdefault("save_original_format", False)
+        if loading.IN_BUNDLE:
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        from hfcustom.card import write_beside
+        from hfcustom.hub import PUSHED, push_folder
+
         push = (
             {name: kwargs.pop(name) for name in PUSHED if name in kwargs} if kwargs.pop("push_to_hub", False) else None
         )
@@ -133,6 +137,10 @@ class CustomModel(PreTrainedModel):
         `options` are those of `hfcustom.hub.push_folder`: private, revision, token, commit_message, create_pr, and so on.
         Returns what the hub said of the commit.
         """
+        if loading.IN_BUNDLE:
+            return super().push_to_hub(repo_id, max_shard_size=max_shard_size, **options)  # type: ignore[arg-type]
+        from hfcustom.hub import push_folder
+
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             return push_folder(folder, repo_id, **options)

@@ -96,7 +96,7 @@ def choose_files(folder: Path) -> Choice:
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}; name one that save_pretrained or fit() wrote.")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    patterns = (*WEIGHTS, *BESIDE, *(["*.py"] if _is_bundle(folder) else []))
+    patterns = (*WEIGHTS, *BESIDE, *(["*.py", "requirements.txt"] if _is_bundle(folder) else []))
     top = {name for name in names if "/" not in name or name.startswith("additional_chat_templates/")}
     files = [name for name in names if name in top and any(fnmatch.fnmatchcase(name, each) for each in patterns)]
     if not {"config.json", "adapter_config.json"}.intersection(files) or not any(

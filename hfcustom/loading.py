@@ -22,10 +22,8 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from hfcustom import parts, sentinel
+from hfcustom import parts
 from hfcustom.connectors.added_tower import AddedTower, towers_without_weights
-from hfcustom.record import origin_of, read_record
-from hfcustom.sentinel import Drift
 
 if TYPE_CHECKING:
     from hfcustom.custom_model import CustomModel
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger("hfcustom")
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")  # where to find it
+IN_BUNDLE = not __name__.startswith("hfcustom.")  # whose folder leaves card, record and sentinel to hfcustom
 STOCK_ON_META: ContextVar[bool] = ContextVar("STOCK_ON_META", default=False)
 
 
@@ -47,16 +46,12 @@ def load_strictly(
         cls.check_loss(kwargs["loss"])  # a mistyped name is an error before gigabytes are read
     if kwargs.get("config") is None:
         kwargs |= _own_defaults(cls, source, kwargs)
-    record = {} if source is None else read_record(source, **_hub_options(kwargs))
-    drifts = sentinel.check_class(cls, record, source)
-    with _explained(cls, record, drifts, source):
+    with nullcontext() if IN_BUNDLE else _compared(cls, source, _hub_options(kwargs)) as compare:
         with report_in_error():
             model, info = load(*args, output_loading_info=True, **kwargs)
-        drifts += sentinel.check_model(model, record, source)
+        if compare is not None:
+            compare(model)
         fresh = _check_missing(model, sorted(info["missing_keys"]), tuple(new_modules), source)
-    sentinel.warn(model, record, source, drifts)
-    model.training_runs = record.get("training", [])
-    model.origin = origin_of(source, record, **_hub_options(kwargs))
     _say_unexpected(model, sorted(info["unexpected_keys"]), source)
     _fill(model, fresh)
     _say_random_towers(model, fresh)
@@ -71,14 +66,31 @@ def _hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _explained(cls: Any, record: Mapping[str, Any], drifts: list[Drift], source: Any) -> Iterator[None]:
-    """Add to an error what has changed since the checkpoint was saved, which may be why."""
+def _compared(cls: Any, source: Any, hub: dict[str, Any]) -> Iterator[Callable[[Any], None]]:
+    """Say what a checkpoint relies on that has changed since it was saved, in an error as well, which may be why.
+
+    The function that is yielded looks at the loaded model, and gives it the checkpoint's past.
+    """
+    from hfcustom.record import origin_of, read_record
+    from hfcustom.sentinel import check_class, check_model, message, warn
+
+    record = {} if source is None else read_record(source, **hub)
+    drifts, models = check_class(cls, record, source), []
+
+    def compare(model: Any) -> None:
+        drifts.extend(check_model(model, record, source))
+        model.training_runs, model.origin = record.get("training", []), origin_of(source, record, **hub)
+        vars(model.config).pop("auto_map", None)  # of a bundle: what is saved from here has no such code beside it
+        models.append(model)
+
     try:
-        yield
+        yield compare
     except Exception as error:
         if drifts:
-            error.add_note(sentinel.message(cls, record["relies_on"], drifts, source))
+            error.add_note(message(cls, record["relies_on"], drifts, source))
         raise
+    for model in models:
+        warn(model, record, source, drifts)
 
 
 def _keep_4bit_layout(model: nn.Module) -> None:

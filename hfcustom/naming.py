@@ -55,6 +55,22 @@ def load_object(spec: str, kind: str = "object") -> Any:
     return getattr(module, name)
 
 
+def load_class(spec: str) -> Any:
+    """Return the class that `my_file.py:MyModel` means, as load_object() does; TypeError for what is no class."""
+    found = load_object(spec, "model")
+    if not isinstance(found, type):
+        raise TypeError(f"{spec} is no class but of type {type(found).__name__}; name the class of the model.")
+    return found
+
+
+def no_target(target: str, families: Iterable[str]) -> str:
+    """Return what is said of what is neither a family, nor a folder, nor a class in a file."""
+    if target.endswith(".py"):
+        return f"{target!r} is a file; name the class in it as well: {target}:MyModel."
+    cure = "Or name a checkpoint's folder, a hub id (owner/name), or your class: my_file.py:MyModel."
+    return unknown("family", target, families, cure)
+
+
 def import_file(file: Path) -> Any:
     """Import a Python file under its own stem, once; a module that already came from this file is returned as it is."""
     for module in list(sys.modules.values()):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from bundle_cases import CASES, NAMED, save, write_files
 from conftest import FAMILIES, ROOT, Family
+from huggingface_hub import ModelCard
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
@@ -124,13 +125,33 @@ def test_a_bundle_wants_transformers_and_nothing_else(name: str, bundled: Bundle
     assert copied | {f"{code.entry}.py"} == {
         file.name for file in folder.glob("*.py")
     }  # transformers copies those only
-    assert not [file.name for file in folder.glob("hfcustom_data*")] and not list(folder.glob("hfcustom_train*"))
+    at_home = ("data", "train", "card", "changes", "hub", "record", "sentinel")
+    assert not [file for name in at_home for file in folder.glob(f"hfcustom_{name}*")], "of no use to whoever loads it"
     assert (folder / "LICENSE.hfcustom").read_text() == (ROOT / "LICENSE").read_text()
     requirements = (folder / "requirements.txt").read_text()
     assert "torch>=2.10\n" in requirements and "transformers>=5.20\n" in requirements
     assert "num2words" in requirements or name != "smolvlm"
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
     assert {"AutoConfig", "AutoModel", "AutoProcessor"} - auto_map.keys() <= {"AutoProcessor"}
+
+
+def test_the_card_of_a_bundle_loads_the_bundle(bundled: Bundled) -> None:
+    folder = bundled["one_file"][0]
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "transformers" and "penalty * (log_p.exp() * log_p).sum(-1)" in card.text
+    snippet = card.text.partition("## Load it\n\n```python\n")[2].partition("```")[0]
+    assert "import one_file" not in snippet and snippet.count("trust_remote_code=True") == 2
+    command = [
+        sys.executable,
+        "-I",
+        "-c",
+        f"import sys\nsys.modules['hfcustom'] = None\n{snippet}print(type(model).__name__)",
+    ]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "cache of the card")}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "Model\n", done.stderr[-2000:]
+    record = json.loads((folder / "hfcustom.json").read_text())
+    assert record["relies_on"]["class"] == "Model" and record["origin"] is None
 
 
 # ---- the text -------------------------------------------------------------------------------------------------------

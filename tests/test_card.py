@@ -448,11 +448,46 @@ def test_the_command_knows_encoders_folders(name: str, tmp_path: Path, capsys: p
         ("internvll", "Unknown family 'internvll'. Did you mean 'internvl'?"),
         ("./nowhere", "There is no folder ./nowhere"),
         ("missing.py:MyVLM", "there is no file"),
+        ("{file}", "is a file; name the class in it as well: "),
+        ("{folder}", "holds no config.json. Do you mean"),
+        ("{file}:one", "is no class but of type CLIPConfig; name the class of the model"),
+        ("{file}:CLIPConfig", "CLIPConfig is no custom model: a subclass of a family or an encoder of hfcustom"),
     ],
 )
-def test_what_is_no_target_is_named(target: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["card", target]) == 2
+def test_what_is_no_target_is_named(
+    target: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / f"no_target_of_a_card_{len(said)}.py"  # a name is imported once
+    file.write_text("from transformers import CLIPConfig\none = CLIPConfig()\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    assert cli.main(["card", target.format(file=file, folder=tmp_path)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_encoder_by_name_and_a_class_without_a_family_have_cards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["card", "clip"]) == 0
+    assert "with the sizes of openai/clip-vit-base-patch32" in capsys.readouterr().out
+    file = tmp_path / "without_a_family.py"
+    file.write_text(WITHOUT_FAMILY)
+    assert cli.main(["card", f"{file}:WithoutFamily"]) == 0
+    assert "with the sizes of WithoutFamilyConfig's defaults" in capsys.readouterr().out
+
+
+WITHOUT_FAMILY = """
+import hfcustom
+from hfcustom.base import CustomVLM
+from hfcustom.configuration import CustomConfig
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+class WithoutFamilyConfig(CustomConfig, LlavaConfig):
+    model_type = "without_family"
+@hfcustom.register
+class WithoutFamily(CustomVLM, LlavaForConditionalGeneration):
+    config_class = WithoutFamilyConfig
+    processor_class = LlavaProcessor
+"""
 
 
 def test_only_the_main_process_writes(internvl: Family, tmp_path: Path) -> None:

@@ -252,8 +252,25 @@ WRONG = {
     "nowhere.py:Model": "there is no file",
     "{file}:Nothing": "Unknown model 'Nothing'",
     "{file}:json": "is no custom vision-language model",
+    "{file}": "is a file; name the class in it as well: .*:MyModel",
+    "{file}:built": "is a model that is built already, a .*; name its class instead",
+    "{file}:wrapped": r"wrap\(\) leaves InternVLForConditionalGeneration as it is. The doctor builds small copies",
+    "{file}:Pairs": "Pairs is a contrastive encoder. The doctor's checks are of models that answer in words",
+    "siglip": "'siglip' is a contrastive encoder. .*`hfcustom card`",
+    "{encoder}": "is a contrastive encoder, custom_clip",
     "{file}:Unregistered": "Unregistered is not registered.*Put @hfcustom.register above it",
 }
+
+
+OTHERS = """
+from hfcustom.encoders.clip import CustomCLIPModel
+from hfcustom.families.internvl import CustomInternVLForConditionalGeneration, tiny_config
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+class Pairs(CustomCLIPModel): pass
+built = CustomInternVLForConditionalGeneration(tiny_config())
+stock = {**tiny_config().to_dict(), "model_type": "internvl"}
+wrapped = hfcustom.wrap(InternVLForConditionalGeneration(InternVLConfig(**stock)), loss="cross_entropy")
+"""
 
 
 @pytest.mark.parametrize("target", WRONG)
@@ -261,9 +278,14 @@ def test_what_is_no_target_is_a_mistake_with_a_cure(
     target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / f"mine_{list(WRONG).index(target)}.py"  # a name is imported once
-    file.write_text(DRAWN.replace("@hfcustom.register", "import json").replace("Drawn", "Unregistered"))
-    assert cli.main(["doctor", target.format(file=file), "--check", "parity"]) == 2
-    assert re.search(WRONG[target], capsys.readouterr().err)
+    text = DRAWN.replace("@hfcustom.register", "import json").replace("Drawn", "Unregistered")
+    needs_others = target.partition(":")[2] in ("built", "wrapped", "Pairs")
+    file.write_text(text + (OTHERS if needs_others else ""))
+    if target == "{encoder}":
+        (tmp_path / "config.json").write_text('{"model_type": "custom_clip"}')
+    assert cli.main(["doctor", target.format(file=file, encoder=tmp_path), "--check", "parity"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(WRONG[target], said) and len(said) < 1000
 
 
 def test_a_mistyped_check_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -410,7 +410,11 @@ def test_the_command_names_the_line_and_ends_with_1(
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["./nowhere", "out"], "There is no folder ./nowhere"), (["tests", "out"], "neither config.json nor adapter")],
+    [
+        (["./nowhere", "out"], "There is no folder ./nowhere"),
+        (["tests", "out"], "neither config.json nor adapter"),
+        (["internvl", "out"], "internvl is the name of a family; name the folder of a checkpoint, or its hub id"),
+    ],
 )
 def test_what_is_no_checkpoint_ends_with_2(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -275,7 +275,9 @@ def test_only_what_belongs_to_a_model_is_chosen(
     assert sorted(chosen.left) == sorted(strange)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "code.Config"}}))
-    assert "code.py" in choose_files(folder).files, "a bundle brings its code"
+    (folder / "requirements.txt").write_text("torch>=2.10\n")
+    brought = {"code.py", "requirements.txt"} & set(choose_files(folder).files)
+    assert len(brought) == 2, "a bundle brings its code, and says what that needs"
     with pytest.raises(ValueError, match=rf"is no saved model: .* Did you mean {re.escape(str(folder))}\?"):
         choose_files(folder.parent)
     assert cli.main(["push", str(folder), NAME, "--dry-run"]) == 0

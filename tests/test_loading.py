@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -250,3 +251,13 @@ def test_a_missing_folder_is_no_question_of_the_hub(internvl: Family, folder: st
     for load in (internvl.model_class.from_pretrained, class_of):
         with pytest.raises(FileNotFoundError, match=f"There is no folder {folder}"):
             load(folder)
+
+
+def test_what_is_saved_of_a_bundle_names_no_code_that_is_not_beside_it(internvl: Family, tmp_path: Path) -> None:
+    model = internvl.model()
+    model.config.auto_map = {"AutoConfig": "modeling_custom_internvl.CustomInternVLConfig"}
+    model.save_pretrained(tmp_path / "bundle")
+    internvl.model_class.from_pretrained(tmp_path / "bundle").save_pretrained(tmp_path / "again")
+    assert "auto_map" in json.loads((tmp_path / "bundle/config.json").read_text())
+    assert "auto_map" not in json.loads((tmp_path / "again/config.json").read_text())
+    assert "trust_remote_code" not in (tmp_path / "again/README.md").read_text()

@@ -127,6 +127,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         ("intervl", "Did you mean 'internvl'?"),
         ("./nowhere", "There is no folder ./nowhere"),
         (f"{ZOO}:Gain", "no model class of transformers"),
+        ("./mine.py", "'./mine.py' is a file; name the class in it as well: ./mine.py:MyModel."),
+        ("siglip", "CustomSiglipModel is a contrastive encoder, which generates nothing"),
+        (f"{ZOO}:torch", "is no class but of type module"),
         (f"{ZOO}:Nobody", "Unknown model 'Nobody'"),
     ],
 )

@@ -12,11 +12,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hfcustom.bundle.cargo import WEIGHTS, Cargo
 from hfcustom.bundle.code import Code
 from hfcustom.bundle.modules import PACKAGE
 
-COPIED = ("generation_config.json", "README.md")  # the README.md of a checkpoint is its change card
+COPIED = (
+    "generation_config.json",
+    "README.md",
+)  # in which the card is renewed, and what somebody wrote around it stays
 TEXTS = (".json", ".jinja", ".md", ".py", ".txt")
 LICENSE = "LICENSE.hfcustom"
 NOT_SAVED = ("_name_or_path", "name_or_path")
@@ -34,11 +39,26 @@ def fill_folder(cargo: Cargo, code: Code, folder: Path) -> None:
     for name in (*COPIED, *weight_files(cargo.checkpoint)):
         if (cargo.checkpoint / name).is_file():
             shutil.copyfile(cargo.checkpoint / name, folder / name)
+    _write_card(cargo, code, folder)
     lines = [f"{package}{version}" for package, version in code.requirements(folder).items()]
     lines += [f"# {package}, for some uses only" for package in code.optional()]
     (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     shutil.copyfile(license_file(), folder / LICENSE)
     check_places(cargo, folder)
+
+
+def _write_card(cargo: Cargo, code: Code, folder: Path) -> None:
+    """Write the change card, which loads the folder with its own code, and the record beside it."""
+    from hfcustom.card import write_beside
+    from hfcustom.record import origin_of, read_record
+
+    config: Any = cargo.model_class.config_class.from_pretrained(cargo.checkpoint)
+    config.auto_map = code.auto_map()
+    with torch.device("meta"):
+        model = cargo.model_class(config)
+    record = read_record(cargo.checkpoint)
+    model.training_runs, model.origin = record.get("training", []), origin_of(cargo.checkpoint, record)
+    write_beside(model, folder)
 
 
 def weight_files(checkpoint: Path) -> list[str]:
@@ -105,7 +125,7 @@ def check_places(cargo: Cargo, folder: Path) -> None:
     private = {str(path) for path in (Path.home(), Path.cwd(), cargo.checkpoint.resolve(), *cargo.folders)}
     paths = "|".join(re.escape(path) for path in sorted(private, key=len, reverse=True) if len(path) > 2)
     found = re.compile(rf"(?<![\w./-])(?:{paths})(?![\w-])")
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir(), key=lambda path: (path.suffix != ".py", path.name)):  # cards quote the code
         if path.suffix not in TEXTS:
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):

@@ -17,6 +17,9 @@ from hfcustom.bundle.refusals import check_unit
 from hfcustom.bundle.source import Bound, Source, Unit
 
 HOME = hfcustom._HOME
+AT_HOME = tuple(
+    f"{OWN}.{name}." for name in ("card", "data", "hub", "record", "sentinel")
+)  # not needed by whoever loads
 LOOKS_UP = {("globals",), ("eval",), ("exec",), ("sys", "modules")}
 
 
@@ -171,7 +174,7 @@ class Reach:
 
     def _follow(self, source: Source, bound: Bound, unit: Unit, *, optional: bool) -> None:
         """Keep what an import binds."""
-        if is_training(source, bound, unit):
+        if is_left_at_home(source, bound, unit):
             return
         if self.modules.find(bound.module) is None:
             if unit.is_import or not source.is_own:  # hfcustom's functions say themselves what they would like to have
@@ -269,9 +272,14 @@ def is_own(module: str) -> bool:
     return module.partition(".")[0] == OWN
 
 
-def is_training(source: Source, bound: Bound, unit: Unit) -> bool:
-    """Whether a function of hfcustom's imports what reads rows, for training: that is left to an installed hfcustom."""
-    return source.is_own and not unit.is_import and f"{bound.module}.".startswith(f"{OWN}.data.")
+def is_left_at_home(source: Source, bound: Bound, unit: Unit) -> bool:
+    """Whether a function of hfcustom's imports what reads rows, or writes cards: that is left to an installed hfcustom."""
+    return source.is_own and not unit.is_import and is_at_home(bound)
+
+
+def is_at_home(bound: Bound) -> bool:
+    """Whether an import is of what no bundle holds."""
+    return any(f"{name}.".startswith(AT_HOME) for name in (bound.module, f"{bound.module}.{bound.attribute}"))
 
 
 def reach(modules: Modules, roots: Iterable[tuple[str, str]]) -> Reach:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hfcustom.bundle.modules import OWN
-from hfcustom.bundle.reach import HOME, Reach, is_training
+from hfcustom.bundle.reach import HOME, Reach, is_at_home, is_left_at_home
 from hfcustom.bundle.source import Bound, Source, Unit, is_left_out
 
 WITH_TRANSFORMERS = {  # what transformers itself needs, or any model of images
@@ -178,8 +178,7 @@ class Writer:
     def _is_optional(self, bounds: list[Bound]) -> bool:
         """Whether hfcustom imports a package that not every model needs."""
         tops = {bound.module.partition(".")[0] for bound in bounds}
-        training = any(f"{bound.module}.".startswith(f"{OWN}.data.") for bound in bounds)
-        return training or not tops & ({OWN} | WITH_TRANSFORMERS | set(sys.stdlib_module_names))
+        return any(map(is_at_home, bounds)) or not tops & ({OWN} | WITH_TRANSFORMERS | set(sys.stdlib_module_names))
 
     # ---- an import statement ----------------------------------------------------------------------------------------
 
@@ -206,7 +205,7 @@ class Writer:
         if unit.is_import and bound not in self.found.wanted[source.name]:
             if acting := self._acting(source, bound):
                 yield "from . import", self.names[acting]
-        elif not self._is_local(module) or is_training(source, bound, unit):
+        elif not self._is_local(module) or is_left_at_home(source, bound, unit):
             as_name = (
                 "" if name in (attribute, module.partition(".")[0] if attribute is None else None) else f" as {name}"
             )

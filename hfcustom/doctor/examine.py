@@ -8,21 +8,30 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig
 
 from hfcustom.base import CustomVLM
 from hfcustom.custom_model import check_registered
 from hfcustom.doctor.finding import CHECKS, Finding
 from hfcustom.doctor.patient import Patient, family_class_of
+from hfcustom.dual_encoder import CustomDualEncoder
+from hfcustom.encoders import encoder_names
 from hfcustom.families import class_of, family_names, load_family, missing_packages
-from hfcustom.naming import load_object, unknown
+from hfcustom.loading import check_source
+from hfcustom.naming import load_object, no_target, unknown
 from hfcustom.quiet import quiet
 from hfcustom.registry import REGISTERED
+from hfcustom.wrapping import WrappedVLM
 
 SUBJECTS = ("identity", "upgrade", "travel", "learning", "batches", "generation", "numerics", "adapters", "trainers")
 for subject in SUBJECTS:
     importlib.import_module(f"hfcustom.doctor.{subject}")
 
+NO_ENCODERS = (
+    "The doctor's checks are of models that answer in words. Of an encoder `hfcustom card` says what its class changes, `hfcustom "
+    "bundle` and `hfcustom export` prove that what is saved computes the same elsewhere, and recipes/finetune_encoder.py scores it."
+)
 Target = str | type[CustomVLM]
 
 
@@ -72,14 +81,28 @@ def find_target(target: Target) -> tuple[type[CustomVLM], dict[str, Any]]:
     if target in family_names():
         load_family(target)
         return _checked(REGISTERED[f"custom_{target}"]), {}
-    if Path(target).is_dir() or "/" in target:
+    if target in encoder_names():
+        raise ValueError(f"{target!r} is a contrastive encoder. {NO_ENCODERS}")
+    if Path(target).is_dir() or ("/" in target and not target.endswith(".py")):
+        check_source(target)
+        model_type = str(PretrainedConfig.get_config_dict(target)[0].get("model_type", ""))
+        if model_type.removeprefix("custom_") in encoder_names():
+            raise ValueError(f"{target} is a contrastive encoder, {model_type}. {NO_ENCODERS}")
         model_class = _checked(class_of(target))
         return model_class, own_settings(model_class, target)
-    cure = "Or name a checkpoint's folder, a hub id (owner/name), or your class: my_file.py:MyModel."
-    raise ValueError(unknown("family", target, family_names(), cure))
+    raise ValueError(no_target(target, family_names()))
 
 
 def _checked(model_class: Any) -> type[CustomVLM]:
+    if isinstance(model_class, nn.Module):
+        kind: Any = type(model_class)
+        wrapped = f" wrap() leaves {kind._own_class.__name__} as it is" if isinstance(model_class, WrappedVLM) else ""
+        raise TypeError(
+            f"What you named is a model that is built already, a {kind.__name__};{wrapped or ' name its class instead'}. The doctor "
+            "builds small copies of a class that inherits a family of hfcustom.families."
+        )
+    if isinstance(model_class, type) and issubclass(model_class, CustomDualEncoder):
+        raise TypeError(f"{model_class.__name__} is a contrastive encoder. {NO_ENCODERS}")
     if not (isinstance(model_class, type) and issubclass(model_class, CustomVLM)):
         raise TypeError(f"{model_class!r} is no custom vision-language model: a subclass of a family of hfcustom.")
     name = family_class_of(model_class).__module__.rpartition(".")[2]

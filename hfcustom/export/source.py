@@ -62,6 +62,10 @@ def has(folder: str, name: str) -> bool:
 def find_source(checkpoint: str, base: str | None = None) -> Source:
     """Look at a checkpoint; ValueError or FileNotFoundError says what it lacks and where it is."""
     check_source(checkpoint)
+    if checkpoint in (*families.family_names(), *encoders.encoder_names()) and not Path(checkpoint).is_dir():
+        raise ValueError(
+            f"{checkpoint} is the name of a family; name the folder of a checkpoint, or its hub id (owner/name)."
+        )
     _refuse_run(checkpoint)
     is_adapter = has(checkpoint, "adapter_config.json")
     if base is not None and not is_adapter:

@@ -11,6 +11,7 @@ import importlib.util
 import pkgutil
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,9 @@ def class_of(checkpoint: str, **hub: Any) -> type[CustomVLM]:
 
     check_source(checkpoint)
     config = PretrainedConfig.get_config_dict(checkpoint, **hub)[0]
+    if not config:  # of a folder; for a hub id transformers raises
+        below = [str(path.parent) for path in sorted(Path(checkpoint).glob("*/config.json"))]
+        raise FileNotFoundError(f"{checkpoint} holds no config.json.{f' Do you mean {below[0]}?' if below else ''}")
     model_type, tower = config.get("model_type", ""), (config.get("vision_config") or {}).get("model_type", "")
     name = model_type.removeprefix("custom_")
     if reads(tower, config):

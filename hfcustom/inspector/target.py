@@ -18,7 +18,7 @@ from hfcustom.encoders import encoder_names, load_encoder
 from hfcustom.external import EXTERNAL, find_external
 from hfcustom.families import class_of, family_names, load_family, missing_packages
 from hfcustom.loading import check_source
-from hfcustom.naming import load_object, unknown
+from hfcustom.naming import load_object, no_target
 from hfcustom.registry import REGISTERED
 
 
@@ -63,16 +63,15 @@ def find_subject(target: str) -> Subject:
         return _of_class(target)
     if target in family_names() or target in encoder_names():
         return _of_family(target)
-    if Path(target).is_dir() or "/" in target:
+    if Path(target).is_dir() or ("/" in target and not target.endswith(".py")):
         return _of_checkpoint(target)
-    cure = "Or name a checkpoint's folder, a hub id (owner/name), or your class: my_file.py:MyModel."
     if external := find_external(target):
         model = EXTERNAL[external]
         raise ValueError(
             f"{external} is not native to transformers, so there is no processor of it to run; `hfcustom families {external}` "
             f"says what can be done. The nearest family is {model.native or 'none'}."
         )
-    raise ValueError(unknown("family", target, [*family_names(), *encoder_names()], cure))
+    raise ValueError(no_target(target, [*family_names(), *encoder_names()]))
 
 
 def _of_family(name: str) -> Subject:

@@ -22,11 +22,12 @@ from hfcustom.base import CustomVLM
 from hfcustom.custom_model import CustomModel
 from hfcustom.doctor.patient import family_class_of
 from hfcustom.dual_encoder import CustomDualEncoder
+from hfcustom.encoders import encoder_names, load_encoder
 from hfcustom.export.departures import stock_config
 from hfcustom.export.source import class_of, has
 from hfcustom.families import family_names, load_family, missing_packages
 from hfcustom.loading import check_source
-from hfcustom.naming import load_object, unknown
+from hfcustom.naming import load_class, no_target
 from hfcustom.origins import is_users
 from hfcustom.registry import REGISTERED
 
@@ -108,19 +109,21 @@ class Served:
 def find_target(target: str) -> Served:
     """Return what a target means; ValueError, TypeError, ImportError or FileNotFoundError says what it should be."""
     if ".py:" in target:
-        return of_class(load_object(target, "model"))
+        return of_class(load_class(target))
     if target in family_names():
         load_family(target)
         return of_class(REGISTERED[f"custom_{target}"])
-    if Path(target).is_dir() or "/" in target:
+    if target in encoder_names():
+        load_encoder(target)
+        return of_class(REGISTERED[f"custom_{target}"])
+    if Path(target).is_dir() or ("/" in target and not target.endswith(".py")):
         check_source(target)
         model_class = class_of(target)
         config = _checked(model_class).config_class.from_pretrained(target)
         there = any(has(target, name) for name in ("processor_config.json", "preprocessor_config.json"))
         processor = model_class.processor_class.from_pretrained(target) if there else None
         return Served(model_class, config, processor, Path(target))
-    cure = "Or name a checkpoint's folder, a hub id (owner/name), or your class: my_file.py:MyModel."
-    raise ValueError(unknown("family", target, family_names(), cure))
+    raise ValueError(no_target(target, family_names()))
 
 
 def of_class(model_class: Any) -> Served:
