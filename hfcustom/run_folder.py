@@ -14,7 +14,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def run_folder(config: TrainConfig, accelerator: Accelerator) -> Iterator[None]:
     """Hold output_dir for this run; ConfigError where another run does, or nothing can be written."""
     folder, lock = Path(config.output_dir), None
-    refusal = [""]
+    refusal, made = [""], not folder.exists()
     if accelerator.is_main_process:
         try:
             lock = _take(folder)
@@ -50,6 +50,9 @@ def run_folder(config: TrainConfig, accelerator: Accelerator) -> Iterator[None]:
         if lock is not None:
             (folder / LOCK).unlink(missing_ok=True)
             os.close(lock)  # and with it the lock
+            if made:  # a run that was refused leaves no empty folder
+                with suppress(OSError):
+                    folder.rmdir()
 
 
 def _take(folder: Path) -> int:
