@@ -72,7 +72,7 @@ def test_losses_gradient_norms_and_weights_are_those_of_one_process(runs: Folder
     names = [name for name in alone["history"][0] if name in ("loss", *TERMS) or name.startswith("grad_norm")]
     by_part = [name for name in names if name.startswith("grad_norm_")]
     assert len(names) - len(by_part) == (5 if "terms" in case else 2)
-    assert "grad_norm_connector" in by_part
+    assert "grad_norm_connector" in by_part or case != "AdamW with clipping"  # SGD here has one group
     for expected, found in zip(logged(alone, *names), logged(first, *names), strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
     assert relative_distance(first["end"], alone["end"], alone["start"]) < 1e-4
