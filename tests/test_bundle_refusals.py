@@ -187,7 +187,7 @@ def lacking_a_shard(folder: Path) -> None:
         (pickled, r"holds only pytorch_model.bin, which runs code when it is read"),
         (without_processor, r"holds no processor.*Refused.processor_class.from_pretrained"),
         (of_stock, r"model_type 'internvl': transformers itself loads it.*MyModel.from_pretrained"),
-        (of_nobody, r"model_type 'nobody'.*--code names register refused; put @hfcustom.register above"),
+        (of_nobody, r"model_type 'nobody'.*--code names register .*refused.*; put @hfcustom.register above"),
         (
             with_a_strange_loss,
             r"Unknown loss 'cross_entropi'. Did you mean 'cross_entropy'.*--code my_file.py my_losses.py",

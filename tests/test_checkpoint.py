@@ -327,7 +327,7 @@ def test_an_occupied_folder_is_refused_and_overwrite_starts_afresh(internvl: Fam
 
 # ---- what is in them ------------------------------------------------------------------------------------------------
 
-HARMLESS = {".json", ".jsonl", ".safetensors", ".jinja", ".txt", ".md"}
+HARMLESS = {".html", ".json", ".jsonl", ".safetensors", ".jinja", ".txt", ".md"}
 
 
 @pytest.mark.parametrize("build", KINDS.values(), ids=KINDS)

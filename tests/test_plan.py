@@ -111,7 +111,7 @@ def test_every_family_takes_what_was_planned(family: Family, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "full"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("llava_next", "mllama")])
 def test_every_way_of_training_takes_what_was_planned(
     name: str, way: str, families: dict[str, Family], tmp_path: Path
 ) -> None:

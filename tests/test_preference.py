@@ -182,6 +182,7 @@ class KeepGradients:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.param_groups: list[Any] = []
 
     def step(self) -> None:
         self.gradients = gradients(self.model)

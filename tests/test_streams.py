@@ -258,7 +258,7 @@ def growth(read: Callable[[], object], first: int, last: int) -> int:
     return held[1] - held[0]
 
 
-@pytest.mark.parametrize(("kind", "shuffle_buffer"), [("jsonl", 0), ("parquet", 50), ("mixture", 50)])
+@pytest.mark.parametrize(("kind", "shuffle_buffer"), [("jsonl", 0), ("mixture", 50)])
 def test_a_long_stream_takes_no_more_memory_than_its_beginning(kind: str, shuffle_buffer: int, tmp_path: Path) -> None:
     rows = [numbered(at) for at in range(3000)]
     files = {
