@@ -21,8 +21,9 @@ from yaml import YAMLError
 
 from hfcustom import changes, sentinel
 from hfcustom.card_text import as_dict, as_list, plain, render
+from hfcustom.files import write_text
 from hfcustom.parts import find_parts, part_table, unwrap
-from hfcustom.record import is_hub_name, public, versions, write_record, write_text
+from hfcustom.record import is_hub_name, public, versions, write_record
 
 logger = logging.get_logger("hfcustom")
 

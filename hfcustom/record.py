@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import try_to_load_from_cache
 from transformers.utils import cached_file, logging
 
+from hfcustom.files import write_text
 from hfcustom.naming import printable
 from hfcustom.parts import count_parameters, find_parts, is_adapter, unwrap, wrapped_by_peft
 from hfcustom.train_config import TrainConfig
@@ -88,16 +89,6 @@ def _find(source: Any, hub: Mapping[str, Any]) -> Path | None:
 def write_record(folder: Path, content: Mapping[str, Any]) -> None:
     """Write a folder's record, whole or not at all."""
     write_text(folder / FILE, json.dumps(content, indent=1, sort_keys=True) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text, whole or not at all, and without touching other names of the same file."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="replace")  # a name may hold half a letter
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # ---- what may be told -----------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from hfcustom.evaluate import Answer
+from hfcustom.files import write_text, written_whole
 from hfcustom.parts import PartRow
 
 STYLE = """
@@ -88,13 +88,7 @@ class Report:
             f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}</style></head>'
             f"<body><h1>{html.escape(self.title)}</h1>\n{body}\n</body></html>\n"
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            partial.write_text(page, encoding="utf-8", errors="replace")  # JSON may hold half a surrogate pair
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text(path, page)
 
 
 def _cell(value: Any) -> str:
@@ -162,7 +156,5 @@ def draw_result(
             color = "#11702b" if row.answer == row.truth else "#b3261e"
             answer = row.answer or "(nothing)"
             axes.set_title(f"{task}:\n{answer}", color=color, fontsize=10, parse_math=False)  # a $ is a $
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=110)
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from transformers.utils import logging
 
+from hfcustom.files import write_text, written_whole
 from hfcustom.parts import part_table, unwrap
-from hfcustom.record import SECRET, write_text
+from hfcustom.record import SECRET
 from hfcustom.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -159,10 +160,8 @@ def _keep_picture(folder: Path, image: Image.Image) -> str:
     path = folder / "samples" / name
     if not path.exists():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{name}.partial")
-            partial.write_bytes(buffer.getvalue())
-            partial.replace(path)
+            with written_whole(path) as partial:
+                partial.write_bytes(buffer.getvalue())
         except OSError as error:
             logger.warning_once(f"{path} could not be written ({error}); the run goes on without.")
     return name

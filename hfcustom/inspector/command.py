@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hfcustom.data.images import load_image
+from hfcustom.files import written_whole
 from hfcustom.inspector.examine import DEFAULT_SIZE, Inspection, check_size, inspect_target
 from hfcustom.inspector.picture import draw_inspection
 from hfcustom.inspector.record import Size
@@ -112,14 +112,8 @@ def _beside(drawings: Sequence[Image.Image]) -> Image.Image:
 
 
 def _save(drawing: Image.Image, path: Path) -> None:
-    """Write a drawing, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
+    with written_whole(path) as partial:
         drawing.save(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _print(found: Sequence[Inspection], options: argparse.Namespace) -> None:
