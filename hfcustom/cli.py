@@ -34,6 +34,13 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     add("--allowed-tokens", nargs="+", default=[], metavar="TOKEN", help="as in training")
 
 
+def _add_custom(parser: argparse.ArgumentParser) -> None:
+    """Add what a folder needs whose class is the user's."""
+    parser.add_argument(
+        "--custom", metavar="FILE.py:CLASS", help="import this first: the class that wrote the folder, if it is yours"
+    )
+
+
 def preflight(argv: Sequence[str]) -> int:
     """Check rows before a run: what training would refuse, duplicates, leaks, lengths; writes bad_rows.jsonl."""
     parser = argparse.ArgumentParser(
@@ -158,9 +165,7 @@ def doctor(argv: Sequence[str]) -> int:
     """Prove on a small copy that a model is in effect, correct and loads elsewhere; exit code 1 where a check failed."""
     parser = argparse.ArgumentParser(prog="hfcustom doctor", description=doctor.__doc__)
     parser.add_argument("target", nargs="?", help="a family, a folder or hub id, or my_file.py:MyModel")
-    parser.add_argument(
-        "--custom", metavar="FILE.py:CLASS", help="import this first: the class that wrote the folder, if it is yours"
-    )
+    _add_custom(parser)
     parser.add_argument("--check", nargs="+", metavar="NAME", help="run these checks only")
     parser.add_argument("--list", action="store_true", help="list the checks and what each expects")
     parser.add_argument("--json", action="store_true", help="print JSON; progress goes to the error stream")
@@ -228,9 +233,7 @@ def card(argv: Sequence[str]) -> int:
     parser.add_argument(
         "target", help="a folder or hub id, whose weights are not read, a family, or my_file.py:MyModel"
     )
-    parser.add_argument(
-        "--custom", metavar="FILE.py:CLASS", help="import this first: the class that wrote the folder, if it is yours"
-    )
+    _add_custom(parser)
     parser.add_argument(
         "--write", action="store_true", help="put it into the folder's README.md; one of your own stays"
     )
@@ -266,9 +269,7 @@ def export(argv: Sequence[str]) -> int:
     parser.add_argument("checkpoint", help="folder or hub id: a model, or an adapter that names its base")
     parser.add_argument("out", help="a folder that is not there yet, or is empty")
     parser.add_argument("--base", help="the full-precision base of an adapter, if not where the adapter says")
-    parser.add_argument(
-        "--custom", metavar="FILE.py:CLASS", help="import this first: the class that wrote the folder, if it is yours"
-    )
+    _add_custom(parser)
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as the weights are)")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)")
     parser.add_argument(
@@ -294,9 +295,7 @@ def lint_serving(argv: Sequence[str]) -> int:
         "needed: classes are built without weights and their source is read.",
     )
     parser.add_argument("target", nargs="?", help="my_file.py:MyModel, a family, a folder or hub id")
-    parser.add_argument(
-        "--custom", metavar="FILE.py:CLASS", help="import this first: the class that wrote the folder, if it is yours"
-    )
+    _add_custom(parser)
     parser.add_argument("--list", action="store_true", help="list the rules")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
