@@ -252,3 +252,22 @@ class HubOptions:
         except ValueError as error:
             return [f"push_to_hub={self.push_to_hub!r} is no name on the hub: {str(error).strip().splitlines()[0]}"]
         return []
+
+
+@dataclass(kw_only=True)
+class ImageOptions:
+    """Options of a recipe that reads images of rows."""
+
+    image_root: Annotated[str | None, "folder below which images are read; by default that of the rows"] = None
+    image_hosts: Annotated[
+        list[str], "hosts from which images at URLs are fetched: cdn.example.org, *.example.org for those below it"
+    ] = field(default_factory=list)
+    image_downloads: Annotated[
+        str | None, "folder where fetched images are kept for good; by default hfcustom/images in HF_HOME"
+    ] = None
+
+    def image_problems(self) -> list[str]:
+        """Return what is wrong with these options, in words."""
+        from hfcustom.data.hosts import host_problems
+
+        return host_problems(self.image_hosts, self.image_downloads)

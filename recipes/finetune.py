@@ -23,10 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from hfcustom.data.hosts import host_problems
 from hfcustom.exits import exit_codes
 from hfcustom.options import ConfigError, parse, with_values
-from hfcustom.train_config import HubOptions, TrainConfig
+from hfcustom.train_config import HubOptions, ImageOptions, TrainConfig
 
 FOR_ALL_STAGES = (
     *("model", "custom", "output_dir", "stages", "resume", "overwrite", "trackers"),
@@ -35,7 +34,7 @@ FOR_ALL_STAGES = (
 
 
 @dataclass(kw_only=True)
-class FinetuneConfig(HubOptions, TrainConfig):
+class FinetuneConfig(HubOptions, ImageOptions, TrainConfig):
     """TrainConfig, what to train on what, and where to upload it."""
 
     model: Annotated[str, "folder or hub id of the checkpoint"] = ""
@@ -49,13 +48,6 @@ class FinetuneConfig(HubOptions, TrainConfig):
     shuffle_buffer: Annotated[int, "rows of a stream that are shuffled among each other, with the order of shards"] = 0
     max_frames: Annotated[int, "frames of a video that are seen"] = 8
     frame_method: Annotated[str, "which frames those are, a method of `hfcustom frames`"] = "uniform"
-    image_root: Annotated[str | None, "folder below which images are read; by default that of the rows"] = None
-    image_hosts: Annotated[
-        list[str], "hosts from which images at URLs are fetched: cdn.example.org, *.example.org for those below it"
-    ] = field(default_factory=list)
-    image_downloads: Annotated[
-        str | None, "folder where fetched images are kept for good; by default hfcustom/images in HF_HOME"
-    ] = None
     video_as_images: Annotated[bool, "give the frames of a video to the model as images"] = False
     eval_data: Annotated[
         str | dict[str, float] | None,
@@ -178,7 +170,7 @@ class FinetuneConfig(HubOptions, TrainConfig):
         ]
         for name in ("lora_parts", "lora_rank", "lora_alpha", "lora_kind", "lora_experts", "lora_dropout"):
             rules.append((self.lora or name not in self.sources, f"{name} has no effect without --lora"))
-        wrong = self.hub_problems() + host_problems(self.image_hosts, self.image_downloads)
+        wrong = self.hub_problems() + self.image_problems()
         return super().problems() + wrong + [message for holds, message in rules if not holds]
 
 

@@ -17,27 +17,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from hfcustom.data.hosts import host_problems
 from hfcustom.exits import exit_codes
 from hfcustom.options import parse
-from hfcustom.train_config import HubOptions, TrainConfig
+from hfcustom.train_config import HubOptions, ImageOptions, TrainConfig
 
 
 @dataclass(kw_only=True)
-class FinetuneEncoderConfig(HubOptions, TrainConfig):
+class FinetuneEncoderConfig(HubOptions, ImageOptions, TrainConfig):
     """TrainConfig with this recipe's defaults, and what to train on what."""
 
     output_dir: Annotated[str, "folder for everything this recipe writes"] = "outputs/finetune_encoder"
     model: Annotated[str, "folder or hub id of the checkpoint; by default a small CLIP from nothing"] = ""
     data: Annotated[str, "rows of an image and its text; by default scanned digits"] = ""
     split: Annotated[str | None, "split of the rows where there are several; by default train"] = None
-    image_root: Annotated[str | None, "folder below which images are read; by default that of the rows"] = None
-    image_hosts: Annotated[
-        list[str], "hosts from which images at URLs are fetched: cdn.example.org, *.example.org for those below it"
-    ] = field(default_factory=list)
-    image_downloads: Annotated[
-        str | None, "folder where fetched images are kept for good; by default hfcustom/images in HF_HOME"
-    ] = None
     eval_data: Annotated[str | None, "held-out rows, retrieved every eval_steps and at the end"] = None
     eval_split: Annotated[str | None, "split of the held-out rows where there are several; by default train"] = None
     eval_rows: Annotated[int, "held-out rows to retrieve among"] = 1000
@@ -81,7 +73,7 @@ class FinetuneEncoderConfig(HubOptions, TrainConfig):
         ]
         for name in ("lora_parts", "lora_rank"):
             rules.append((self.lora or name not in self.sources, f"{name} has no effect without --lora"))
-        wrong = self.hub_problems() + host_problems(self.image_hosts, self.image_downloads)
+        wrong = self.hub_problems() + self.image_problems()
         return super().problems() or wrong + [message for holds, message in rules if not holds]
 
 
