@@ -117,9 +117,7 @@ def test_what_is_no_file_names_the_value_and_the_folder(root: Path, source: str)
         load_image(source, root)
 
 
-@pytest.mark.parametrize(
-    "url", ["http://127.0.0.1/a.png", "https://example.org/a.png", "ftp://host/a", "file:///a.png"]
-)
+@pytest.mark.parametrize("url", ["http://127.0.0.1/a", "https://example.org/a", "ftp://host/a", "file:///a"])
 @pytest.mark.parametrize("rooted", [True, False])
 def test_a_url_is_refused_without_a_fetch(root: Path, url: str, rooted: bool, monkeypatch: Any) -> None:
     def no_socket(*args: Any, **kwargs: Any) -> None:
@@ -127,9 +125,8 @@ def test_a_url_is_refused_without_a_fetch(root: Path, url: str, rooted: bool, mo
 
     monkeypatch.setattr("socket.socket", no_socket)
     for source in (url, {"bytes": None, "path": url}):
-        with pytest.raises(
-            ValueError, match=rf"Image '{url}' is a URL; none is fetched. (Name its host in image_hosts|Give the path)"
-        ):
+        cures = "(Name its host in image_hosts|Give the path)"
+        with pytest.raises(ValueError, match=rf"Image '{url}' is a URL; none is fetched. {cures}"):
             load_image(source, root if rooted else None)
 
 
