@@ -24,8 +24,9 @@ PATIENCE = 3  # steps of zeros: behind a gate that starts at zero, the gradient 
 def every_part_learns(model: nn.Module, optimizer: Any) -> Iterator[None]:
     """Raise ConfigError before a step in which a part was run and none of its trainable parameters has a gradient.
 
-    Zeros are given three steps. A step in which no part has any (no supervised token) is not counted. Where every loss is a
-    term, which may look at image features alone, it is a warning: a head that nothing asks for learns nothing, as it should.
+    Zeros are given three steps. A step without a supervised token is not counted. It is a warning where every loss is a term,
+    which may look at image features alone (a head that nothing asks for learns nothing, as it should), and where no part has
+    a gradient (a loss with a margin may be content).
     """
     watched = _Watch(model)
     hooks = watched.hooks()
@@ -69,21 +70,21 @@ class _Watch:
         if not self.waiting:
             return
         learning = {part for part, parameters in self.waiting.items() if any(_has_gradient(p) for _, p in parameters)}
-        everything_idle = not learning and len(self.waiting) == len(self.zeros)
+        idle = not learning and len(self.waiting) == len(self.zeros)  # no part has ever had a gradient
+        if idle and not any(value.count for value in unwrap(self.model).loss_values.values()):
+            return self.ran.clear()  # nothing was asked of it
         for part in sorted(self.ran & self.waiting.keys() - learning):
-            if everything_idle:
-                continue
             self.zeros[part] += 1
             reached = any(p.grad is not None for _, p in self.waiting[part])
-            if not reached or self.zeros[part] >= PATIENCE:
-                self._tell(part, reached)
+            if (not reached and not idle) or self.zeros[part] >= PATIENCE:
+                self._tell(part, reached, idle)
         for part in learning:
             del self.waiting[part]
         self.ran.clear()
 
-    def _tell(self, part: str, reached: bool) -> None:
+    def _tell(self, part: str, reached: bool, idle: bool) -> None:
         message = self._message(part, reached)
-        if not all(item.loss.is_term for item in unwrap(self.model).losses()):
+        if not idle and not all(item.loss.is_term for item in unwrap(self.model).losses()):
             raise ConfigError(message)
         logger.warning(message)
         del self.waiting[part]

@@ -8,6 +8,7 @@
     6     checkpoint: it cannot be written or does not fit        free space, or resume as the run was begun
     7     preempted: stopped by a signal, saved                   start again with --resume
     8     a rank or a data-loading process died or hangs          look at its row or node, then --resume
+    9     upload: the model is saved, but not on the hub          the command that the message names
 
 A recipe wraps its work in `exit_codes`; a bug stays a traceback with exit code 1. Nothing heavy is imported here.
 """
@@ -26,6 +27,7 @@ EXIT_NUMERIC = 5
 EXIT_CHECKPOINT = 6
 EXIT_PREEMPTED = 7
 EXIT_RANK = 8
+EXIT_UPLOAD = 9
 
 
 class RunError(Exception):
@@ -60,6 +62,12 @@ class WorkerError(RunError, RuntimeError):
     """A data-loading process has died or hangs."""
 
     exit_code = EXIT_RANK
+
+
+class UploadError(RunError, RuntimeError):
+    """A trained model that did not reach the hub; it is saved, and the message names the command to try again."""
+
+    exit_code = EXIT_UPLOAD
 
 
 @contextmanager

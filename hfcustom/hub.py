@@ -20,11 +20,11 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from hfcustom.card import README, is_edited, merge_texts
 from hfcustom.card_text import HERE
+from hfcustom.exits import ConfigError, UploadError
 from hfcustom.naming import printable
 from hfcustom.record import FILE, public
 from hfcustom.train_config import HubOptions
 
-EXIT_NOT_PUSHED = 5
 PUSHED = ("repo_id", "private", "revision", "token", "commit_message", "commit_description", "create_pr", "tags")
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "model*.safetensors.index.json")
 BESIDE = (
@@ -159,14 +159,14 @@ def check_upload(options: HubOptions) -> None:
     try:
         HfApi(library_name="hfcustom").create_repo(options.push_to_hub, private=not options.hub_public, exist_ok=True)
     except Exception as error:  # the network, the hub, the token: whatever it is, nothing has been trained yet
-        raise SystemExit(
+        raise ConfigError(
             f"push_to_hub={options.push_to_hub!r} cannot be written to ({reason(error)}). Nothing was trained. Log in with "
             "`hf auth login`, check the name, or leave it out and `hfcustom push` afterwards."
         ) from error
 
 
 def upload_result(options: HubOptions, folder: Path) -> str:
-    """Upload what a run has left; return where it is. SystemExit names the command to try again; the folder stays."""
+    """Upload what a run has left; return where it is. UploadError names the command to try again; the folder stays."""
     assert options.push_to_hub is not None
     try:
         commit = push_folder(
@@ -176,8 +176,9 @@ def upload_result(options: HubOptions, folder: Path) -> str:
         words = ["hfcustom", "push", str(folder), options.push_to_hub]
         words += ["--revision", options.hub_revision] if options.hub_revision else []
         words += ["--public"] if options.hub_public else []
-        print(f"The model is safe in {folder}, but was not uploaded: {reason(error)}\nTry again: {shlex.join(words)}")
-        raise SystemExit(EXIT_NOT_PUSHED) from error
+        raise UploadError(
+            f"The model is safe in {folder}, but was not uploaded: {reason(error)}\nTry again: {shlex.join(words)}"
+        ) from error
     return str(commit.commit_url)
 
 

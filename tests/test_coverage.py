@@ -97,6 +97,20 @@ def test_rows_of_text_say_nothing_about_the_tower(internvl: Family, tmp_path: Pa
     train(internvl.model(detached(internvl.model_class)), internvl, tmp_path, rows)
 
 
+def test_the_only_part_that_is_trained_is_looked_at_too(
+    internvl: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = internvl.model(gated(internvl.model_class, learns=False))
+    hfcustom.train_only(model, "vision")
+    train(model, internvl, tmp_path, uneven_rows())
+    assert "The part 'vision' is to be trained" in caplog.text and "a gradient of 0 in each of 3 steps" in caplog.text
+    caplog.clear()
+    healthy = internvl.model()
+    hfcustom.train_only(healthy, "vision")
+    train(healthy, internvl, tmp_path / "healthy", uneven_rows())
+    assert "is to be trained" not in caplog.text
+
+
 class Dropped(nn.Module):
     """An output that is not used, behind one that is."""
 

@@ -40,3 +40,12 @@ def test_the_exit_codes_are_those_of_the_package() -> None:
     defined = {value for name, value in vars(exits).items() if name.startswith("EXIT_")}
     assert codes - {1} == defined
     assert all(re.search(rf"^    {code} ", exits.__doc__ or "", re.MULTILINE) for code in defined)
+
+
+def test_each_exit_code_means_one_thing() -> None:
+    codes = [value for name, value in vars(exits).items() if name.startswith("EXIT_")]
+    assert len(codes) == len(set(codes))
+    of_a_run = re.compile(r"^EXIT_[A-Z_, ]* = [^\n]*\b[35689]\b", re.MULTILINE)
+    files = [path for path in (ROOT / "hfcustom").rglob("*.py") if path.name != "exits.py"]
+    elsewhere = [path.name for path in files if of_a_run.search(path.read_text())]
+    assert not elsewhere, f"codes of a run belong into exits.py: {elsewhere}"

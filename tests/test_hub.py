@@ -20,6 +20,7 @@ from transformers.utils import hub as transformers_hub
 import hfcustom
 from hfcustom import cli
 from hfcustom.card import MARKED, is_edited
+from hfcustom.exits import EXIT_UPLOAD, ConfigError, exit_codes
 from hfcustom.hub import choose_files, push_folder
 
 NAME = f"{OWNER}/my-vlm"
@@ -205,10 +206,10 @@ def test_a_failed_upload_costs_nothing_and_names_the_command(
     internvl: Family, hub: Hub, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.failing = lambda path: "/commit/" in path
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as stopped, exit_codes():
         train(checkpoint, "--push-to-hub", NAME, "--hub-revision", "v1")
-    assert stopped.value.code == 5
-    said = capsys.readouterr().out
+    assert stopped.value.code == EXIT_UPLOAD
+    said = capsys.readouterr().err
     folder = checkpoint / "out" / "model"
     assert f"The model is safe in {folder}, but was not uploaded: HfHubHTTPError: " in said
     command = re.search(r"Try again: (.*)", said).group(1)
@@ -226,7 +227,7 @@ def test_a_repository_that_cannot_be_written_is_an_error_before_training(
 ) -> None:
     if wrong == "no-token":
         monkeypatch.setenv("HF_TOKEN", "hf_another")
-    with pytest.raises(SystemExit, match=r"cannot be written to .* Nothing was trained. Log in with `hf auth login`"):
+    with pytest.raises(ConfigError, match=r"cannot be written to .* Nothing was trained. Log in with `hf auth login`"):
         train(checkpoint, "--push-to-hub", NAME if wrong == "no-token" else wrong)
     assert not (checkpoint / "out").exists()
 

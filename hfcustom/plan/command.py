@@ -12,13 +12,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from hfcustom.exits import EXIT_CONFIG
 from hfcustom.options import ConfigError
 from hfcustom.plan.config import Recipe, read_plan
 
 if TYPE_CHECKING:
     from hfcustom.plan.report import Plan
 
-EXIT_USAGE, EXIT_CONFIG = 2, 3
+EXIT_USAGE = 2
 
 
 def run_plan(argv: Sequence[str], description: str) -> int:
