@@ -2,11 +2,12 @@
 
 output_dir/checkpoints/step-000100/
     model/                what from_pretrained (or PeftModel.from_pretrained) loads, with its processor
-    optimizer.safetensors, optimizer.json
+    optimizer.safetensors, optimizer.json     of a model that FSDP has sharded a file a rank (hfcustom/sharded_checkpoint.py)
     rng-0.safetensors     one a rank: torch, CUDA, numpy and Python generators
     state.json            step, log, losses since the last log line, options, what decides the order of rows
     stream-0.json         one a rank, of rows that are a stream: where its loading processes stand
     manifest.json         SHA-256 of every other file; a folder without a true manifest is no checkpoint
+Weights are there once, whole, whether the model is sharded or not: each checkpoint loads anywhere, and with any number of ranks.
 A folder is committed as hfcustom/commit.py does; the newest valid one is resumed from, and an old one is deleted only after
 its successor is in place.
 """
@@ -29,9 +30,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hfcustom import __version__
+from hfcustom import __version__, sharded_checkpoint
 from hfcustom.card import write_beside
-from hfcustom.commit import atomic_folder, damage, remove_folder, replace_folder, sweep, write_json
+from hfcustom.commit import atomic_folder, damage, every_rank, remove_folder, replace_folder, sweep, write_json
 from hfcustom.exits import CheckpointError, ConfigError, SaveError
 from hfcustom.parts import unwrap, wrapped_by_peft
 from hfcustom.randomness import load_rng, save_rng
@@ -46,6 +47,8 @@ from hfcustom.resume import (
     options_of,
 )
 from hfcustom.run_folder import check_room, checkpoint_bytes, free_bytes, is_disk_full, size
+from hfcustom.sharding import is_sharded
+from hfcustom.spread import Spread, write_spread
 from hfcustom.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -158,15 +161,38 @@ class Checkpoints:
         return target
 
     def _write(self, target: Path, step: int, history: Any, pending: Any) -> None:
-        with atomic_folder(target, self.accelerator) as partial:
-            if self.accelerator.is_main_process:
+        known: dict[str, str] = {}  # what this rank has hashed as it wrote it
+        with atomic_folder(target, self.accelerator, known) as partial:
+            if is_sharded(self.model):
+                known |= self._write_shards(partial)
+            elif self.accelerator.is_main_process:
                 save_model(unwrapped(self.model), self.processor, partial / "model")
                 save_optimizer(self.optimizer, partial)
+            if self.accelerator.is_main_process:
                 state = {"step": step, "history": history, "pending": pending, "order": self.feed.order()}
                 state |= {"config": options_of(self.config), "format": FORMAT, "version": __version__}
                 write_json(partial / "state.json", state)
             self.feed.save(partial)
             save_rng(partial / f"rng-{self.accelerator.process_index}.safetensors")
+
+    def _write_shards(self, partial: Path) -> dict[str, str]:
+        """Write weights and moments, all ranks together; return this rank's digests."""
+        model, known, main = unwrapped(self.model), {}, self.accelerator.is_main_process
+        if wrapped_by_peft(model):
+            state, base = sharded_checkpoint.adapter_state(model, self.accelerator), base_fingerprint(unwrap(model))
+            with every_rank(self.accelerator):
+                if main:
+                    save_adapter(model, partial / "model", base, state)
+        else:
+            digests = sharded_checkpoint.write_weights(model, partial / "model", self.accelerator)
+            known = {f"model/{name}": digest for name, digest in digests.items()}
+        tensors, rest = optimizer_content(self.optimizer)
+        _, digests = write_spread(tensors, partial, "optimizer", self.accelerator)
+        with every_rank(self.accelerator):
+            if main:
+                write_json(partial / "optimizer.json", rest)
+                self.processor.save_pretrained(partial / "model")
+        return known | digests
 
     def _failure(self, error: BaseException, step: int) -> str:
         """Say what kept a checkpoint from being written, and what there is to go on from."""
@@ -245,41 +271,55 @@ def unwrapped(model: nn.Module) -> Any:
 def save_model(model: Any, processor: Any, folder: Path) -> None:
     """Save a model (or, under peft, its adapter, the modules trained with it and the config) and its processor."""
     if wrapped_by_peft(model):
-        model.save_pretrained(folder, save_embedding_layers=False)  # peft would ask the hub for a vocabulary
-        config = copy.deepcopy(unwrap(model).config)
-        vars(config).pop("quantization_config", None)  # how the base was held while training, not what it is
-        config.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # peft's own, of headings to be filled in
-        write_beside(model, folder, adapter=True)
-        write_json(folder / BASE_FILE, base_fingerprint(unwrap(model)))
+        save_adapter(model, folder, base_fingerprint(unwrap(model)))
     else:
         model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
-def load_model(model: Any, folder: Path) -> None:
-    """Load weights that `save_model` wrote into a model of the same shape; RuntimeError names what does not fit."""
-    if wrapped_by_peft(model):
-        from peft import set_peft_model_state_dict
+def save_adapter(model: Any, folder: Path, base: dict[str, str], state: dict[str, torch.Tensor] | None = None) -> None:
+    """Save what peft has added to a model, and of the model what tells its base from others; `state` has whole tensors."""
+    options = {} if state is None else {"state_dict": state}
+    model.save_pretrained(folder, save_embedding_layers=False, **options)  # peft would ask the hub for a vocabulary
+    config = copy.deepcopy(unwrap(model).config)
+    vars(config).pop("quantization_config", None)  # how the base was held while training, not what it is
+    config.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's own, of headings to be filled in
+    write_beside(model, folder, adapter=True)
+    write_json(folder / BASE_FILE, base)
 
+
+def load_model(model: Any, folder: Path) -> None:
+    """Load weights that `save_model` wrote into a model of the same shape; CheckpointError names what does not fit."""
+    if wrapped_by_peft(model):
         if not (folder / "adapter_model.safetensors").is_file():
             raise CheckpointError(f"{folder} holds no adapter: that run was in full, this one has LoRA; do as then.")
         check_base(unwrap(model), folder)
-        with _fitting(folder):
-            result: Any = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-        missing = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
+    if is_sharded(model):
+        missing, unexpected, differing = sharded_checkpoint.read_weights(model, folder)
+        if differing:
+            raise CheckpointError(f"{folder} does not fit the model: {differing[0]} and {len(differing) - 1} more.")
     else:
-        state: dict[str, torch.Tensor] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            state |= load_file(file)
         with _fitting(folder):
-            result = model.load_state_dict(state, strict=False)
-        missing = [name for name in result.missing_keys if name not in model.all_tied_weights_keys]
-        model.tie_weights()
-    if missing or result.unexpected_keys:
-        raise CheckpointError(
-            f"{folder} does not fit the model: missing {missing}, unexpected {result.unexpected_keys}."
-        )
+            missing, unexpected = _load_whole(model, folder)
+    if missing or unexpected:
+        raise CheckpointError(f"{folder} does not fit the model: missing {missing}, unexpected {unexpected}.")
+
+
+def _load_whole(model: Any, folder: Path) -> tuple[list[str], list[str]]:
+    if wrapped_by_peft(model):
+        from peft import set_peft_model_state_dict
+
+        result: Any = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        missing = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
+        return missing, result.unexpected_keys
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        state |= load_file(file)
+    result = model.load_state_dict(state, strict=False)
+    missing = [name for name in result.missing_keys if name not in model.all_tied_weights_keys]
+    model.tie_weights()
+    return missing, result.unexpected_keys
 
 
 @contextlib.contextmanager
@@ -292,6 +332,14 @@ def _fitting(folder: Path) -> Iterator[None]:
 
 def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Write an optimizer's state: tensors to safetensors, the rest to JSON."""
+    tensors, rest = optimizer_content(optimizer)
+    tensors = {path: tensor.clone().contiguous() for path, tensor in tensors.items()}  # bitsandbytes shares some
+    save_file(tensors, folder / "optimizer.safetensors")
+    write_json(folder / "optimizer.json", rest)
+
+
+def optimizer_content(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the tensors of an optimizer's state, as they are held, and what JSON can say."""
     content = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     rest: dict[str, Any] = {}
@@ -301,12 +349,10 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
             for key, part in inner.items():
                 path = f"{index}.{name}" + (f"/{key}" if key else "")
                 if torch.is_tensor(part):
-                    tensors[path] = part.detach().clone().contiguous()  # bitsandbytes shares maps between parameters
+                    tensors[path] = part.detach()
                 else:
                     rest[path] = part
-    save_file(tensors, folder / "optimizer.safetensors")
-    kind = _kind(optimizer)
-    write_json(folder / "optimizer.json", {"kind": kind, "param_groups": content["param_groups"], "state": rest})
+    return tensors, {"kind": _kind(optimizer), "param_groups": content["param_groups"], "state": rest}
 
 
 def _kind(optimizer: Any) -> str:
@@ -320,7 +366,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
         raise CheckpointError(
             f"{folder} holds the state of {saved['kind']}, which {_kind(optimizer)} cannot go on with; resume with that optimizer."
         )
-    flat = {**load_file(folder / "optimizer.safetensors"), **saved["state"]}
     present = optimizer.state_dict()["param_groups"]
     then = _names_by_index(saved["param_groups"])
     now = {name: index for index, name in _names_by_index(present).items()}
@@ -329,16 +374,25 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
             f"{folder}: the trained parameters have changed since this checkpoint ({differing[0]} first of "
             f"{len(differing)}); freeze and LoRA as then."
         )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    spread = Spread(sorted(folder.glob("optimizer*.safetensors")))
     state: dict[int, dict[str, Any]] = {}
-    for key, value in flat.items():
-        index, _, name = key.partition(".")
+    for key in (*spread.homes, *saved["state"]):
+        number, _, name = key.partition(".")
         outer, _, inner = name.partition("/")
-        own = state.setdefault(now[then[int(index)]], {})
+        index = now[then[int(number)]]
+        value = saved["state"][key] if key in saved["state"] else _of_parameter(spread, key, parameters[index])
+        own = state.setdefault(index, {})
         if inner:
             own.setdefault(outer, {})[inner] = value
         else:
             own[outer] = value
     optimizer.load_state_dict({"state": state, "param_groups": present})
+
+
+def _of_parameter(spread: Spread, key: str, parameter: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of the state, this rank's shard of one that is sharded as its parameter is."""
+    return spread.read_like(key, parameter) if spread.shape(key) == parameter.shape else spread.read(key)
 
 
 def _names_by_index(groups: list[dict[str, Any]]) -> dict[int, str]:

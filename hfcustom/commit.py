@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,26 @@ MANIFEST = "manifest.json"
 
 
 @contextlib.contextmanager
-def atomic_folder(target: Path, accelerator: Accelerator | None = None) -> Iterator[Path]:
-    """Yield an empty folder that becomes `target`, with a manifest, once the block ends without an error on any rank."""
+def atomic_folder(
+    target: Path, accelerator: Accelerator | None = None, known: Mapping[str, str] | None = None
+) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target`, with a manifest, once the block ends without an error on any rank.
+
+    `known` is filled in the block with the SHA-256 of files that this rank has written and flushed itself; rank 0 sees to all others.
+    """
     main = accelerator is None or accelerator.is_main_process
     partial = target.with_name(f".{target.name}.partial")
     try:
-        with _every_rank(accelerator):
+        with every_rank(accelerator):
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        with _every_rank(accelerator):
+        with every_rank(accelerator):
             yield partial
-        with _every_rank(accelerator):
+        with every_rank(accelerator):
+            ranks = gather_object([dict(known)]) if known is not None and accelerator is not None else []
             if main:
-                write_manifest(partial)
+                write_manifest(partial, {name: digest for own in ranks for name, digest in own.items()})
                 put_in_place(partial, target)
     except Exception:
         if main:  # on a full disk it would take the room of what is tried next
@@ -48,7 +55,7 @@ def atomic_folder(target: Path, accelerator: Accelerator | None = None) -> Itera
 
 
 @contextlib.contextmanager
-def _every_rank(accelerator: Accelerator | None) -> Iterator[None]:
+def every_rank(accelerator: Accelerator | None) -> Iterator[None]:
     """Wait for all ranks; where one has failed, all do, and none waits for it."""
     error = None
     try:
@@ -80,7 +87,7 @@ def put_in_place(partial: Path, target: Path) -> None:
     if target.exists():
         target.rename(old)
     partial.rename(target)
-    _sync(target.parent)
+    flush_file(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -113,10 +120,14 @@ def _link_or_copy(source: str, target: str) -> None:
 # ---- what a folder holds --------------------------------------------------------------------------------------------
 
 
-def write_manifest(folder: Path) -> None:
-    """Write the SHA-256 of every file, after flushing each to disk."""
-    digests = {name: _sha256(folder / name) for name in _files(folder)}
-    write_json(folder / MANIFEST, digests)
+def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Write the SHA-256 of every file, hashed here but for the `known` ones, and flush each to disk."""
+    names, known = _files(folder), known or {}
+    digests = {**_hash_all(folder, [name for name in names if name not in known]), **known}
+    for found in digests.values():
+        if isinstance(found, OSError):
+            raise found
+    write_json(folder / MANIFEST, {name: digests[name] for name in names})
     flush(folder)
 
 
@@ -134,12 +145,11 @@ def damage(folder: Path) -> str | None:
         return f"{missing[0]} is missing, which {MANIFEST} lists"
     if added := sorted(present - digests.keys()):
         return f"{added[0]} is not among the files that {MANIFEST} lists"
-    for name, digest in digests.items():
-        try:
-            if _sha256(folder / name) != digest:
-                return f"{name} is not what {MANIFEST} says"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+    for name, found in _hash_all(folder, list(digests)).items():
+        if isinstance(found, OSError):
+            return f"{name} cannot be read ({found.strerror})"
+        if found != digests[name]:
+            return f"{name} is not what {MANIFEST} says"
     return None
 
 
@@ -156,7 +166,21 @@ def _files(folder: Path) -> list[str]:
     return sorted(name for name in found if name != MANIFEST)
 
 
-def _sha256(path: Path) -> str:
+def _hash_all(folder: Path, names: list[str]) -> dict[str, str | OSError]:
+    """Hash files side by side, which takes Python's lock from nobody; an error stands for what cannot be read."""
+
+    def digest(name: str) -> str | OSError:
+        try:
+            return sha256(folder / name)
+        except OSError as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -167,11 +191,12 @@ def _sha256(path: Path) -> str:
 def flush(folder: Path) -> None:
     """Have every file and folder in a folder written to disk, itself last."""
     for path in sorted(folder.rglob("*"), reverse=True):
-        _sync(path)
-    _sync(folder)
+        flush_file(path)
+    flush_file(folder)
 
 
-def _sync(path: Path) -> None:
+def flush_file(path: Path) -> None:
+    """Have a file, or the names in a folder, written to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -35,6 +35,7 @@ from hfcustom.data.sources import Examples
 from hfcustom.data.steps import Attempts
 from hfcustom.exits import EXIT_CONFIG, RunError
 from hfcustom.parts import unwrap
+from hfcustom.sharding import no_sync
 from hfcustom.step_plan import plan_step
 from hfcustom.train_config import TrainConfig
 
@@ -192,7 +193,7 @@ class Trial:
         plan = plan_step(core, batches, self.accelerator)
         for micro, batch in enumerate(batches):
             with (
-                self.accelerator.no_sync(self.model),
+                no_sync(self.model, self.accelerator),
                 serving(core, batch),
             ):  # a rank without memory keeps nobody waiting
                 loss = self.model(**on_device(batch, device), **plan[micro]).loss

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hfcustom.exits import CheckpointError, ConfigError
+from hfcustom.sharding import whole
 from hfcustom.train_config import TrainConfig
 
 FORMAT = 1  # of a checkpoint; a later one may be unreadable for this version
@@ -115,7 +116,7 @@ def _stays_whole(model: nn.Module, name: str) -> bool:
 
 
 def _digest(weight: torch.Tensor) -> str:
-    flat = weight.detach().flatten()
+    flat = whole(weight.detach()).flatten()
     values = flat[:: max(1, flat.numel() // VALUES)].to("cpu", torch.bfloat16)
     return hashlib.sha256(repr(tuple(weight.shape)).encode() + values.view(torch.int16).numpy().tobytes()).hexdigest()[
         :16

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from transformers.utils import logging
 
+from hfcustom.changes import class_of_model
 from hfcustom.files import write_text, written_whole
 from hfcustom.parts import part_table, unwrap
 from hfcustom.record import SECRET
@@ -61,7 +62,7 @@ class RunFiles:
         kept = [entry for entry in read_lines(self.folder / "samples.jsonl") if step_of(entry) <= self.start]
         _write_lines(self.folder / "samples.jsonl", kept)
         self.facts = {
-            "model": type(unwrap(model)).__name__,
+            "model": class_of_model(unwrap(model)).__name__,
             "losses": list(losses),
             "steps": self.max_steps,
             "options": options_of(self.config),

@@ -1,17 +1,135 @@
-"""Sharded models (FSDP2): which modules are sharded by themselves, and whole tensors back from the shards.
+"""Sharded models (FSDP2): which modules are sharded by themselves, how fit() runs them, and whole tensors back from shards.
 
 Accelerate shards in fit() when a config of recipes/accelerate/ asks for it; `shard` does the same by hand, for a loop of one's
-own. Blocks are the modules that transformers must not split over devices (`_no_split_modules`), vision and language alike.
+own. Blocks are the modules that transformers must not split over devices (`_no_split_modules`), vision and language alike. All
+else, the embeddings and the head among it, is one unit with the model itself, so that a loss finds the head's weights whole.
 """
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from hfcustom.exits import ConfigError
 from hfcustom.parts import unwrap
+from hfcustom.train_config import TrainConfig
+
+# ---- what can be had ------------------------------------------------------------------------------------------------
+
+
+def check_launcher() -> None:
+    """Raise ConfigError where the launcher asks for a kind of training in shards that fit() does not do, naming one that it does."""
+    asked = {name: value for name, value in os.environ.items() if value.lower() not in ("", "false", "0")}
+    for name, library in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
+        if name in asked:
+            raise ConfigError(
+                f"The launcher's config asks for {library}, whose engine steps, clips and saves by itself, so that fit() could "
+                "neither divide losses over the step nor resume exactly. Launch with recipes/accelerate/fsdp_8.yaml, which "
+                "shares out the same as ZeRO-3, or fsdp_zero2_8.yaml, whose weights stay whole between forward and backward."
+            )
+    if "ACCELERATE_USE_FSDP" not in asked:
+        return
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ConfigError(f"The launcher's config has fsdp_version: {version}; set it to 2, as recipes/accelerate/ does.")
+    for name, cure in (
+        ("ACTIVATION_CHECKPOINTING", "--gradient-checkpointing does the same"),
+        ("CPU_RAM_EFFICIENT_LOADING", "every process loads the checkpoint, whose files they share in memory"),
+    ):
+        if f"FSDP_{name}" in asked:
+            raise ConfigError(f"The launcher's config has fsdp_{name.lower()}: true; set it to false, {cure}.")
+
+
+def check_shardable(model: nn.Module, config: TrainConfig) -> None:
+    """Raise ConfigError for a model or an option that does not go with sharded parameters, naming what does."""
+    whole_models = "or keep the model whole on each GPU: recipes/accelerate/gpus_8.yaml"
+    if config.optimizer != "adamw":
+        raise ConfigError(
+            f"optimizer={config.optimizer} of bitsandbytes cannot work on sharded parameters (FSDP); use adamw, whose state is "
+            f"shared out, {whole_models}."
+        )
+    if config.cache_features is not None:
+        raise ConfigError(
+            f"cache_features={config.cache_features!r}: a process that has its images there would not run the tower, whose shards "
+            f"the others (FSDP) wait for. Leave it out (cache_images is no problem), {whole_models}."
+        )
+    for name, parameter in unwrap(model).named_parameters():
+        if not parameter.is_floating_point():
+            raise ConfigError(
+                f"{name} is packed by bitsandbytes, which cannot be sharded (FSDP). Load the model in bfloat16, {whole_models}."
+            )
+        if parameter.ndim == 0:
+            raise ConfigError(f"{name} is a single number, which cannot be sharded (FSDP). Make it (1,), {whole_models}.")
+
+
+# ---- as fit() runs them ---------------------------------------------------------------------------------------------
+
+
+def uses_fsdp(accelerator: Any) -> bool:
+    """Whether Accelerate shards parameters."""
+    return bool(accelerator.distributed_type == "FSDP")
+
+
+def prepare(model: Any, optimizer: Any, accelerator: Any) -> tuple[Any, Any]:
+    """Do as accelerator.prepare(); a model that FSDP shards computes under autocast and adds up its gradients in float32.
+
+    That is what one process does. Accelerate's own policy casts all inputs to 16 bits, what losses are divided by among them,
+    and would make the head a unit of its own, whose gradient were sent around once for each chunk of a loss.
+    """
+    if not uses_fsdp(accelerator):
+        prepared: tuple[Any, Any] = accelerator.prepare(model, optimizer)
+        return prepared
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    core = unwrap(model)
+    if accelerator.mixed_precision == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        core.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(core.forward)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # the loss: train_step changes no view
+    core.get_input_embeddings = core.get_output_embeddings = lambda: None  # which Accelerate 1.15 would shard apart
+    try:
+        _, optimizer = accelerator.prepare(core, optimizer)
+    finally:
+        del core.get_input_embeddings, core.get_output_embeddings
+    return model, optimizer
+
+
+def no_sync(model: nn.Module, accelerator: Any) -> AbstractContextManager[Any]:
+    """Return a context in which gradients stay on their rank, but for a sharded model: whole ones would need its whole size."""
+    return nullcontext() if uses_fsdp(accelerator) else accelerator.no_sync(model)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Within, other methods of a sharded model than forward() can be called (generate): what lies outside of its blocks is whole.
+
+    All ranks have to be in it together, and to run the same modules equally often.
+    """
+    core: Any = unwrap(model)
+    if not is_sharded(core) or core in GATHERED:
+        yield
+        return
+    core._get_fsdp_state()._lazy_init()  # else the first block that runs would be taken for the outermost
+    core.unshard()
+    GATHERED.append(core)
+    try:
+        yield
+    finally:
+        GATHERED.remove(core)
+        core.reshard()
+
+
+GATHERED: list[nn.Module] = []
+
+
+# ---- which modules --------------------------------------------------------------------------------------------------
 
 
 def block_classes(model: nn.Module) -> list[str]:
@@ -54,30 +172,31 @@ def shard(model: nn.Module, mesh: Any, **options: Any) -> nn.Module:
     return model
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether any parameter is a shard."""
-    from torch.distributed.tensor import DTensor
+# ---- whole tensors --------------------------------------------------------------------------------------------------
 
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP has sharded a model."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(unwrap(model), FSDPModule)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor whole, on the CPU; all ranks have to ask for the same one."""
+    """Return a tensor whole, on its device; all ranks have to ask for the same one."""
     from torch.distributed.tensor import DTensor
 
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return state_dict() with whole tensors, on the CPU of every rank's first; the other ranks get an empty mapping.
+def whole_state(tensors: Mapping[str, torch.Tensor], is_wanted: bool) -> dict[str, torch.Tensor]:
+    """Return whole tensors, on the CPU, to ranks that want them; others give their shards, and get an empty mapping.
 
     One tensor is gathered at a time, so that a rank never holds more than its shards and one whole tensor on its device.
     """
-    from torch.distributed import get_rank
-
-    first, state = get_rank() == 0, {}
-    for name, tensor in model.state_dict().items():
+    state = {}
+    for name, tensor in tensors.items():
         gathered = whole(tensor)
-        if first:
-            state[name] = gathered
+        if is_wanted:
+            state[name] = gathered.cpu()
     return state

@@ -24,7 +24,7 @@ from accelerate.utils import LoggerType, set_seed
 from torch import nn
 from transformers.utils import logging
 
-from hfcustom import checkpoint, randomness
+from hfcustom import checkpoint, randomness, sharding
 from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import Caches, check_caches, open_caches, serving, use_caches
 from hfcustom.connectors.added_tower import check_weights
@@ -46,7 +46,6 @@ from hfcustom.parts import part_table, unwrap
 from hfcustom.ranks import check_processes, explained, process_state, wait_at_most
 from hfcustom.record import begin_run, run_of
 from hfcustom.run_folder import run_folder
-from hfcustom.sharding import name_blocks
 from hfcustom.signals import StopRequest
 from hfcustom.step_plan import is_blank, plan_step
 from hfcustom.train_config import TrainConfig
@@ -131,7 +130,7 @@ def _run(
     weighted = core.losses()  # an unknown loss is an error now, not after the first batch
     set_seed(config.seed, device_specific=True)
     set_up(model, config, accelerator)
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
+    model, optimizer = sharding.prepare(model, make_optimizer(model, config), accelerator)
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, feed)
     start = state.resume() if config.resume else state.begin()
     run = begin_run(core, run_of(state.unwrapped, config, feed), config.resume) if accelerator.is_main_process else {}
@@ -173,7 +172,9 @@ def _run(
 def set_up(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> None:
     """Give a model the run's precision, recomputation, and its companions the run's device; tell FSDP its blocks."""
     core = unwrap(model)
-    name_blocks(model, accelerator)
+    if sharding.uses_fsdp(accelerator):
+        sharding.check_shardable(model, config)
+        sharding.name_blocks(model, accelerator)
     set_precision(model, config)
     if config.gradient_checkpointing:
         checkpoint_activations(core)
@@ -245,7 +246,7 @@ def train_step(
     losses_by_batch: list[torch.Tensor] = []
     for micro, batch in enumerate(batches):
         last = micro == len(batches) - 1
-        with nullcontext() if last else accelerator.no_sync(model):
+        with nullcontext() if last else sharding.no_sync(model, accelerator):
             core.loss_values, core.loss_metrics = {}, {}
             if is_blank(batch):
                 losses_by_batch.append(_run_blank(model, batch, accelerator))
@@ -325,6 +326,7 @@ def _run_blank(model: nn.Module, batch: Mapping[str, Any], accelerator: Accelera
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Return the Accelerator of a run: its precision, its trackers, and DDP that lets a batch of text skip the tower."""
+    sharding.check_launcher()
     process_state()
     for name in config.trackers:
         if name not in LoggerType.list():
@@ -403,7 +405,7 @@ def run_evaluation(model: nn.Module, evaluate: Evaluate, step: int, run: dict[st
     """Evaluate without gradients and without moving training's random state; the record of the run has the newest numbers."""
     model.eval()
     before = randomness.rng_state()
-    with torch.no_grad():
+    with torch.no_grad(), sharding.gathered(model):
         metrics = {name: float(value) for name, value in evaluate(unwrap(model), step).items()}
     randomness.set_rng_state(before)
     model.train()

@@ -75,7 +75,7 @@ def run(family: Family, change: Any, folder: Path) -> dict[str, float]:
         norms = {part: float(norm) for part, norm in report.part_norms.items()}
         assert norms == pytest.approx(expected_norms, rel=1e-4), (norms, expected_norms)
     moved = [float((whole(p) - start[name]).abs().max()) for name, p in sharded.named_parameters()]
-    found = whole_state(sharded)
+    found = whole_state(sharded.state_dict(), rank == 0)
     expected = alone.state_dict()
     apart = max((float((found[name] - expected[name]).abs().max()) for name in found), default=0.0)
     assert rank or found.keys() == expected.keys()
