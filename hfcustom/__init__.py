@@ -45,6 +45,7 @@ _HOME = {
     "load_rows": "hfcustom.data.sources",
     "lora": "hfcustom.adapt",
     "merge_adapter": "hfcustom.adapt",
+    "over_ranks": "hfcustom.shared_work",
     "pair_loss": "hfcustom.losses.pairs",
     "part_table": "hfcustom.parts",
     "quantization_config": "hfcustom.adapt",
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from hfcustom.freezing import freeze, train_only
     from hfcustom.losses import LossContext, term, token_loss
     from hfcustom.losses.pairs import pair_loss
+    from hfcustom.shared_work import over_ranks
     from hfcustom.parts import find_parts, part_table
     from hfcustom.randomness import row_seed
     from hfcustom.registry import register

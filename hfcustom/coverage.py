@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.utils import logging
 
 from hfcustom.exits import ConfigError
 from hfcustom.parts import find_parts, unwrap
+from hfcustom.sharding import is_sharded, local_part
 
 logger = logging.get_logger("hfcustom")
 PATIENCE = 3  # steps of zeros: behind a gate that starts at zero, the gradient is zero until the gate has moved
@@ -69,18 +71,35 @@ class _Watch:
         """Take parts that have a gradient off the list; raise for one that should have."""
         if not self.waiting:
             return
-        learning = {part for part, parameters in self.waiting.items() if any(_has_gradient(p) for _, p in parameters)}
+        seen = self._seen()
+        learning = {part for part in self.waiting if seen[f"learning {part}"]}
         idle = not learning and len(self.waiting) == len(self.zeros)  # no part has ever had a gradient
-        if idle and not any(value.count for value in unwrap(self.model).loss_values.values()):
+        if idle and not seen["counted"]:
             return self.ran.clear()  # nothing was asked of it
-        for part in sorted(self.ran & self.waiting.keys() - learning):
+        for part in sorted(self.waiting.keys() - learning):
+            if not seen[f"ran {part}"]:
+                continue
             self.zeros[part] += 1
-            reached = any(p.grad is not None for _, p in self.waiting[part])
+            reached = seen[f"reached {part}"]
             if (not reached and not idle) or self.zeros[part] >= PATIENCE:
                 self._tell(part, reached, idle)
         for part in learning:
             del self.waiting[part]
         self.ran.clear()
+
+    def _seen(self) -> dict[str, bool]:
+        """Return what this step has shown; of a sharded model on any rank, as each has a part of every gradient."""
+        seen = {"counted": any(value.count for value in unwrap(self.model).loss_values.values())}
+        for part, parameters in self.waiting.items():
+            seen[f"ran {part}"] = part in self.ran
+            seen[f"reached {part}"] = any(p.grad is not None for _, p in parameters)
+            seen[f"learning {part}"] = any(_has_gradient(p) for _, p in parameters)
+        if is_sharded(self.model):
+            device = next(unwrap(self.model).parameters()).device
+            flags = torch.tensor([float(flag) for flag in seen.values()], device=device)
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+            seen = dict(zip(seen, flags.bool().tolist(), strict=True))
+        return seen
 
     def _tell(self, part: str, reached: bool, idle: bool) -> None:
         message = self._message(part, reached)
@@ -100,5 +119,6 @@ class _Watch:
         )
 
 
+
 def _has_gradient(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.any())
+    return parameter.grad is not None and bool(local_part(parameter.grad).any())

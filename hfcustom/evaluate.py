@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from rich.progress import track
 
-from hfcustom.console import out
 from hfcustom.data.collate import process
 from hfcustom.data.control import ControlTokens
 from hfcustom.data.messages import Example, split_answer
 from hfcustom.data.mixtures import Mixture
 from hfcustom.data.sources import Examples
+from hfcustom.shared_work import over_ranks
+from hfcustom.sharding import gathered, is_sharded
 
 
 @dataclass(frozen=True)
@@ -36,38 +37,55 @@ def generate_answers(
     max_new_tokens: int = 32,
     title: str = "",
     allowed_tokens: Sequence[str] = (),
+    share: bool | None = None,
 ) -> list[Answer]:
     """Let the model answer the last turn of each row, greedily; RowError for a row that ends with no assistant turn.
 
-    `allowed_tokens` are control tokens that texts may hold as such, as in training.
+    `allowed_tokens` are control tokens that texts may hold as such, as in training. In the `evaluate` of fit() the processes
+    share the batches, and each gets all answers, those that one process would give; `share` says so elsewhere, or not to.
     """
     examples, control = Examples(rows), ControlTokens(processor, allowed_tokens)
+    read = cache(examples.__getitem__)
+    chunks = [range(start, min(start + batch_size, len(examples))) for start in range(0, len(examples), batch_size)]
+    sharded = is_sharded(model)
+    kinds = [_kind([read(at) for at in chunk]) for chunk in chunks] if sharded else None
+    options = {"max_new_tokens": max_new_tokens, **({"synced_gpus": True} if sharded else {})}
+
+    def answer(chunk: range) -> list[tuple[str, str, str]]:
+        return _answer_batch(model, processor, control, [read(at) for at in chunk], options)
+
     was_training = model.training
     model.eval()
-    answers: list[Answer] = []
-    starts = range(0, len(examples), batch_size)
-    for start in track(starts, title or "answering", console=out, transient=True, disable=not out.is_terminal):
-        chunk = [examples[at] for at in range(start, min(start + batch_size, len(examples)))]
-        answers += _answer_batch(model, processor, control, chunk, max_new_tokens)
+    with gathered(model):
+        found = over_ranks(answer, chunks, kinds=kinds, share=share, title=title or "answering")
     model.train(was_training)
-    return answers
+    said = [texts for chunk in found for texts in chunk]
+    return [Answer(read(at), *texts) for at, texts in enumerate(said)]
 
 
-@torch.inference_mode()
+def _kind(examples: list[Example]) -> tuple[bool, bool]:
+    """Return what the prompts of a batch show, which decides what of a model runs."""
+    asked = [_without_answer(example, split_answer(example)[0]) for example in examples]
+    return any(row.images for row in asked), any(row.videos for row in asked)
+
+
+@torch.no_grad()
 def _answer_batch(
-    model: Any, processor: Any, control: ControlTokens, examples: list[Example], max_new_tokens: int
-) -> list[Answer]:
+    model: Any, processor: Any, control: ControlTokens, examples: list[Example], options: dict[str, Any]
+) -> list[tuple[str, str, str]]:
+    """Return question, answer and truth of each row."""
     prompts, truths = zip(*(split_answer(example) for example in examples), strict=True)
     asked = [_without_answer(example, prompt) for example, prompt in zip(examples, prompts, strict=True)]
     reader, asked = control.shield(processor, asked)
     texts = [reader.apply_chat_template(row.messages, add_generation_prompt=True) for row in asked]
     batch = process(reader, texts, asked, padding_side="left")
     batch = {name: value.to(model.device) for name, value in batch.items()}
-    generated = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)  # (B, T + new)
+    generated = model.generate(**batch, **options, do_sample=False)  # (B, T + new)
     said = processor.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     questions = [_words(prompt) for prompt in prompts]
-    rows = zip(examples, questions, said, truths, strict=True)
-    return [Answer(example, question, text.strip(), truth.strip()) for example, question, text, truth in rows]
+    return [
+        (question, text.strip(), truth.strip()) for question, text, truth in zip(questions, said, truths, strict=True)
+    ]
 
 
 def _without_answer(example: Example, prompt: list[dict[str, Any]]) -> Example:

@@ -15,18 +15,22 @@ import torch
 from hfcustom.data.captions import caption
 from hfcustom.data.sources import Examples
 from hfcustom.losses.chunked import chunks
+from hfcustom.shared_work import over_ranks
 from hfcustom.parts import unwrap
+from hfcustom.sharding import gathered
 
 
-def retrieval_recall(model: Any, processor: Any, rows: Sequence[Any], *, batch_size: int = 64) -> dict[str, float]:
+def retrieval_recall(
+    model: Any, processor: Any, rows: Sequence[Any], *, batch_size: int = 64, share: bool | None = None
+) -> dict[str, float]:
     """Return recall at 1 in both directions over all rows; as `evaluate` of `fit`, call it on held-out rows.
 
-    Raises ValueError for no rows, RowError for one that is not an image with its text.
+    There the processes share the batches, and each gets the score of all rows; `share` says so elsewhere, or not to. Raises ValueError for no rows, RowError for one that is not an image with its text.
     """
     examples = rows if isinstance(rows, Examples) else Examples(rows)
     if not len(examples):
         raise ValueError("There are no rows to retrieve; pass at least one image with its text.")
-    vectors, texts = embed_rows(model, processor, examples, batch_size=batch_size)  # (R, 2, D)
+    vectors, texts = embed_rows(model, processor, examples, batch_size=batch_size, share=share)  # (R, 2, D)
     firsts = {text: at for at, text in reversed(list(enumerate(texts)))}
     numbers = {text: number for number, text in enumerate(firsts)}
     own = torch.tensor([numbers[text] for text in texts], device=vectors.device)  # (R,) of U
@@ -41,22 +45,27 @@ def retrieval_recall(model: Any, processor: Any, rows: Sequence[Any], *, batch_s
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed_rows(
-    model: Any, processor: Any, rows: Sequence[Any], *, batch_size: int = 64
+    model: Any, processor: Any, rows: Sequence[Any], *, batch_size: int = 64, share: bool | None = None
 ) -> tuple[torch.Tensor, list[str]]:
     """Return the vectors of length 1 of each row's image and text, (R, 2, D), and the texts."""
     core = unwrap(model)
     was_training = model.training
     model.eval()
-    collate, texts, parts = core.make_collator(processor), [], []
-    for start in range(0, len(rows), batch_size):
-        examples = [rows[at] for at in range(start, min(start + batch_size, len(rows)))]
+    collate = core.make_collator(processor)
+
+    def embed(chunk: range) -> tuple[torch.Tensor, list[str]]:
+        examples = [rows[at] for at in chunk]
         batch = {name: value.to(core.device) for name, value in collate(examples).items()}
-        parts.append(core.embed(batch))
-        texts += [caption(example) for example in examples]
+        return core.embed(batch).cpu(), [caption(example) for example in examples]
+
+    chunks = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
+    with gathered(model):
+        found = over_ranks(embed, chunks, share=share)
     model.train(was_training)
-    return torch.cat(parts), texts
+    parts, texts = zip(*found, strict=True)
+    return torch.cat(parts).to(core.device), [text for own in texts for text in own]
 
 
 def nearest(queries: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:

@@ -76,6 +76,16 @@ def uses_fsdp(accelerator: Any) -> bool:
     return bool(accelerator.distributed_type == "FSDP")
 
 
+def forget_precision() -> None:
+    """Let the next Accelerator of this process choose its precision anew, and whether to shard."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._reset_state()
+    if PartialState._shared_state.get("distributed_type") == DistributedType.FSDP:  # which Accelerate makes of this one
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
 def prepare(model: Any, optimizer: Any, accelerator: Any) -> tuple[Any, Any]:
     """Do as accelerator.prepare(); a model that FSDP shards computes under autocast and adds up its gradients in float32.
 
@@ -187,6 +197,13 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's shard of a tensor, all of one that is whole."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_state(tensors: Mapping[str, torch.Tensor], is_wanted: bool) -> dict[str, torch.Tensor]:

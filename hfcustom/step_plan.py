@@ -17,13 +17,11 @@ from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import serving
 from hfcustom.data.collate import Batch
 from hfcustom.losses import StepSummary
-from hfcustom.parts import unwrap
 from hfcustom.sharding import gathered
 
 
-def plan_step(model: Any, batches: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> list[dict[str, Any]]:
+def plan_step(core: Any, batches: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> list[dict[str, Any]]:
     """Look at a whole step first: return what forward() of each micro-batch is to be told about it."""
-    core = unwrap(model)
     names = [item.loss.name for item in core.losses()]
     counts = [dict.fromkeys(names, 0.0) if is_blank(batch) else core.loss_counts([batch]) for batch in batches]
     divisors = step_divisors(counts, accelerator)

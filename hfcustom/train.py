@@ -42,6 +42,7 @@ from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, real
 from hfcustom.naming import unknown
 from hfcustom.norms import part_norms
 from hfcustom.optimizers import make_optimizer, set_lr
+from hfcustom.shared_work import evaluating
 from hfcustom.parts import part_table, unwrap
 from hfcustom.ranks import check_processes, explained, process_state, wait_at_most
 from hfcustom.record import begin_run, run_of
@@ -314,12 +315,13 @@ def _suspects(batches: Sequence[Mapping[str, Any]], losses: Sequence[torch.Tenso
 def _run_blank(model: nn.Module, batch: Mapping[str, Any], accelerator: Accelerator) -> torch.Tensor:
     """Run a micro-batch that counts for nothing, as other ranks run theirs: a loss of 0 with a gradient of 0."""
     inputs = on_device(batch, accelerator.device, without=("labels",))
-    core = unwrap(model)
+    core, before = unwrap(model), randomness.rng_state()
     with serving(core, batch):
         if isinstance(core, CustomDualEncoder):
             logits = model(**inputs).logits_per_image
         else:  # one token reaches every weight
             logits = model(**inputs, **({} if core.ignores_logits_to_keep else {"logits_to_keep": 1})).logits
+    randomness.set_rng_state(before)  # a resumed run may run another batch as a blank
     zero: torch.Tensor = logits.float().sum() * 0.0
     return zero
 
@@ -337,7 +339,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise ValueError(f"trackers={config.trackers}: {names} not installed; pip install it, or leave it out.")
     mixed_precision = "bf16" if config.precision == "bf16" else "no"
     if AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
-        AcceleratorState._reset_state()  # an earlier run of this process had another precision
+        sharding.forget_precision()  # an earlier run of this process had another one
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         log_with=config.trackers or None,
@@ -405,7 +407,7 @@ def run_evaluation(model: nn.Module, evaluate: Evaluate, step: int, run: dict[st
     """Evaluate without gradients and without moving training's random state; the record of the run has the newest numbers."""
     model.eval()
     before = randomness.rng_state()
-    with torch.no_grad(), sharding.gathered(model):
+    with torch.no_grad(), sharding.gathered(model), evaluating():
         metrics = {name: float(value) for name, value in evaluate(unwrap(model), step).items()}
     randomness.set_rng_state(before)
     model.train()

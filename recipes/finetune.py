@@ -291,7 +291,7 @@ def run(config: FinetuneConfig) -> Path:
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
         options = {"max_new_tokens": config.max_new_tokens, "allowed_tokens": config.allowed_tokens}
-        answers = hfcustom.generate_answers(model, processor, held_out, **options)
+        answers = hfcustom.generate_answers(model, processor, held_out, share=True, **options)
         hfcustom.keep_samples(config.output_dir, step, answers)
         return match_by_source(answers)
 

@@ -145,7 +145,7 @@ def main(config: FinetuneEncoderConfig) -> dict[str, float]:
     model, processor = load_model(config) if config.model else small_clip(config)
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
-        return hfcustom.retrieval_recall(model, processor, held_out)
+        return hfcustom.retrieval_recall(model, processor, held_out, share=True)
 
     console.show_start(model, processor, first_example(rows, config), config)
     result = hfcustom.fit(model, processor, rows, config, evaluate=evaluate if config.eval_steps else None)

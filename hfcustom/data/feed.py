@@ -26,12 +26,13 @@ from hfcustom.data.mixtures import Mixture
 from hfcustom.data.order import StepLoader, step_loader
 from hfcustom.data.packing import Packer
 from hfcustom.data.sources import Examples, RowsWithColumns, as_examples
-from hfcustom.data.steps import Attempts, BadRows, StepBatches, StepCollator, agree_on_batches
+from hfcustom.data.steps import Attempts, BadRows, Lockstep, StepBatches, StepCollator, agree_on_batches
 from hfcustom.data.stream_loader import StepStream, StreamLoader
 from hfcustom.data.streams import State, Stream, StreamMixture, check_shards, first_row
 from hfcustom.data.watch import Watch
 from hfcustom.losses import WeightedLoss, loss_columns, token_columns
 from hfcustom.randomness import row_random
+from hfcustom.sharding import uses_fsdp
 from hfcustom.train_config import TrainConfig
 
 Rows = Examples | Stream | StreamMixture
@@ -48,6 +49,7 @@ class Feed:
         self.positions: dict[int, State] = {}  # of this rank's loading processes, after the last step trained on
         self.epoch = 0
         self.watch = Watch(config.num_workers, config.row_seconds)
+        self.lockstep = Lockstep(accelerator)
         self._cut_shown = False
         self.kind: str | None = None  # of the first row
         if not isinstance(self.rows, Examples):
@@ -200,7 +202,8 @@ class Feed:
         bad_rows.tell(found.notes)
         if self.config.on_bad_row == "skip":
             bad_rows.take(found.skipped)
-        return agree_on_batches(found.batches, self.accelerator)
+        batches = agree_on_batches(found.batches, self.accelerator)
+        return self.lockstep.align(batches) if uses_fsdp(self.accelerator) else batches
 
 
 def as_rows(rows: Any) -> Rows:

@@ -230,3 +230,31 @@ def agree_on_batches(batches: Sequence[Batch], accelerator: Accelerator) -> list
         spare = gather_object(batches[:1] if accelerator.process_index == counts.index(max(counts)) else [])
         batches = batches or [spare[0].blank_copy()]
     return batches + [batches[0].blank_copy() for _ in range(max(counts) - len(batches))] if batches else []
+
+
+class Lockstep:
+    """Lets the ranks of a sharded model run the same modules at the same time: a tower that one runs, all have shards of.
+
+    Where micro-batches of different inputs meet (rows of text alone and rows with images), they are run one after the other, and
+    who has none of a kind runs another one of it, as a blank that counts for nothing.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.blanks: dict[Kind, Batch] = {}  # one of each kind that any rank has met
+
+    def align(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Return as many micro-batches on every rank, those of a place all with the same inputs; every rank has to ask."""
+        kinds = [tuple(sorted(batch)) for batch in batches]
+        everyone = gather_object([kinds])  # of each rank
+        for kind in sorted({kind for own in everyone for kind in own} - self.blanks.keys()):
+            giver = next(rank for rank, own in enumerate(everyone) if kind in own)
+            given = [batches[kinds.index(kind)]] if giver == self.accelerator.process_index else []
+            self.blanks[kind] = gather_object(given)[0].blank_copy()
+        aligned: list[Batch] = []
+        for batch, own, places in zip(batches, kinds, zip(*everyone, strict=True), strict=True):
+            aligned += [batch if kind == own else self.blanks[kind] for kind in sorted(set(places))]
+        return aligned
+
+
+Kind = tuple[str, ...]  # the names of a batch's tensors, which decide what forward() runs
