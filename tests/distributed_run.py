@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import Family
+from conftest import Family, picture
+from encoder_cases import WORDS, encoders
 from loss_cases import batch_of, cut, family_of, model_of
 from loss_cases import gradients as gradients_of
 from torch import nn
@@ -162,6 +163,29 @@ def every_loss() -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
+EVALUATIONS = ("five rows", "one row", "no rows", "recall")
+
+
+def evaluated() -> dict[str, Any]:
+    """Return what evaluation says of models with the same weights everywhere: answers and a recall."""
+    family, encoder, worked = Family("internvl", load_family("internvl")), encoders()["clip"], []
+    model, pairs = family.model(), [{"image": picture(at), "text": text} for at, text in enumerate(WORDS[:5])]
+
+    def work(at: int) -> int:
+        worked.append(at)
+        return at * at
+
+    assert hfcustom.over_ranks(work, range(5), share=True) == [0, 1, 4, 9, 16]
+    found: dict[str, Any] = {"worked on": worked}
+    for name, rows in zip(EVALUATIONS, (uneven_rows([1, 0, 2, 0, 1], [1] * 5), uneven_rows([1], [1]), []), strict=False):
+        answers = hfcustom.generate_answers(
+            model, family.processor, rows, batch_size=2, max_new_tokens=3, share=True
+        )
+        found[name] = [(item.question, item.answer, item.truth, item.example.name) for item in answers]
+    found["recall"] = hfcustom.retrieval_recall(encoder.model(), encoder.processor, pairs, batch_size=2, share=True)
+    return found
+
+
 def forbid_writing() -> None:
     """Make every function that writes, but for a rank's own random state, an error."""
 
@@ -179,6 +203,8 @@ def main(folder: Path) -> None:
     if rank:
         forbid_writing()
     torch.save(every_loss(), folder / f"every-loss-{rank}.pt")
+    (folder / "evaluated").mkdir(exist_ok=True)
+    torch.save(evaluated(), folder / "evaluated" / f"rank-{rank}.pt")
     with user_losses():
         for name, case in CASES.items():
             torch.save(run(case, folder / name / "out"), folder / name / f"rank-{rank}.pt")

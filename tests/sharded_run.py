@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/sharded_run.py FOLDER
 
-Rank 0 writes FOLDER/results.json: for each case the largest relative difference of any gradient, and of weights after AdamW.
+Rank 0 writes FOLDER/results.json: for each case the largest relative difference of any gradient, and of weights after AdamW. Then
+come the runs of fit() in tests/sharded_fit.py, at whose end rank 1 is killed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded_fit
 import torch
 from conftest import FAMILIES, Family
 from torch import distributed, nn
@@ -102,6 +104,7 @@ def main(folder: Path) -> None:
         results[case] = run(Family(name, load_family(name)), change, folder / "out")
     if distributed.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
+    sharded_fit.main(folder)
 
 
 if __name__ == "__main__":

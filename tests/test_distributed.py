@@ -15,7 +15,7 @@ import distributed_run
 import pytest
 import torch
 from conftest import RECIPES, ROOT
-from distributed_run import CASES, GROWN, run
+from distributed_run import CASES, EVALUATIONS, GROWN, evaluated, run
 from loss_cases import assert_same_gradients, batch_of, family_of, gradients, model_of
 from training import TERMS, relative_distance, user_losses
 
@@ -31,15 +31,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def torchrun(folder: Path, script: str = "distributed_run.py") -> str:
-    """Run a file of tests/ in two processes; return what they printed."""
+def torchrun(folder: Path, script: str = "distributed_run.py", code: int = 0) -> str:
+    """Run a file of tests/ in two processes that end with a code; return what they printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master-port", free_port()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command += [ROOT / "tests" / script, folder]
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, env=environment, timeout=300
     )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    assert done.returncode == code, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return done.stdout
 
 
@@ -49,6 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     folder = tmp_path_factory.mktemp("distributed")
     with user_losses():
         alone = {name: run(case, folder / name / "alone") for name, case in CASES.items()}
+    alone["evaluated"] = evaluated()
     alone["grown"] = run(GROWN, folder / "grown" / "alone")
     run(GROWN, folder / "grown" / "out", max_steps=2)
     return folder, alone, torchrun(folder)
@@ -77,6 +78,14 @@ def test_losses_gradient_norms_and_weights_are_those_of_one_process(runs: Folder
         assert found == pytest.approx(expected, rel=1e-5)
     assert relative_distance(first["end"], alone["end"], alone["start"]) < 1e-4
     assert same_weights(first, second)
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_what_is_evaluated_on_two_ranks_is_what_one_finds(runs: Folders, name: str) -> None:
+    first, second = ranks(runs, "evaluated")
+    assert first[name] == second[name] == runs[1]["evaluated"][name]
+    worked = [found["worked on"] for found in (first, second)]
+    assert worked == [[0, 2, 4], [1, 3]]  # a batch each, by turns
 
 
 def test_numbers_that_terms_record_are_means_over_all_ranks(runs: Folders) -> None:

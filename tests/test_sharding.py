@@ -5,27 +5,35 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import sharded_fit
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
-from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import RECIPES, ROOT, Family
+from conftest import RECIPES, ROOT, Family, assert_same_model
+from sharded_fit import TIED, launched_with
 from sharded_run import CASES
 from test_distributed import torchrun
 from torch import nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from training import short_config
 
-from hfcustom.sharding import block_classes, is_sharded, name_blocks, whole
+import hfcustom
+from hfcustom.checkpoint import complete_checkpoints
+from hfcustom.commit import damage
+from hfcustom.exits import ConfigError
+from hfcustom.sharding import block_classes, check_shardable, is_sharded, name_blocks, whole
+from hfcustom.train import make_accelerator
 
 CONFIGS = sorted(path.name for path in (RECIPES / "accelerate").glob("*.yaml"))
 SHARDED = [
@@ -36,19 +44,179 @@ SHARDED = [
 # ---- a step of two processes ----------------------------------------------------------------------------------------
 
 
+Results = tuple[dict[str, dict[str, float]], Path, dict[str, Any]]
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Train in this process, then in two, of which one is killed at the very end; return steps, folder and what this one did."""
     folder = tmp_path_factory.mktemp("sharded")
-    torchrun(folder, "sharded_run.py")
-    found: dict[str, dict[str, float]] = json.loads((folder / "results.json").read_text())
-    return found
+    alone = {
+        "full": sharded_fit.run(sharded_fit.in_full, folder / "one"),
+        "contrastive": sharded_fit.run(sharded_fit.contrastive, folder / "one contrastive", max_steps=1),
+        "bf16": sharded_fit.run(sharded_fit.in_full, folder / "one bf16", precision="bf16", max_steps=2),
+    }
+    torchrun(folder, "sharded_run.py", code=1)
+    return json.loads((folder / "results.json").read_text()), folder, alone
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_sharded_model_trains_as_a_whole_one(results: dict[str, dict[str, float]], case: str) -> None:
-    found = results[case]
+def test_a_sharded_model_trains_as_a_whole_one(results: Results, case: str) -> None:
+    found = results[0][case]
     assert found["norm"] > 0
     assert found["apart"] < 2e-3 * found["moved"], found
+
+
+# ---- fit() with a model that Accelerate shards: one run of two processes, looked at from all sides -------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(results: Results) -> list[dict[str, Any]]:
+    return [torch.load(results[1] / f"fit-{rank}.pt") for rank in range(2)]
+
+
+def curve(run: dict[str, Any], *names: str) -> list[float]:
+    return [entry[name] for entry in run["history"] for name in names if name in entry]
+
+
+LOGGED = ("loss", "grad_norm", "grad_norm_vision", "grad_norm_language", "held_out")
+
+
+def test_fit_trains_a_sharded_model_as_one_process_trains_a_whole_one(
+    results: Results, ranks: list[dict[str, Any]]
+) -> None:
+    alone = results[2]
+    assert ranks[0]["full"]["sharded"] and not alone["full"]["sharded"]
+    assert curve(ranks[0]["full"], *LOGGED) == pytest.approx(curve(alone["full"], *LOGGED), rel=1e-5)
+    for name, weight in alone["full"]["weights"].items():
+        torch.testing.assert_close(ranks[1]["full"]["weights"][name], weight, rtol=1e-4, atol=1e-5)
+    assert curve(ranks[0]["contrastive"], "loss", "grad_norm") == pytest.approx(
+        curve(alone["contrastive"], "loss", "grad_norm"), rel=1e-4
+    )
+    assert curve(ranks[0]["bf16"], "loss") == pytest.approx(curve(alone["bf16"], "loss"), rel=2e-3)
+    assert all(each["plain heads"] for each in ranks)  # no chunk of a loss gathers the head anew
+
+
+def test_evaluation_of_a_sharded_model_is_that_of_one_process(results: Results, ranks: list[dict[str, Any]]) -> None:
+    said = curve(results[2]["full"], "said")
+    assert len(said) == 2 and said[0] != said[1]
+    assert curve(ranks[0]["full"], "said") == curve(ranks[1]["full"], "said") == said
+
+
+@pytest.mark.parametrize("case", ["full", "lora"])
+def test_a_sharded_run_resumes_bit_equal_on_as_many_ranks(ranks: list[dict[str, Any]], case: str) -> None:
+    for each in ranks:
+        unbroken, resumed = each[case], each[f"{case} resumed"]
+        assert curve(resumed, "loss", "grad_norm", "said", "held_out") == curve(
+            unbroken, "loss", "grad_norm", "said", "held_out"
+        )
+        assert all(torch.equal(weight, resumed["weights"][name]) for name, weight in unbroken["weights"].items())
+    first, second = ranks
+    assert all(torch.equal(weight, second[case]["weights"][name]) for name, weight in first[case]["weights"].items())
+
+
+def test_a_run_goes_on_from_two_ranks_on_one_and_from_one_on_two(
+    results: Results, ranks: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    expected = curve(results[2]["full"], "loss", "held_out")
+    shutil.copytree(results[1] / "full/checkpoints/step-000002", tmp_path / "checkpoints/step-000002")
+    on_one = sharded_fit.run(lambda: sharded_fit.in_full(1), tmp_path, resume=True)
+    for found in (on_one, ranks[0]["from one"]):
+        assert curve(found, "loss", "held_out") == pytest.approx(expected, rel=1e-5)
+        for name, weight in results[2]["full"]["weights"].items():
+            torch.testing.assert_close(found["weights"][name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_each_sharded_checkpoint_is_what_from_pretrained_loads(results: Results, ranks: list[dict[str, Any]]) -> None:
+    folder = results[1] / "full"
+    assert len(list((folder / "model").glob("model-*-of-00002.safetensors"))) == 2
+    model, (batch,) = TIED.model(seed=1), [TIED.batch([1, 0])]
+    for name, weight in ranks[0]["full"]["weights"].items():
+        model.get_parameter(name).data.copy_(weight)
+    for path in (folder / "model", folder / "checkpoints/step-000004/model"):
+        loaded = TIED.model_class.from_pretrained(path)
+        assert_same_model(loaded, model, batch)
+    assert not equal_states(TIED.model_class.from_pretrained(folder / "checkpoints/step-000002/model"), model)
+    adapted = hfcustom.load_adapter(sharded_fit.in_full(), results[1] / "lora/model")
+    trained = {name.replace(".default", ""): weight for name, weight in ranks[0]["lora"]["weights"].items()}
+    found = {name.replace(".default", ""): weight for name, weight in adapted.named_parameters()}
+    assert trained and all(torch.equal(found[name], weight) for name, weight in trained.items())
+
+
+def equal_states(first: nn.Module, second: nn.Module) -> bool:
+    mine, theirs = first.state_dict(), second.state_dict()
+    return all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_damage_to_any_ranks_file_is_found(results: Results, tmp_path: Path) -> None:
+    shutil.copytree(results[1] / "full/checkpoints/step-000004", tmp_path / "step-000004")
+    files = sorted((tmp_path / "step-000004").rglob("*-of-*.safetensors"))
+    assert [file.name[:5] for file in files] == ["model", "model", "optim", "optim"]
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        assert f"{file.name} is not what manifest.json says" in str(damage(tmp_path / "step-000004"))
+        content[-1] ^= 1
+        file.write_bytes(content)
+    assert damage(tmp_path / "step-000004") is None
+
+
+def test_a_save_that_fails_on_one_rank_or_kills_it_leaves_the_checkpoint_before(
+    results: Results, ranks: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    for each in ranks:
+        assert "disk full: need" in each["failed"] and "The last good checkpoint is" in each["failed"]
+    for name in ("failed", "killed"):
+        folder = results[1] / name / "checkpoints"
+        assert [path.name for path in complete_checkpoints(folder)] == ["step-000002"]
+        assert damage(folder / "step-000002") is None
+
+
+# ---- what cannot be sharded -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed.*Launch with recipes/accelerate/fsdp_8.yaml"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 1; set it to 2"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            "fsdp_activation_checkpointing: true; set it to false, --gradient-checkpointing does the same",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "1"},
+            "fsdp_cpu_ram_efficient_loading: true; set it to false",
+        ),
+    ],
+)
+def test_what_the_launcher_asks_for_and_cannot_be_had_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: dict[str, str], said: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=said):
+        make_accelerator(short_config(tmp_path))
+
+
+def test_models_and_options_that_cannot_be_sharded_are_told(families: dict[str, Family], tmp_path: Path) -> None:
+    model = families["internvl"].model()
+    check_shardable(model, short_config(tmp_path))
+    for options, said in (
+        ({"optimizer": "adamw_8bit"}, "optimizer=adamw_8bit of bitsandbytes cannot work on sharded parameters"),
+        ({"cache_features": "kept"}, "cache_features='kept': a process that has its images there would not run the tower"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            check_shardable(model, short_config(tmp_path, **options))
+    for parameter, said in (
+        (nn.Parameter(torch.tensor(1.0)), "odd is a single number, which cannot be sharded"),
+        (nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False), "odd is packed by bitsandbytes"),
+    ):
+        model.register_parameter("odd", parameter)
+        with pytest.raises(ConfigError, match=f"{said}.*gpus_8.yaml"):
+            check_shardable(model, short_config(tmp_path))
 
 
 # ---- which modules are sharded by themselves ------------------------------------------------------------------------
@@ -99,10 +267,7 @@ def test_accelerate_reads_the_config(name: str) -> None:
 @pytest.mark.parametrize("name", SHARDED)
 def test_the_sharded_configs_ask_for_fsdp2(name: str) -> None:
     """What `accelerate launch` puts into the environment, and what a process makes of it."""
-    arguments = launch_command_parser().parse_args(["--config_file", str(RECIPES / "accelerate" / name), "script.py"])
-    arguments, _, _ = _validate_launch_command(arguments)
-    environment = prepare_multi_gpu_env(arguments)
-    with patch_environment(**{key: value for key, value in environment.items() if value is not None}):
+    with patch_environment(**launched_with(name)):
         plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
     assert plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.transformer_cls_names_to_wrap is None
