@@ -90,13 +90,13 @@ if TYPE_CHECKING:
     from hfcustom.freezing import freeze, train_only
     from hfcustom.losses import LossContext, term, token_loss
     from hfcustom.losses.pairs import pair_loss
-    from hfcustom.shared_work import over_ranks
     from hfcustom.parts import find_parts, part_table
     from hfcustom.randomness import row_seed
     from hfcustom.registry import register
     from hfcustom.resize import resize_images
     from hfcustom.retrieval import retrieval_recall
     from hfcustom.run_files import keep_samples
+    from hfcustom.shared_work import over_ranks
     from hfcustom.train import fit
     from hfcustom.train_config import TrainConfig
     from hfcustom.trainer_callback import LossCallback

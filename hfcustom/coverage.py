@@ -119,6 +119,5 @@ class _Watch:
         )
 
 
-
 def _has_gradient(parameter: nn.Parameter) -> bool:
     return parameter.grad is not None and bool(local_part(parameter.grad).any())

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from hfcustom.commit import every_rank, write_json
-from hfcustom.parts import unwrap, wrapped_by_peft
+from hfcustom.parts import wrapped_by_peft
 from hfcustom.quiet import quiet
 from hfcustom.sharding import whole_state
 from hfcustom.spread import Spread, write_spread

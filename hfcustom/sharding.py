@@ -7,6 +7,7 @@ else, the embeddings and the head among it, is one unit with the model itself, s
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 
 from hfcustom.exits import ConfigError
@@ -31,13 +33,15 @@ def check_launcher() -> None:
             raise ConfigError(
                 f"The launcher's config asks for {library}, whose engine steps, clips and saves by itself, so that fit() could "
                 "neither divide losses over the step nor resume exactly. Launch with recipes/accelerate/fsdp_8.yaml, which "
-                "shares out the same as ZeRO-3, or fsdp_zero2_8.yaml, whose weights stay whole between forward and backward."
+                "shares out the same as ZeRO-3, or fsdp_zero2_8.yaml, which sends around less."
             )
     if "ACCELERATE_USE_FSDP" not in asked:
         return
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
-        raise ConfigError(f"The launcher's config has fsdp_version: {version}; set it to 2, as recipes/accelerate/ does.")
+        raise ConfigError(
+            f"The launcher's config has fsdp_version: {version}; set it to 2, as recipes/accelerate/ does."
+        )
     for name, cure in (
         ("ACTIVATION_CHECKPOINTING", "--gradient-checkpointing does the same"),
         ("CPU_RAM_EFFICIENT_LOADING", "every process loads the checkpoint, whose files they share in memory"),
@@ -59,13 +63,30 @@ def check_shardable(model: nn.Module, config: TrainConfig) -> None:
             f"cache_features={config.cache_features!r}: a process that has its images there would not run the tower, whose shards "
             f"the others (FSDP) wait for. Leave it out (cache_images is no problem), {whole_models}."
         )
+    if is_sharded(model):
+        raise ConfigError(
+            "The model has been sharded by an earlier fit(); go on with one that is loaded from its model_dir."
+        )
     for name, parameter in unwrap(model).named_parameters():
         if not parameter.is_floating_point():
             raise ConfigError(
                 f"{name} is packed by bitsandbytes, which cannot be sharded (FSDP). Load the model in bfloat16, {whole_models}."
             )
         if parameter.ndim == 0:
-            raise ConfigError(f"{name} is a single number, which cannot be sharded (FSDP). Make it (1,), {whole_models}.")
+            raise ConfigError(
+                f"{name} is a single number, which cannot be sharded (FSDP). Make it (1,), {whole_models}."
+            )
+
+
+def check_same_weights(model: nn.Module) -> None:
+    """Raise ConfigError where processes have built models of different weights, of which each would give its shards."""
+    sample = [p.detach().flatten()[:16].to("cpu", torch.float32) for p in unwrap(model).parameters()]
+    digests = gather_object([hashlib.sha256(torch.cat(sample).numpy().tobytes()).hexdigest()])
+    if len(set(digests)) > 1:
+        raise ConfigError(
+            "The processes have built models of different weights, which FSDP would mix. Draw the same random numbers in all of "
+            "them before new modules or LoRA are made: accelerate.utils.set_seed(0)."
+        )
 
 
 # ---- as fit() runs them ---------------------------------------------------------------------------------------------
@@ -82,8 +103,9 @@ def forget_precision() -> None:
     from accelerate.utils import DistributedType
 
     AcceleratorState._reset_state()
-    if PartialState._shared_state.get("distributed_type") == DistributedType.FSDP:  # which Accelerate makes of this one
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    shared = PartialState._shared_state
+    if shared.get("distributed_type") == DistributedType.FSDP:  # which Accelerate makes of the other one
+        shared["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def prepare(model: Any, optimizer: Any, accelerator: Any) -> tuple[Any, Any]:
@@ -98,11 +120,14 @@ def prepare(model: Any, optimizer: Any, accelerator: Any) -> tuple[Any, Any]:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     core = unwrap(model)
+    check_same_weights(core)
     if accelerator.mixed_precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         core.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(core.forward)
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # the loss: train_step changes no view
+    warnings.filterwarnings(
+        "ignore", "FSDP2-wrapped module .* returned a view"
+    )  # the loss, which nothing changes in place
     core.get_input_embeddings = core.get_output_embeddings = lambda: None  # which Accelerate 1.15 would shard apart
     try:
         _, optimizer = accelerator.prepare(core, optimizer)
@@ -113,7 +138,7 @@ def prepare(model: Any, optimizer: Any, accelerator: Any) -> tuple[Any, Any]:
 
 def no_sync(model: nn.Module, accelerator: Any) -> AbstractContextManager[Any]:
     """Return a context in which gradients stay on their rank, but for a sharded model: whole ones would need its whole size."""
-    return nullcontext() if uses_fsdp(accelerator) else accelerator.no_sync(model)  # type: ignore[no-any-return]
+    return nullcontext() if uses_fsdp(accelerator) else accelerator.no_sync(model)
 
 
 @contextmanager
@@ -122,6 +147,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     All ranks have to be in it together, and to run the same modules equally often.
     """
+    from torch.distributed.fsdp import FSDPModule
+
     core: Any = unwrap(model)
     if not is_sharded(core) or core in GATHERED:
         yield
@@ -133,7 +160,9 @@ def gathered(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         GATHERED.remove(core)
-        core.reshard()
+        for module in core.modules():  # blocks too, where they stay whole until the backward pass
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 GATHERED: list[nn.Module] = []
@@ -163,8 +192,13 @@ def name_blocks(model: nn.Module, accelerator: Any) -> None:
     """Tell Accelerate's FSDP which blocks there are, unless its config does: its own choice may name absent ones and fail."""
     if accelerator.distributed_type == "FSDP":
         plugin = accelerator.state.fsdp_plugin
-        if plugin.transformer_cls_names_to_wrap is None:
-            plugin.transformer_cls_names_to_wrap = block_classes(model)
+        given = plugin.transformer_cls_names_to_wrap
+        if given is None or any(given is own for own in NAMED):  # for an earlier model of this process
+            NAMED[:] = [block_classes(model)]
+            (plugin.transformer_cls_names_to_wrap,) = NAMED
+
+
+NAMED: list[list[str]] = []
 
 
 def shard(model: nn.Module, mesh: Any, **options: Any) -> nn.Module:

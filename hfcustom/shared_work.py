@@ -16,7 +16,8 @@ from rich.progress import track
 from hfcustom.console import out
 from hfcustom.ranks import process_state
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 EVALUATING: ContextVar[bool] = ContextVar("hfcustom is evaluating on all ranks", default=False)
 
 

@@ -54,7 +54,9 @@ def write_spread(
     order, digests, failed = list(files), dict[str, str](), None
     for start in range(0, len(order), ranks):
         own: dict[str, torch.Tensor] = {}
-        for writer, file in enumerate(order[start : start + ranks]):  # all is sent around first, then all write at once
+        for writer, file in enumerate(
+            order[start : start + ranks]
+        ):  # all is sent around first, then all write at once
             own |= whole_state({name: tensors[name] for name in files[file]}, writer == rank)
         path = folder / order[min(start + rank, len(order) - 1)]
         try:
@@ -106,7 +108,7 @@ class Spread:
         device = like.to_local().device
         if len(cut) != 1:  # several dimensions of a mesh: torch knows how
             return distribute_tensor(self.read(name).to(device), mesh, placements, src_data_rank=None)
-        (axis, dim), = cut
+        ((axis, dim),) = cut
         size = math.ceil(like.shape[dim] / mesh.size(axis))  # as torch.chunk cuts
         start = min(like.shape[dim], size * mesh.get_local_rank(axis))
         stop = min(like.shape[dim], start + size)

@@ -17,7 +17,7 @@ from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import serving
 from hfcustom.data.collate import Batch
 from hfcustom.losses import StepSummary
-from hfcustom.sharding import gathered
+from hfcustom.sharding import gathered, is_sharded
 
 
 def plan_step(core: Any, batches: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> list[dict[str, Any]]:
@@ -54,8 +54,11 @@ def step_summaries(
     with accelerator.autocast(), gathered(core):  # as accelerate wraps forward()
         own = []
         for batch in batches:
-            with serving(core, batch):
-                own.append({} if is_blank(batch) else core.loss_summaries(on_device(batch, accelerator.device)))
+            found = {}
+            if not is_blank(batch) or is_sharded(core):  # where ranks wait for each other's shards, all run alike
+                with serving(core, batch):
+                    found = core.loss_summaries(on_device(batch, accelerator.device))
+            own.append({} if is_blank(batch) else found)
     randomness.set_rng_state(state)
     everyone = gather_object([{name: value.cpu() for name, value in found.items()} for found in own])
     first = accelerator.process_index * len(batches)

@@ -42,11 +42,11 @@ from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, real
 from hfcustom.naming import unknown
 from hfcustom.norms import part_norms
 from hfcustom.optimizers import make_optimizer, set_lr
-from hfcustom.shared_work import evaluating
 from hfcustom.parts import part_table, unwrap
 from hfcustom.ranks import check_processes, explained, process_state, wait_at_most
 from hfcustom.record import begin_run, run_of
 from hfcustom.run_folder import run_folder
+from hfcustom.shared_work import evaluating
 from hfcustom.signals import StopRequest
 from hfcustom.step_plan import is_blank, plan_step
 from hfcustom.train_config import TrainConfig
@@ -250,7 +250,7 @@ def train_step(
         with nullcontext() if last else sharding.no_sync(model, accelerator):
             core.loss_values, core.loss_metrics = {}, {}
             if is_blank(batch):
-                losses_by_batch.append(_run_blank(model, batch, accelerator))
+                losses_by_batch.append(_run_blank(model, batch, plan[micro], accelerator))
                 _backward(losses_by_batch[-1], core, batch, accelerator)
                 continue
             report.add_batch(batch)
@@ -312,17 +312,26 @@ def _suspects(batches: Sequence[Mapping[str, Any]], losses: Sequence[torch.Tenso
     return f" Look at {', '.join(names)}." if names else ""
 
 
-def _run_blank(model: nn.Module, batch: Mapping[str, Any], accelerator: Accelerator) -> torch.Tensor:
-    """Run a micro-batch that counts for nothing, as other ranks run theirs: a loss of 0 with a gradient of 0."""
-    inputs = on_device(batch, accelerator.device, without=("labels",))
+def _run_blank(
+    model: nn.Module, batch: Mapping[str, Any], plan: Mapping[str, Any], accelerator: Accelerator
+) -> torch.Tensor:
+    """Run a micro-batch that counts for nothing, as other ranks run theirs: a loss of 0 with a gradient of 0.
+
+    Of a sharded model the very same parameters have to get one, so that it is run to its losses.
+    """
     core, before = unwrap(model), randomness.rng_state()
     with serving(core, batch):
-        if isinstance(core, CustomDualEncoder):
-            logits = model(**inputs).logits_per_image
-        else:  # one token reaches every weight
-            logits = model(**inputs, **({} if core.ignores_logits_to_keep else {"logits_to_keep": 1})).logits
+        if sharding.is_sharded(core):
+            counts = {"loss_counts": core.loss_counts([batch]), "step_summaries": {}}
+            value = model(**on_device(batch, accelerator.device), **{**plan, **counts}).loss
+        else:
+            inputs = on_device(batch, accelerator.device, without=("labels",))
+            if isinstance(core, CustomDualEncoder):
+                value = model(**inputs).logits_per_image
+            else:  # one token reaches every weight
+                value = model(**inputs, **({} if core.ignores_logits_to_keep else {"logits_to_keep": 1})).logits
     randomness.set_rng_state(before)  # a resumed run may run another batch as a blank
-    zero: torch.Tensor = logits.float().sum() * 0.0
+    zero: torch.Tensor = value.float().sum() * 0.0
     return zero
 
 

@@ -101,9 +101,10 @@ def as_pair(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(case: Case) -> tuple[nn.Module, Family]:
-    """Return a case's model and its family; rank 1 starts from other weights, which DDP must replace by rank 0's."""
-    family = Family("internvl", load_family("internvl"))
-    model = family.model(seed=train.process_state().process_index, loss=case.loss)
+    """Return a case's model and its family; rank 1 starts from other weights, which DDP must replace by rank 0's (FSDP refuses)."""
+    family, sharded = Family("internvl", load_family("internvl")), "ACCELERATE_USE_FSDP" in os.environ
+    model = family.model(seed=0 if sharded else train.process_state().process_index, loss=case.loss)
+    torch.manual_seed(0)  # of LoRA
     add_dropout(model, case.dropout)
     return (hfcustom.lora(model, rank=2) if case.lora else model), family
 
@@ -177,10 +178,10 @@ def evaluated() -> dict[str, Any]:
 
     assert hfcustom.over_ranks(work, range(5), share=True) == [0, 1, 4, 9, 16]
     found: dict[str, Any] = {"worked on": worked}
-    for name, rows in zip(EVALUATIONS, (uneven_rows([1, 0, 2, 0, 1], [1] * 5), uneven_rows([1], [1]), []), strict=False):
-        answers = hfcustom.generate_answers(
-            model, family.processor, rows, batch_size=2, max_new_tokens=3, share=True
-        )
+    for name, rows in zip(
+        EVALUATIONS, (uneven_rows([1, 0, 2, 0, 1], [1] * 5), uneven_rows([1], [1]), []), strict=False
+    ):
+        answers = hfcustom.generate_answers(model, family.processor, rows, batch_size=2, max_new_tokens=3, share=True)
         found[name] = [(item.question, item.answer, item.truth, item.example.name) for item in answers]
     found["recall"] = hfcustom.retrieval_recall(encoder.model(), encoder.processor, pairs, batch_size=2, share=True)
     return found

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import distributed_run
 import torch
 from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -26,7 +27,7 @@ from training import add_dropout, short_config
 
 import hfcustom
 from hfcustom import spread, train
-from hfcustom.exits import SaveError
+from hfcustom.exits import ConfigError, SaveError
 from hfcustom.families import load_family
 from hfcustom.losses import chunked
 from hfcustom.sharding import is_sharded, whole
@@ -36,6 +37,12 @@ TIED = Family("smolvlm", load_family("smolvlm"))
 ROWS = case_rows(Case(images=[1, 1, 2, 1, 0, 0, 0, 0]))  # a rank with images, one without
 HELD_OUT = [chat_row(images, seed) for seed, images in enumerate([1, 1, 0, 0, 2])]
 OPTIONS: dict[str, Any] = {"micro_batch_size": 2, "schedule": "constant", "save_steps": 2, "max_steps": STEPS}
+CASES = (
+    "contrastive",
+    "bad rows on both ranks, contrastive",
+    "preferences",
+    "packed rows",
+)  # of tests/distributed_run.py
 
 
 def launched_with(name: str) -> dict[str, str]:
@@ -45,11 +52,11 @@ def launched_with(name: str) -> dict[str, str]:
     return {key: value for key, value in prepare_multi_gpu_env(arguments).items() if value is not None}
 
 
-def as_on_gpus() -> None:
-    """Let Accelerate shard what it prepares from here on, as fsdp_8.yaml says."""
+def as_on_gpus(config: str = "fsdp_8.yaml") -> None:
+    """Let Accelerate shard what it prepares from here on, as a config says."""
     train.process_state()
     own = ("FSDP_", "ACCELERATE_USE_FSDP")
-    os.environ.update({key: value for key, value in launched_with("fsdp_8.yaml").items() if key.startswith(own)})
+    os.environ.update({key: value for key, value in launched_with(config).items() if key.startswith(own)})
     train.AcceleratorState._reset_state()
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
@@ -95,6 +102,15 @@ def from_step_two(source: Path, folder: Path) -> Path:
         shutil.copytree(source / "checkpoints/step-000002", folder / "checkpoints/step-000002")
     train.process_state().wait_for_everyone()
     return folder
+
+
+def unlike_weights(folder: Path) -> str:
+    """Let each rank begin with other weights; return what fit() says."""
+    try:
+        run(lambda: in_full(train.process_state().process_index), folder)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def failing_on_rank_one(folder: Path) -> str:
@@ -154,8 +170,14 @@ def main(folder: Path) -> None:
     found["plain heads"] = all(heads) and len(heads) > 0
     found["lora"] = run(with_lora, folder / "lora")
     found["lora resumed"] = run(with_lora, from_step_two(folder / "lora", folder / "lora-again"), resume=True)
+    as_on_gpus("fsdp_zero2_8.yaml")
     found["contrastive"] = run(contrastive, folder / "contrastive", max_steps=1)
+    as_on_gpus()
     found["bf16"] = run(in_full, folder / "bf16", precision="bf16", max_steps=2)
+    for name in CASES:
+        ended = distributed_run.run(distributed_run.CASES[name], folder / "cases" / name)
+        found[name] = {"history": ended["history"]}
+    found["unlike"] = unlike_weights(folder / "unlike")
     found["failed"] = failing_on_rank_one(folder / "failed")
     torch.save(found, folder / f"fit-{rank}.pt")
     dying_on_rank_one(folder / "killed")

@@ -40,7 +40,7 @@ def torchrun(folder: Path, script: str = "distributed_run.py", code: int = 0) ->
         [str(part) for part in command], capture_output=True, text=True, env=environment, timeout=300
     )
     assert done.returncode == code, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    return done.stdout
+    return done.stdout if code == 0 else f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
 
 
 @pytest.fixture(scope="module")
