@@ -44,7 +44,7 @@ def check_launcher() -> None:
         )
     for name, cure in (
         ("ACTIVATION_CHECKPOINTING", "--gradient-checkpointing does the same"),
-        ("CPU_RAM_EFFICIENT_LOADING", "every process loads the checkpoint, whose files they share in memory"),
+        ("CPU_RAM_EFFICIENT_LOADING", "every process loads the checkpoint by itself"),
     ):
         if f"FSDP_{name}" in asked:
             raise ConfigError(f"The launcher's config has fsdp_{name.lower()}: true; set it to false, {cure}.")

@@ -107,7 +107,8 @@ def fit(
 
     A contrastive encoder is trained on rows of an image and its text.
 
-    `evaluate(model, step)` returns named numbers for the log every `eval_steps`. Raises TypeError for a model that is not
+    `evaluate(model, step)` returns named numbers for the log every `eval_steps`; every process calls it, and hfcustom.over_ranks
+    shares its work. Raises TypeError for a model that is not
     custom, ValueError for a config out of range, a class that is not registered, no rows, a batch size that the processes
     cannot share and a model of which nothing is trainable, RowError for a row that cannot be used.
     """
