@@ -16,13 +16,15 @@ from typing import Any
 
 import distributed_run
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import RECIPES, Family, chat_row
 from distributed_run import Case, case_rows
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from training import add_dropout, short_config
 
 import hfcustom
@@ -160,7 +162,27 @@ def spying_on_heads() -> list[bool]:
     return seen
 
 
+def check_placements(folder: Path) -> None:
+    """A tensor of files is cut as torch cuts it: along any dimension, uneven, empty on a rank, over a mesh of two dimensions."""
+    tensors = {"uneven": torch.arange(15.0).view(5, 3), "one row": torch.arange(4.0).view(1, 4)}
+    spread.write_spread(tensors, folder, "placed", Accelerator())
+    found = spread.Spread(sorted(folder.glob("placed-*")))
+    for shape, placements in (
+        ((2,), [Shard(0)]),
+        ((2,), [Shard(1)]),
+        ((2, 1), [Replicate(), Shard(0)]),
+        ((1, 2), [Shard(0), Shard(1)]),
+    ):
+        mesh = init_device_mesh("cpu", shape)
+        for name, tensor in tensors.items():
+            like = distribute_tensor(torch.zeros_like(tensor), mesh, placements)
+            read = found.read_like(name, like)
+            assert read.to_local().shape == like.to_local().shape  # type: ignore[attr-defined]
+            assert torch.equal(whole(read), tensor), (name, shape, placements)
+
+
 def main(folder: Path) -> None:
+    check_placements(folder)
     as_on_gpus()
     rank, heads = train.process_state().process_index, spying_on_heads()
     tried: dict[str, Any] = {"resume": True, "try_costliest": True}  # which leaves nothing behind
