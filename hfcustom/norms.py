@@ -12,8 +12,7 @@ from torch.nn.utils import get_total_norm
 def part_norms(optimizer: Any) -> dict[str, torch.Tensor]:
     """Return the norm of the gradient of each part, whose squares sum to that of the whole; nothing where one part is trained.
 
-    Every rank has to ask: of a model that FSDP2 has sharded, each holds a shard. DeepSpeed keeps its gradients to itself, so
-    that there is nothing to return.
+    Every rank has to ask: of a model that FSDP2 has sharded, each holds a shard.
     """
     by_part: dict[str, list[torch.Tensor]] = {}
     for group in optimizer.param_groups:

@@ -30,6 +30,7 @@ from torch import nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from training import short_config
 
+from hfcustom import sharding
 from hfcustom.checkpoint import complete_checkpoints
 from hfcustom.commit import damage
 from hfcustom.exits import ConfigError
@@ -223,7 +224,9 @@ def test_what_the_launcher_asks_for_and_cannot_be_had_is_told(
         make_accelerator(short_config(tmp_path))
 
 
-def test_models_and_options_that_cannot_be_sharded_are_told(families: dict[str, Family], tmp_path: Path) -> None:
+def test_models_and_options_that_cannot_be_sharded_are_told(
+    families: dict[str, Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = families["internvl"].model()
     check_shardable(model, short_config(tmp_path))
     for options, said in (
@@ -242,6 +245,9 @@ def test_models_and_options_that_cannot_be_sharded_are_told(families: dict[str, 
         model.register_parameter("odd", parameter)
         with pytest.raises(ConfigError, match=f"{said}.*gpus_8.yaml"):
             check_shardable(model, short_config(tmp_path))
+    monkeypatch.setattr(sharding, "is_sharded", lambda model: True)
+    with pytest.raises(ConfigError, match="sharded by an earlier fit.*loaded from its model_dir"):
+        check_shardable(model, short_config(tmp_path))
 
 
 # ---- which modules are sharded by themselves ------------------------------------------------------------------------
