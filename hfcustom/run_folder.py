@@ -105,7 +105,8 @@ def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Return about how much disk a checkpoint takes: weights (of an adapter the trained ones) and two moments of these."""
     trained = [p for p in model.parameters() if p.requires_grad]
     kept = trained if wrapped_by_peft(model) else [*model.parameters(), *model.buffers()]
-    eight_bit = "8bit" in type(optimizer).__name__.lower()
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has the real one inside
+    eight_bit = "8bit" in type(inner).__name__.lower()
     moments = sum(p.numel() * (2 if eight_bit else 2 * 4) for p in trained)
     return int(1.02 * (sum(t.numel() * t.element_size() for t in kept) + moments)) + 2**20
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from conftest import Family
 from training import curve, short_config, train, uneven_rows
 
@@ -14,6 +16,7 @@ import hfcustom
 from hfcustom.exits import ConfigError
 from hfcustom.optimizers import make_optimizer, set_lr
 from hfcustom.parts import find_parts
+from hfcustom.run_folder import checkpoint_bytes
 
 
 def rates_of(optimizer: Any) -> dict[str, set[tuple[float, float]]]:
@@ -97,3 +100,16 @@ def test_a_missing_package_is_named(internvl: Family, tmp_path: Path, monkeypatc
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim", None)
     with pytest.raises(ConfigError, match="optimizer=adamw_8bit needs bitsandbytes: pip install"):
         make_optimizer(internvl.model(), short_config(tmp_path, optimizer="adamw_8bit"))
+
+
+def test_room_on_disk_is_asked_for_what_the_moments_take() -> None:
+    class AdamW8bit(torch.optim.SGD):
+        """By its name one of bitsandbytes."""
+
+    model = torch.nn.Linear(1000, 1000, bias=False)
+    Accelerator(cpu=True)
+    sizes = [
+        checkpoint_bytes(model, AcceleratedOptimizer(kind(model.parameters(), lr=0.1)))
+        for kind in (torch.optim.SGD, AdamW8bit)
+    ]
+    assert [round((size - 2**20) / 1.02e6) for size in sizes] == [12, 6]  # weights in float32 and two moments
