@@ -126,8 +126,6 @@ def quick_dynamo() -> Iterator[None]:
 
     That is a sixth of its time, and changes nothing that it computes; a name that a release of torch drops is an error here.
     """
-    import torch._dynamo.convert_frame  # patched below, where it is whole
-
     with (
         patch("torch._dynamo.guards.profile_guard_manager", lambda *arguments: 0.0),
         patch("torch._dynamo.symbolic_convert.get_funcname", lambda *arguments: None),

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve()
+TimeoutExpired = subprocess.TimeoutExpired  # as whoever takes this module for subprocess catches it
 READ_AT_IMPORT = ("HF_", "OMP_", "PYTHON", "TORCH")  # variables that a server which has imported cannot take anew
+TAKEN = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "HF_MODULES_CACHE")  # but these: become() sees to them
 IMPORTED = (
     "numpy",
     "PIL.Image",
@@ -84,7 +86,7 @@ def run(
     environment = dict(os.environ if env is None else env)
     for name in environment.keys() | server.environment.keys():
         same = environment.get(name) == server.environment.get(name)
-        assert same or name == "PYTHONPATH" or not name.startswith(READ_AT_IMPORT), f"{name} is read at import"
+        assert same or name in TAKEN or not name.startswith(READ_AT_IMPORT), f"{name} is read at import"
     words = [str(word) for word in command]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
@@ -122,6 +124,11 @@ def become(request: dict[str, Any], path: list[str]) -> tuple[str, str]:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    sys.dont_write_bytecode = "PYTHONDONTWRITEBYTECODE" in os.environ
+    if cache := os.environ.get("HF_MODULES_CACHE"):
+        for module in list(sys.modules.values()):
+            if "HF_MODULES_CACHE" in getattr(module, "__dict__", {}):
+                module.HF_MODULES_CACHE = cache  # type: ignore[attr-defined]
     for descriptor, stream in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
         opened = os.open(stream, os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(opened, descriptor)

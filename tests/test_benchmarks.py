@@ -30,7 +30,9 @@ def test_help_and_a_mistake_answer_before_torch_is_imported(name: str) -> None:
     done = script(name, "--help", start=subprocess.run)
     assert (done.returncode, done.stderr) == (0, "")
     assert "--task" in done.stdout
-    done = script(name, "--variants" if name == "training_step" else "--variant", "our", "--threads", "0", start=subprocess.run)
+    done = script(
+        name, "--variants" if name == "training_step" else "--variant", "our", "--threads", "0", start=subprocess.run
+    )
     assert done.returncode == 3
     assert "Unknown variant 'our'. Did you mean 'ours'?" in done.stderr
     assert "threads=0 must be positive" in done.stderr
@@ -42,7 +44,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("benchmark")
     variants = ["stock", "trainer", "trl", "trl_good", "ours", "ours_packed", "ours_cached"]
     options = ["--task", "tiny", "--rounds", "1", "--device", "cpu", "--groups", "full-cross_entropy", "lora-focal"]
-    done = script("training_step", *options, "--variants", *variants, "--output-dir", str(folder), start=subprocess.run)
+    done = script(
+        "training_step", *options, "--variants", *variants, "--output-dir", str(folder), start=subprocess.run
+    )
     assert done.returncode == 0, done.stdout + done.stderr + (folder / "workers.log").read_text()
     assert (folder / "results.png").stat().st_size > 10_000
     found = json.loads((folder / "results.json").read_text())

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from conftest import RECIPES, ROOT, Family
@@ -200,7 +201,7 @@ with allocations() as sizes:
     wrapped(torch.ones(1, 256)).sum().backward()
 print(sum(sizes) / size)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = forked.run([sys.executable, "-c", script], cwd=ROOT, timeout=120)
     assert float(done.stdout.split()[-1]) == pytest.approx(2, abs=0.15), done.stderr  # gradients, and buckets
 
 
