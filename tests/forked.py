@@ -9,6 +9,7 @@ when modules are imported, what environment they read at that time. Then use sub
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +49,21 @@ class Server:
         self.process = subprocess.Popen([sys.executable, "-P", HERE], text=True, env=self.environment, **pipes)
         atexit.register(self.end)
 
-    def ask(self, request: dict[str, Any], timeout: float) -> int:
-        """Have a command run; return its exit code, negative for a signal."""
+    def ask(self, jobs: list[dict[str, Any]], timeout: float) -> list[int]:
+        """Have commands run at once; return their exit codes, negative for a signal. Where one fails, the rest is killed."""
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.write(json.dumps(jobs) + "\n")
         self.process.stdin.flush()
-        pid = self.process.stdout.readline()
-        assert pid, "the server has ended: what it printed says why"
+        started = self.process.stdout.readline()
+        assert started, "the server has ended: what it printed says why"
         late = threading.Event()
-        timer = threading.Timer(timeout, lambda: late.set() or os.kill(int(pid), signal.SIGKILL))
+        timer = threading.Timer(timeout, lambda: late.set() or kill(json.loads(started)))
         timer.start()
-        code = int(self.process.stdout.readline())
+        codes: list[int] = json.loads(self.process.stdout.readline())
         timer.cancel()
         if late.is_set():
-            raise subprocess.TimeoutExpired(request["command"], timeout)
-        return code
+            raise subprocess.TimeoutExpired(jobs[0]["command"], timeout)
+        return codes
 
     def end(self) -> None:
         """Let the server go, which ends with its input."""
@@ -78,44 +79,76 @@ def run(
     command: Sequence[Any], *, cwd: Any = None, env: dict[str, str] | None = None, timeout: float = 300, **how: Any
 ) -> subprocess.CompletedProcess[str]:
     """Do what `subprocess.run(command, capture_output=True, text=True)` does of a Python command, without the imports."""
-    assert command[0] == sys.executable, f"{command[0]} is not {sys.executable}"
     assert how.items() <= {"capture_output": True, "text": True}.items(), how
+    return _run(command, [dict(os.environ if env is None else env)], cwd, timeout)
+
+
+def run_ranks(
+    command: Sequence[Any], number: int, port: str, env: dict[str, str], timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in the processes that torchrun would start for it; the exit code is of the first that failed."""
+    common = {**env, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+    return _run(command, ranks, None, timeout)
+
+
+def _run(
+    command: Sequence[Any], environments: list[dict[str, str]], cwd: Any, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    assert command[0] == sys.executable, f"{command[0]} is not {sys.executable}"
     if not SERVERS:
         SERVERS.append(Server())
     (server,) = SERVERS
-    environment = dict(os.environ if env is None else env)
-    for name in environment.keys() | server.environment.keys():
-        same = environment.get(name) == server.environment.get(name)
-        assert same or name in TAKEN or not name.startswith(READ_AT_IMPORT), f"{name} is read at import"
+    for environment in environments:
+        for name in environment.keys() | server.environment.keys():
+            same = environment.get(name) == server.environment.get(name)
+            assert same or name in TAKEN or not name.startswith(READ_AT_IMPORT), f"{name} is read at import"
     words = [str(word) for word in command]
     with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "out", Path(folder) / "err"
-        request = {
-            "command": words,
-            "cwd": str(cwd or Path.cwd()),
-            "env": environment,
-            "out": str(out),
-            "err": str(err),
-        }
-        code = server.ask(request, timeout)
-        return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
+        outs, errs = ([Path(folder) / f"{kind}{at}" for at in range(len(environments))] for kind in ("out", "err"))
+        jobs = [
+            {"command": words, "cwd": str(cwd or Path.cwd()), "env": environment, "out": str(out), "err": str(err)}
+            for environment, out, err in zip(environments, outs, errs, strict=True)
+        ]
+        codes = server.ask(jobs, timeout)
+        out, err = ("".join(path.read_text() for path in paths) for paths in (outs, errs))
+        return subprocess.CompletedProcess(words, next(filter(None, codes), 0), out, err)
+
+
+def kill(pids: Iterable[int]) -> None:
+    """Kill processes, of which some may have ended."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 # ---- in the server ------------------------------------------------------------------------------------------------
 
 
 def serve() -> dict[str, Any]:
-    """Fork for each request that comes, and tell how it ended; return the request in the forked process."""
+    """Fork for each job that comes, and tell how they ended; return the job in the forked process."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        pid = os.fork()
-        if not pid:
-            answers.close()
-            request: dict[str, Any] = json.loads(line)
-            return request
-        print(pid, file=answers, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
+        pids = []
+        for job in json.loads(line):
+            pids.append(os.fork())
+            if not pids[-1]:
+                answers.close()
+                made: dict[str, Any] = job
+                return made
+        print(pids, file=answers, flush=True)
+        codes: dict[int, int] = {}
+        while len(codes) < len(pids):
+            pid, status = os.wait()
+            codes[pid] = os.waitstatus_to_exitcode(status)
+            if codes[pid]:
+                kill(pid for pid in pids if pid not in codes)
+        first = sorted(
+            pids, key=list(codes).index
+        )  # in the order of their ends: what was killed comes after its cause
+        print([codes[pid] for pid in first], file=answers, flush=True)
     os._exit(0)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import distributed_run
+import forked
 import pytest
 import torch
 from conftest import RECIPES, ROOT
@@ -25,10 +26,18 @@ from hfcustom.losses import LOSSES
 Folders = tuple[Path, dict[str, Any], str]
 
 
-def free_port() -> int:
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return str(probe.getsockname()[1])
+
+
+def two_ranks(folder: Path, script: str) -> str:
+    """Do what torchrun() does in two processes that are forked; return what they printed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = forked.run_ranks([sys.executable, ROOT / "tests" / script, folder], 2, free_port(), environment)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
 
 
 def torchrun(folder: Path, script: str = "distributed_run.py") -> str:

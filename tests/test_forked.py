@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,22 @@ def test_each_child_starts_anew_and_a_late_one_is_ended(tmp_path: Path) -> None:
 def test_what_it_cannot_take_anew_is_an_error() -> None:
     with pytest.raises(AssertionError, match="HF_HOME is read at import"):
         forked.run([sys.executable, "-c", ""], env={**os.environ, "HF_HOME": "elsewhere"})
+
+
+def test_ranks_know_each_other_and_one_that_fails_ends_the_rest(tmp_path: Path) -> None:
+    """Of two processes the second fails while the first waits for it."""
+    code = """
+import os, sys, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+rank = torch.tensor(dist.get_rank() + 1)
+dist.all_reduce(rank)
+print(int(rank), os.environ["LOCAL_RANK"], flush=True)
+if dist.get_rank():
+    sys.exit(7)
+import time; time.sleep(60)
+"""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    done = forked.run_ranks([sys.executable, "-c", code], 2, port, dict(os.environ))
+    assert (done.returncode, done.stdout) == (7, "3 0\n3 1\n"), done.stderr
