@@ -179,4 +179,7 @@ def _fault(entry: Mapping[str, Any]) -> str:
         return f"Resumed after step {step}{lost}."
     if entry.get("kind") == "interrupted":
         return f"Stopped by a signal after step {step}, which was saved."
+    if entry.get("kind") == "memory":
+        what = "was cut in two" if entry.get("cut") else "was left out"
+        return f"Memory ran out in the step after {step}: a micro-batch of {entry.get('batch')} {what}."
     return f"Ended by an error after step {step}: {entry.get('error')}"

@@ -38,6 +38,7 @@ from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.exits import EXIT_PREEMPTED, ConfigError
 from hfcustom.losses import loss_columns, token_columns
 from hfcustom.naming import unknown
+from hfcustom.offload import check_offloading
 from hfcustom.optimizers import make_optimizer, set_lr
 from hfcustom.parts import unwrap
 from hfcustom.ranks import check_processes, explained, process_state, wait_at_most
@@ -45,6 +46,7 @@ from hfcustom.record import begin_run, run_of
 from hfcustom.run_folder import run_folder
 from hfcustom.sharding import name_blocks
 from hfcustom.signals import StopRequest
+from hfcustom.splitting import Splitter
 from hfcustom.train_config import TrainConfig
 from hfcustom.training_step import StepReport as StepReport
 from hfcustom.training_step import train_step
@@ -116,6 +118,7 @@ def _run(
     cut, packer = trial.settle(cut, make_packer(core, config))
     steps = iter(feed.loader(collate, range(start, max_steps), cut, packer))
     bad_rows = feed.bad_rows(start)
+    splitter = Splitter(model, optimizer, feed, bad_rows, accelerator, config)
     state.restore_rng()  # after the iterator exists: making one draws random numbers
     model.train()
     step, stopped = start, False
@@ -127,13 +130,14 @@ def _run(
         every_part_learns(model, optimizer),
         use_caches(core, feed.caches, accelerator),
         TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names, core) as log,
+        splitter.noting(log.files, run),
     ):
         log.restore_window(state.pending)
         while step < max_steps and not stopped:
             set_lr(optimizer, step, max_steps, config)
             core.loss_step = step
             batches = feed.next_batches(steps, bad_rows)
-            report = train_step(model, batches, optimizer, accelerator, config) if batches else None
+            report = train_step(model, batches, optimizer, accelerator, config, splitter) if batches else None
             run["steps"] = step = step + 1
             log.step(step, report, optimizer)
             if evaluate is not None and _due(step, config.eval_steps):
@@ -148,6 +152,7 @@ def _run(
 def set_up(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> None:
     """Give a model the run's precision, recomputation, and its companions the run's device; tell FSDP its blocks."""
     core = unwrap(model)
+    check_offloading(config, accelerator)
     name_blocks(model, accelerator)
     set_precision(model, config)
     if config.gradient_checkpointing:

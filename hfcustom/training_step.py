@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, overload
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +23,10 @@ from hfcustom.data.collate import Batch
 from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.losses import NonFiniteError, count_all_tokens, real_tokens
 from hfcustom.norms import part_norms
+from hfcustom.offload import offloading
 from hfcustom.parts import part_table, unwrap
+from hfcustom.reduction import Reduction
+from hfcustom.splitting import Progress, Splitter
 from hfcustom.step_plan import is_blank, plan_step
 from hfcustom.train_config import TrainConfig
 
@@ -52,41 +56,49 @@ class StepReport:
                 self.source_tokens[name] = self.source_tokens.get(name, 0) + tokens
 
 
+@dataclass
+class Accumulated:
+    """The gradients of a step lie in the parameters; this is what is known of it besides."""
+
+    report: StepReport
+    batches: Sequence[Mapping[str, Any]]
+    losses: list[torch.Tensor]  # of each micro-batch
+
+
+@overload
+def train_step(
+    model: nn.Module, batches: Sequence[Any], optimizer: Any, accelerator: Accelerator, config: TrainConfig
+) -> StepReport: ...
+
+
+@overload
 def train_step(
     model: nn.Module,
-    batches: Sequence[Mapping[str, Any]],
-    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Any],
+    optimizer: Any,
     accelerator: Accelerator,
     config: TrainConfig,
-) -> StepReport:
-    """Run one optimiser step over micro-batches: count, forward and backward each, clip, update."""
-    report, core = StepReport(), unwrap(model)
-    plan = plan_step(core, batches, accelerator)  # before the batches are moved: asking a GPU for a count takes a wait
-    losses_by_batch: list[torch.Tensor] = []
-    for micro, batch in enumerate(batches):
-        last = micro == len(batches) - 1
-        with nullcontext() if last else accelerator.no_sync(model):
-            core.loss_values, core.loss_metrics = {}, {}
-            if is_blank(batch):
-                losses_by_batch.append(_run_blank(model, batch, accelerator))
-                _backward(losses_by_batch[-1], core, batch, accelerator)
-                continue
-            report.add_batch(batch)
-            with serving(core, batch):
-                loss = model(**on_device(batch, accelerator.device), **plan[micro]).loss
-            if core.loss_values.keys() != plan[micro]["loss_counts"].keys():
-                names = ", ".join(plan[micro]["loss_counts"])
-                raise ValueError(
-                    f"{type(core).__name__}.forward computed its loss without the configured {names}. Call "
-                    "super().forward(labels=...) in it, and write the loss as a token loss or a term."
-                )
-            # DDP averages gradients over ranks, the divisors count all of them.
-            _backward(loss * accelerator.num_processes, core, batch, accelerator)
-            losses_by_batch.append(loss.detach())
-        for name, value in core.loss_values.items():
-            report.losses[name] = report.losses.get(name, 0.0) + value.mean
-        for name, sum_and_count in core.loss_metrics.items():
-            report.metrics[name] = report.metrics.get(name, 0.0) + sum_and_count
+    splitter: Splitter | None,
+) -> StepReport | None: ...
+
+
+def train_step(
+    model: nn.Module,
+    batches: Sequence[Any],
+    optimizer: Any,
+    accelerator: Accelerator,
+    config: TrainConfig,
+    splitter: Splitter | None = None,
+) -> StepReport | None:
+    """Run one optimiser step over micro-batches: count, forward and backward each, clip, update.
+
+    A `splitter` cuts those that memory is not enough for. None where it has left out every row of the step.
+    """
+    attempt = partial(accumulate, model, accelerator, config)
+    done = attempt(batches) if splitter is None else splitter.run(attempt, batches)
+    if done is None:
+        return None
+    report = done.report
     report.part_norms = part_norms(optimizer)
     report.grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     losses = {name: float(value) for name, value in report.losses.items()}
@@ -94,11 +106,59 @@ def train_step(
         norm = float(report.grad_norm)
         raise NonFiniteError(
             f"The gradient's norm is {norm}, the losses are {losses}; the step was not applied."
-            f"{_suspects(batches, losses_by_batch)}"
+            f"{_suspects(done.batches, done.losses)}"
         )
     optimizer.step()
     optimizer.zero_grad()
     return report
+
+
+def accumulate(
+    model: nn.Module,
+    accelerator: Accelerator,
+    config: TrainConfig,
+    batches: Sequence[Mapping[str, Any]],
+    progress: Progress | None = None,
+) -> Accumulated:
+    """Run forward and backward of each micro-batch of a step; `progress` follows them."""
+    progress = progress or Progress(Reduction(model))
+    done, core = Accumulated(StepReport(), batches, []), unwrap(model)
+    report = done.report
+    plan = plan_step(core, batches, accelerator)  # before the batches are moved: asking a GPU for a count takes a wait
+    for progress.micro, batch in enumerate(batches):
+        last = progress.micro == len(batches) - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            core.loss_values, core.loss_metrics = {}, {}
+            with offloading(core, config), serving(core, batch):
+                if is_blank(batch):
+                    loss = _run_blank(model, batch, accelerator)
+                else:
+                    loss = model(**on_device(batch, accelerator.device), **plan[progress.micro]).loss
+            if last:
+                progress.reduction.begins(loss)
+            done.losses.append(loss.detach())
+            if is_blank(batch):
+                _backward(loss, core, batch, accelerator)
+                continue
+            report.add_batch(batch)
+            _check_losses(core, plan[progress.micro]["loss_counts"])
+            # DDP averages gradients over ranks, the divisors count all of them.
+            _backward(loss * accelerator.num_processes, core, batch, accelerator)
+        for name, value in core.loss_values.items():
+            report.losses[name] = report.losses.get(name, 0.0) + value.mean
+        for name, sum_and_count in core.loss_metrics.items():
+            report.metrics[name] = report.metrics.get(name, 0.0) + sum_and_count
+    progress.reduction.ended()
+    return done
+
+
+def _check_losses(core: Any, asked: Mapping[str, float]) -> None:
+    if core.loss_values.keys() != asked.keys():
+        names = ", ".join(asked)
+        raise ValueError(
+            f"{type(core).__name__}.forward computed its loss without the configured {names}. Call "
+            "super().forward(labels=...) in it, and write the loss as a token loss or a term."
+        )
 
 
 def _backward(loss: torch.Tensor, core: Any, batch: Mapping[str, Any], accelerator: Accelerator) -> None:
@@ -134,10 +194,9 @@ def _run_blank(model: nn.Module, batch: Mapping[str, Any], accelerator: Accelera
     """Run a micro-batch that counts for nothing, as other ranks run theirs: a loss of 0 with a gradient of 0."""
     inputs = on_device(batch, accelerator.device, without=("labels",))
     core = unwrap(model)
-    with serving(core, batch):
-        if isinstance(core, CustomDualEncoder):
-            logits = model(**inputs).logits_per_image
-        else:  # one token reaches every weight
-            logits = model(**inputs, **({} if core.ignores_logits_to_keep else {"logits_to_keep": 1})).logits
+    if isinstance(core, CustomDualEncoder):
+        logits = model(**inputs).logits_per_image
+    else:  # one token reaches every weight
+        logits = model(**inputs, **({} if core.ignores_logits_to_keep else {"logits_to_keep": 1})).logits
     zero: torch.Tensor = logits.float().sum() * 0.0
     return zero
