@@ -29,7 +29,7 @@ def offloading(core: nn.Module, config: TrainConfig) -> AbstractContextManager[A
     """Return what a forward runs in: one that keeps its activations on the CPU where the run asks for that on a GPU."""
     if not config.offload_activations:
         return nullcontext()
-    return Offloaded(core) if has_effect(next(core.parameters()).device) else nullcontext()
+    return Offloaded(core, MIN_BYTES) if has_effect(next(core.parameters()).device) else nullcontext()
 
 
 def check_offloading(config: TrainConfig, accelerator: Accelerator) -> None:
@@ -52,10 +52,10 @@ def has_effect(device: torch.device) -> bool:
 class Offloaded(saved_tensors_hooks):
     """Keep what operations inside save for the backward pass in the CPU's memory: all but weights, buffers and small tensors."""
 
-    def __init__(self, model: nn.Module, min_bytes: int = MIN_BYTES) -> None:
+    def __init__(self, model: nn.Module, min_bytes: int) -> None:
         self.min_bytes = min_bytes
-        kept = (*model.parameters(), *model.buffers())
-        self.kept = {tensor.untyped_storage()._cdata for tensor in kept}
+        storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+        self.kept = {storage._cdata: storage for storage in storages}  # an address is theirs while they are held
         self.moved = 0  # bytes
         super().__init__(self._pack, self._unpack)
 
