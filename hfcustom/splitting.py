@@ -218,9 +218,10 @@ class Splitter:
 
     def _message(self, failure: Failure) -> str:
         """Say what did not fit, and what would help."""
+        on_cpu = self.accelerator.device.type == "cpu"
         helps = [
             *([] if self.config.gradient_checkpointing else ["--gradient-checkpointing"]),
-            *([] if self.config.offload_activations else ["--offload-activations"]),
+            *([] if self.config.offload_activations or on_cpu else ["--offload-activations"]),
             "LoRA",
             "8 or 4 bits",
             "fewer crops an image or a smaller --max-length",

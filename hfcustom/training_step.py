@@ -6,10 +6,11 @@ Each loss is divided by its count over the whole step (hfcustom/step_plan.py), h
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -19,9 +20,11 @@ from transformers.utils import logging
 
 from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import serving
+from hfcustom.checkpoint import last_good
 from hfcustom.data.collate import Batch
 from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.losses import NonFiniteError, count_all_tokens, real_tokens
+from hfcustom.memory import NoMemoryError, out_of_memory
 from hfcustom.norms import part_norms
 from hfcustom.offload import offloading
 from hfcustom.parts import part_table, unwrap
@@ -108,9 +111,25 @@ def train_step(
             f"The gradient's norm is {norm}, the losses are {losses}; the step was not applied."
             f"{_suspects(done.batches, done.losses)}"
         )
-    optimizer.step()
+    with _naming_the_optimizer(config):
+        optimizer.step()
     optimizer.zero_grad()
     return report
+
+
+@contextmanager
+def _naming_the_optimizer(config: TrainConfig) -> Iterator[None]:
+    """Say of memory that runs out in the optimizer's step that no smaller micro-batch would help."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise NoMemoryError(
+            "Memory ran out in the optimizer's step, which a smaller micro-batch does not change; some weights may be updated, "
+            "others not. What helps: --optimizer adamw_8bit or paged_adamw_8bit, LoRA, FSDP; `hfcustom plan` says how much each of "
+            f"them saves. {last_good(Path(config.output_dir) / 'checkpoints')}"
+        ) from error
 
 
 def accumulate(

@@ -39,11 +39,13 @@ class Room:
         if self.sizes[-1] <= self.tokens or self.where == "first look":
             return call(model, *args, **kwargs)
         gc.disable()  # what is freed is freed by the code under test
-        hook = model.get_input_embeddings().register_forward_hook(lambda *given: Full.apply(given[-1]))  # type: ignore[operator]
-        if self.where != "amid backward":
-            hook.remove()
+        hooks = []
+        if self.where == "amid backward":
+            embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+            hooks.append(embeddings.register_forward_hook(lambda *given: Full.apply(given[-1])))
         out = call(model, *args, **kwargs)
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         self.held.append(weakref.ref(out.loss))
         gc.enable()
         if self.where == "forward":

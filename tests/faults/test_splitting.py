@@ -6,6 +6,7 @@ import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ import hfcustom
 from hfcustom.data.steps import TooManyBadRows
 from hfcustom.exits import EXIT_CONFIG
 from hfcustom.memory import NoMemoryError, out_of_memory
+from hfcustom.reduction import meets_at_the_end
 from hfcustom.run_files import read_lines
 
 LONG = 700  # tokens of a forward, with padding, that there is memory for; the longest of the eight rows has 162
@@ -193,6 +195,31 @@ def test_without_the_option_the_run_ends(internvl: Family, tmp_path: Path) -> No
         pytest.raises(NoMemoryError, match=r"micro-batch of 8 x .*, and split_on_oom is off.*--micro"),
     ):
         train(internvl.model(), internvl, tmp_path, split_on_oom=False)
+
+
+def test_ranks_that_share_weights_cannot_try_again(
+    internvl: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: Any = SimpleNamespace(num_processes=2)
+    assert not meets_at_the_end(torch.nn.Linear(1, 1), shared)
+    monkeypatch.setattr("hfcustom.splitting.meets_at_the_end", lambda *_: False)
+    with (
+        room_for(LONG),
+        pytest.raises(NoMemoryError, match=r"8 x 162 tokens.*FSDP, ZeRO\) wait for each other in every"),
+    ):
+        train(internvl.model(), internvl, tmp_path)
+
+
+def test_in_the_optimizers_step_it_is_said_that_no_smaller_batch_helps(internvl: Family, tmp_path: Path) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(NoMemoryError, match=r"optimizer's step.*--optimizer ada"),
+    ):
+        patch.setattr(torch.optim.AdamW, "step", full)
+        train(internvl.model(), internvl, tmp_path, max_steps=1)
 
 
 def test_an_error_is_known_for_what_it_is() -> None:
