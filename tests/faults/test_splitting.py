@@ -60,7 +60,7 @@ def assert_same_run(
 @pytest.mark.parametrize(
     ("tokens", "options"),
     [
-        (LONG, {"gradient_checkpointing": True, "on_bad_row": "skip"}),
+        (LONG, {"gradient_checkpointing": True, "on_bad_row": "skip", "max_bad_share": 0.5}),
         (400, {"micro_batch_size": 4, "num_workers": 2}),
         (200, {"packing": True, "pack_tokens": 400}),
     ],
@@ -69,8 +69,22 @@ def assert_same_run(
 def test_the_step_is_what_it_would_have_been(
     internvl: Family, tmp_path: Path, tokens: int, options: dict[str, Any]
 ) -> None:
-    room = assert_same_run(internvl, tmp_path, tokens, **options)
+    rows = ROWS
+    if "on_bad_row" in options:  # one that is left out before, in the middle of the others
+        rows = [*ROWS[:3], {"messages": [], "images": []}, *ROWS[3:]]
+        options |= {"batch_size": 9}
+    room = assert_same_run(internvl, tmp_path, tokens, rows=rows, **options)
     assert max(room.sizes[-2:]) <= tokens
+
+
+def test_images_may_come_from_a_cache(internvl: Family, tmp_path: Path) -> None:
+    def build() -> Any:
+        model = internvl.model()
+        hfcustom.freeze(model, ["vision", "connector"])
+        return model
+
+    caches = {"cache_images": str(tmp_path / "images"), "cache_features": str(tmp_path / "features")}
+    assert_same_run(internvl, tmp_path, build=build, **caches)
 
 
 def test_memory_may_run_out_in_the_backward_pass(internvl: Family, tmp_path: Path) -> None:
