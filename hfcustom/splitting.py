@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -53,7 +53,7 @@ class Failure:
 
     batch: str  # in words
     row: str  # its first row, all of it where it is one
-    alone: bool  # so that it cannot be cut
+    then: Literal["cut", "again", "out"]  # in two; once more as it is, with the caches empty; no more
     counts: bool  # rather than being run so that ranks stay together
     rank: int
 
@@ -82,6 +82,7 @@ class Splitter:
         self.again = config.split_on_oom and meets_at_the_end(model, accelerator)
         self.too_large: list[Size] = []  # of micro-batches that did not fit on this rank
         self.left_out: set[str] = set()
+        self.alone: set[tuple[str, bool]] = set()  # rows that have failed alone in this step: memory may be in pieces
         self.cuts = 0
         self.files: RunFiles | None = None
         self.record: dict[str, Any] = {}
@@ -94,6 +95,7 @@ class Splitter:
 
         Raises NoMemoryError for what cannot be made smaller.
         """
+        self.alone.clear()
         while batches:
             before = StateBefore(unwrap(self.model)) if self.again else None
             result, failed = self._attempt(attempt, batches)
@@ -146,19 +148,19 @@ class Splitter:
         """Say what has failed, leave rows out; NoMemoryError where that is not allowed or nothing can be made smaller."""
         skip = self.config.on_bad_row == "skip"
         for failure in failures:
-            if not failure.counts or (failure.alone and not skip):
+            if failure.then == "out" and not (failure.counts and skip):
                 raise NoMemoryError(self._message(failure))
-        alone = [failure for failure in failures if failure.alone]
-        self.cuts += len(failures) - len(alone)
-        if self.cuts and self.cuts == len(failures) - len(alone):
+        cut = [failure for failure in failures if failure.then == "cut"]
+        self.cuts += len(cut)
+        if cut and self.cuts == len(cut):
             self.accelerator.print(
-                f"Out of memory: {failures[0]}. Such micro-batches are cut in two and run again; losses and gradients of the "
+                f"Out of memory: {cut[0]}. Such micro-batches are cut in two and run again; losses and gradients of the "
                 "step stay the same. Smaller ones from the start (--micro-batch-size, --pack-tokens) would save the time."
             )
         self._note(failures)
-        if alone:
-            reason = "memory is not enough for it alone"
-            self.bad_rows.add([Finding(one.row, f"{one.row}: {reason} ({one.batch}).", "memory") for one in alone])
+        reason = "memory is not enough for it alone"
+        if out := [failure for failure in failures if failure.then == "out"]:
+            self.bad_rows.add([Finding(one.row, f"{one.row}: {reason} ({one.batch}).", "memory") for one in out])
 
     @contextmanager
     def noting(self, files: RunFiles | None, record: dict[str, Any]) -> Iterator[None]:
@@ -173,9 +175,8 @@ class Splitter:
             self.record["cut_for_memory"] = self.cuts
         for failure in failures:
             if self.files is not None:
-                self.files.fault(
-                    "memory", step=unwrap(self.model).loss_step, batch=str(failure), cut=not failure.alone
-                )
+                step = unwrap(self.model).loss_step
+                self.files.fault("memory", step=step, batch=str(failure), then=failure.then)
 
     # ---- what does not fit ------------------------------------------------------------------------------------------
 
@@ -184,24 +185,21 @@ class Splitter:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         words = f"{describe_batch(batch)} ({', '.join(names[:SHOWN])}{more})" if names else describe_batch(batch)
         rank = self.accelerator.process_index if self.accelerator.num_processes > 1 else -1
-        pieces = len(batch.places) if isinstance(batch, Batch) else 1
-        return Failure(words, names[0] if names else "", pieces <= 1, not is_blank(batch), rank)
+        name, counts = names[0] if names else "", not is_blank(batch)
+        cut = counts and isinstance(batch, Batch) and len(batch.places) > 1
+        return Failure(words, name, "cut" if cut else "out" if (name, counts) in self.alone else "again", counts, rank)
 
     def _smaller(self, batches: Sequence[Batch], failed: Batch | None) -> list[Batch]:
-        """Return this rank's micro-batches with the one that failed in two, or left out where it is a row."""
-        found: list[Batch] = []
-        for batch in batches:
-            if is_blank(batch):
-                continue
-            if batch is not failed:
-                found.append(batch)
-                continue
-            self.too_large.append(batch_size(batch))
-            if len(batch.places) > 1:
-                found += self.feed.collate_again(halves(batch.places))
-            else:
-                self.left_out.add(row_name(batch.rows[0]))
-        return found
+        """Return this rank's micro-batches with those as large as the one that failed in two, or without it if it is a row."""
+        if failed is not None:
+            failure = self._failure(failed)
+            if failure.then == "out":
+                self.left_out.add(failure.row)
+            elif failure.then == "again":
+                self.alone.add((failure.row, failure.counts))
+            if failure.counts:
+                self.too_large.append(batch_size(failed))
+        return self.cut_before(batch for batch in batches if not is_blank(batch))
 
     def cut_before(self, batches: Iterable[Batch]) -> list[Batch]:
         """Cut micro-batches at least as large as one that did not fit, and drop rows that did not fit alone."""
@@ -227,17 +225,19 @@ class Splitter:
             "fewer crops an image or a smaller --max-length",
             "FSDP",
         ]
-        if failure.alone:
-            why = "and it is one row, which cannot be cut" if failure.counts else "though it computes no loss"
-            skip = " `--on-bad-row skip` leaves such rows out, named and counted." if failure.counts else ""
-        else:
+        skip = ""
+        if not self.again:
             helps.insert(0, "a smaller --micro-batch-size or --pack-tokens")
-            skip = ""
-            why = (
-                "and split_on_oom is off"
-                if not self.config.split_on_oom
-                else "and ranks that share weights (FSDP, ZeRO) wait for each other in every layer, so that none can try again"
+            off = "and split_on_oom is off"
+            shared = "and ranks that share weights (FSDP, ZeRO) wait for each other in every layer, so that none can try again"
+            why = shared if self.config.split_on_oom else off
+        elif failure.counts:
+            why, skip = (
+                "and it is one row, which cannot be cut",
+                " `--on-bad-row skip` leaves such rows out, named and counted.",
             )
+        else:
+            why = "though it computes no loss"
         where = last_good(Path(self.config.output_dir) / "checkpoints")
         return (
             f"Memory ran out at a micro-batch of {failure}, {why}. The step was not applied. What helps: "

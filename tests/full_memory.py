@@ -21,8 +21,8 @@ OUT = "CUDA out of memory. Tried to allocate 20.00 MiB."
 class Room:
     """What runs there, and where it fails."""
 
-    def __init__(self, tokens: int, where: Where) -> None:
-        self.tokens, self.where = tokens, where
+    def __init__(self, tokens: int, where: Where, times: int) -> None:
+        self.tokens, self.where, self.times = tokens, where, times
         self.sizes: list[int] = []
         self.random: list[torch.Tensor] = []  # state of the generator before each forward
         self.held: list[Any] = []  # of failed attempts
@@ -36,7 +36,7 @@ class Room:
         assert not [held for held in self.held if held() is not None], "a failed attempt is kept alive"
         self.sizes.append(kwargs["input_ids"].numel())
         self.random.append(torch.get_rng_state())
-        if self.sizes[-1] <= self.tokens or self.where == "first look":
+        if self.sizes[-1] <= self.tokens or self.where == "first look" or len(self.held) == self.times:
             return call(model, *args, **kwargs)
         gc.disable()  # what is freed is freed by the code under test
         hooks = []
@@ -75,11 +75,11 @@ class Full(torch.autograd.Function):
 
 
 @contextmanager
-def room_for(tokens: int, where: Where = "forward") -> Iterator[Room]:
-    """Let models in training run in so much memory."""
+def room_for(tokens: int, where: Where = "forward", times: int = 1000) -> Iterator[Room]:
+    """Let models in training run in so much memory, which runs out at most so many times."""
     from hfcustom.base import CustomVLM
 
-    room, call, look = Room(tokens, where), nn.Module.__call__, CustomVLM.loss_summaries
+    room, call, look = Room(tokens, where, times), nn.Module.__call__, CustomVLM.loss_summaries
 
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         ours = isinstance(self, CustomModel) and self.training
