@@ -179,4 +179,8 @@ def _fault(entry: Mapping[str, Any]) -> str:
         return f"Resumed after step {step}{lost}."
     if entry.get("kind") == "interrupted":
         return f"Stopped by a signal after step {step}, which was saved."
+    if entry.get("kind") == "memory":
+        words = {"cut": "was cut in two", "again": "was run once more as it is", "out": "was left out"}
+        what = words.get(str(entry.get("then")), "was run again")
+        return f"Memory ran out in the step after {step}: a micro-batch of {entry.get('batch')} {what}."
     return f"Ended by an error after step {step}: {entry.get('error')}"
