@@ -25,6 +25,7 @@ from hfcustom.losses.chunked import product_dtype
 from hfcustom.losses.kernels import DESCRIPTIONS, choose_kernel
 from hfcustom.parts import expert_matrices, part_table, unwrap
 from hfcustom.run_files import RunFiles
+from hfcustom.trackers import Trackers
 from hfcustom.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class TrainLog:
         self.losses = list(losses)
         self.names = [item.loss.name for item in losses]
         self.sources = list(sources)  # of a mixture, whose shares of the tokens are logged
+        self.trackers = Trackers(config, accelerator, start)
         self.start = start
         self.max_steps = max_steps
         self.history = [dict(entry) for entry in history]
@@ -68,8 +70,7 @@ class TrainLog:
         self.bar = _progress_bar(enabled=accelerator.is_main_process and out.is_terminal)
 
     def __enter__(self) -> TrainLog:
-        if self.config.trackers:
-            self.accelerator.init_trackers("hfcustom", _trackable(self.config))
+        self.trackers.begin()
         if self.accelerator.is_main_process:
             path = Path(self.config.output_dir) / "metrics.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,8 +91,17 @@ class TrainLog:
             self.file.close()
         if self.files is not None:
             self.files.end(self.last_step, error)
-        if self.config.trackers:
-            self.accelerator.end_training()
+        self.trackers.end()
+
+    @contextlib.contextmanager
+    def counting(self, batches: Sequence[Batch]) -> Iterator[None]:
+        """Count what the step over these micro-batches costs, where mfu is logged."""
+        if self.work is None or not batches:
+            yield
+            return
+        with self.work.step(batches):
+            yield
+        self.flop += self.work.flop
 
     def step(self, step: int, report: StepReport | None, optimizer: torch.optim.Optimizer) -> None:
         """Take one step's report; None is a step of which no row could be used, so that nothing was computed."""
@@ -114,7 +124,10 @@ class TrainLog:
         """Record named numbers of a step; `progress` keeps them in the bar where there is one."""
         entry = {"step": step, **values}
         self.history.append(entry)
-        self.accelerator.log(dict(values), step=step)
+        if not progress:  # an evaluation, whose time is none of training
+            self.window_began += time.perf_counter() - self.stepped
+            self.stepped = time.perf_counter()
+        self.trackers.log(values, step)
         if not self.accelerator.is_main_process:
             return
         self.file.write(json.dumps(entry) + "\n")

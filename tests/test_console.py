@@ -210,27 +210,6 @@ def test_a_terminal_shows_a_bar_with_the_numbers(tmp_path: Path, clock: Clock, t
     assert "1/1" in terminal.getvalue() and "loss 1.5" in terminal.getvalue()
 
 
-def test_trackers_get_the_config_and_every_line(tmp_path: Path, clock: Clock, screen: Any) -> None:
-    told: dict[str, Any] = {"logged": []}
-    accelerator = SimpleNamespace(
-        is_main_process=True,
-        num_processes=1,
-        device=torch.device("cpu"),
-        init_trackers=lambda project, config: told.update(project=project, config=config),
-        log=lambda values, step: told["logged"].append((step, values)),
-        end_training=lambda: told.update(ended=True),
-    )
-    config = read(TrainConfig, None, ["--trackers", "tensorboard", "--output-dir", str(tmp_path), "--log-steps", "1"])
-    with console.TrainLog(config, accelerator, parse_losses("focal"), 0, 2) as log:  # type: ignore[arg-type]
-        for step in (1, 2):
-            clock.now += 1
-            log.step(step, report(step, focal=2.0), optimizer(language=0.1))
-    assert (told["project"], told["config"]["lr"], told["ended"]) == ("hfcustom", config.lr, True)
-    assert all(isinstance(value, int | float | str) for value in told["config"].values())
-    assert "sources" not in told["config"]
-    assert [(step, values["loss"]) for step, values in told["logged"]] == [(1, 2.0), (2, 2.0)]
-
-
 # ---- start-up facts -------------------------------------------------------------------------------------------------
 
 
