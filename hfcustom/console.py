@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from hfcustom.data.collate import Batch
     from hfcustom.data.packing import Cut
     from hfcustom.train import StepReport
+    from hfcustom.work import Work
 
 logger = logging.get_logger("hfcustom")
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # brackets in a path are no style
@@ -52,19 +53,22 @@ class TrainLog:
         history: Iterable[Mapping[str, float]] = (),
         sources: Sequence[str] = (),
         model: Any = None,
+        work: Work | None = None,
     ) -> None:
         self.config = config
+        self.work = work  # of which mfu is made
         self.model = model  # for the page of the run, which there is not without it
         self.accelerator = accelerator
+        self.trackers = Trackers(config, accelerator, start)
         self.losses = list(losses)
         self.names = [item.loss.name for item in losses]
         self.sources = list(sources)  # of a mixture, whose shares of the tokens are logged
-        self.trackers = Trackers(config, accelerator, start)
         self.start = start
         self.max_steps = max_steps
         self.history = [dict(entry) for entry in history]
         self.window: list[StepReport] = []
-        self.window_began = time.perf_counter()
+        self.window_began = self.stepped = time.perf_counter()
+        self.flop = 0.0  # of the window, on this rank
         self.files: RunFiles | None = None
         self.last_step = start
         self.bar = _progress_bar(enabled=accelerator.is_main_process and out.is_terminal)
@@ -119,6 +123,7 @@ class TrainLog:
             self.metrics(step, self._close_window(step, optimizer), progress=True)
         if self.files is not None and self.config.save_steps and step % self.config.save_steps == 0:
             self.files.write_page()
+        self.stepped = time.perf_counter()
 
     def metrics(self, step: int, values: Mapping[str, float], progress: bool = False) -> None:
         """Record named numbers of a step; `progress` keeps them in the bar where there is one."""
@@ -199,8 +204,8 @@ class TrainLog:
             for item, value in zip(self.losses, values, strict=True):
                 raw[item.loss.name] += value / len(steps)
                 weighted[item.loss.name] += item.weight_at(at) * value / len(steps)
-        work = [sum(getattr(report, name) for report in self.window) for name in ("tokens", "images")]
-        tokens, images = self._sum_over_ranks(work)
+        done = [float(sum(getattr(report, name) for report in self.window)) for name in ("tokens", "images")]
+        tokens, images, busy = self._sum_over_ranks([*done, self.flop / self.work.rate if self.work else 0.0])
         seconds = time.perf_counter() - self.window_began
         entry = {"loss": sum(weighted.values())}
         several = len(self.losses) > 1
@@ -221,9 +226,11 @@ class TrainLog:
         entry |= {"grad_norm": float(last.grad_norm)}
         entry |= {f"grad_norm_{part}": float(norm) for part, norm in last.part_norms.items()}
         entry |= {"tokens_per_s": tokens / seconds, "images_per_s": images / seconds}
+        if self.work is not None:
+            entry["mfu"] = busy / seconds / self.accelerator.num_processes
         if self.accelerator.device.type == "cuda":
             entry["peak_gib"] = torch.cuda.max_memory_allocated(self.accelerator.device) / 2**30
-        self.window, self.window_began = [], time.perf_counter()
+        self.window, self.window_began, self.flop = [], time.perf_counter(), 0.0
         return entry
 
 
@@ -274,11 +281,6 @@ def _progress_bar(enabled: bool) -> Progress:
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
-
-
-def _trackable(config: TrainConfig) -> dict[str, Any]:
-    values = {key: value for key, value in vars(config).items() if key != "sources"}
-    return {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
 
 
 # ---- start-up facts -------------------------------------------------------------------------------------------------

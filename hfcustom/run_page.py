@@ -35,6 +35,7 @@ TITLES = {
     "grad_norm": "gradient norm",
     "images_per_s": "images per second",
     "lr": "learning rate",
+    "mfu": "MFU: share of the device's matrix products",
     "peak_gib": "peak memory of the GPU, GiB",
     "tokens_per_s": "tokens per second",
     "useful_tokens": "share of positions that are tokens, not padding",

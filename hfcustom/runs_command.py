@@ -13,7 +13,7 @@ from typing import Any
 
 from hfcustom.run_files import read_lines, read_object, step_of
 
-SPEEDS = ("tokens_per_s", "images_per_s", "useful_tokens")  # of which the mean is told
+SPEEDS = ("tokens_per_s", "images_per_s", "useful_tokens", "mfu")  # of which the mean is told
 NOT_COMPARED = ("output_dir", "trackers")
 
 
@@ -115,6 +115,8 @@ def tables(runs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str], 
     columns += [f"{name}, last (lowest)" for name in losses]
     columns += [f"{name}, last (highest)" for name in scores]
     columns += [f"{name}, mean" for name in speeds]
+    peaks = any("peak_gib" in run["numbers"] for run in runs.values())
+    columns += ["peak_gib"] if peaks else []
     rows = []
     for name, run in runs.items():
         seconds = "" if run["seconds"] is None else f"{run['seconds']:,.0f}"
@@ -122,6 +124,9 @@ def tables(runs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str], 
         row += [_last_and(run["numbers"].get(loss), "lowest") for loss in losses]
         row += [_last_and(run["numbers"].get(score), "highest") for score in scores]
         row += [_number(run["numbers"][speed]["mean"]) if speed in run["numbers"] else "" for speed in speeds]
+        row += [
+            _number(run["numbers"]["peak_gib"]["highest"]["value"]) if "peak_gib" in run["numbers"] else ""
+        ] * peaks
         rows.append(row)
     found = [("", columns, rows)]
     if differ := differing_options(runs):

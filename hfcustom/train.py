@@ -50,6 +50,7 @@ from hfcustom.sharding import name_blocks
 from hfcustom.signals import StopRequest
 from hfcustom.step_plan import is_blank, plan_step
 from hfcustom.train_config import TrainConfig
+from hfcustom.work import watching_work
 
 logger = logging.get_logger("hfcustom")
 Evaluate = Callable[[Any, int], Mapping[str, float]]
@@ -151,14 +152,16 @@ def _run(
         counting_steps(core),
         every_part_learns(model, optimizer),
         use_caches(core, feed.caches, accelerator),
-        TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names, core) as log,
+        watching_work(model, config, accelerator) as work,
+        TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names, core, work) as log,
     ):
         log.restore_window(state.pending)
         while step < max_steps and not stopped:
             set_lr(optimizer, step, max_steps, config)
             core.loss_step = step
             batches = feed.next_batches(steps, bad_rows)
-            report = train_step(model, batches, optimizer, accelerator, config) if batches else None
+            with log.counting(batches):
+                report = train_step(model, batches, optimizer, accelerator, config) if batches else None
             run["steps"] = step = step + 1
             log.step(step, report, optimizer)
             if evaluate is not None and _due(step, config.eval_steps):
