@@ -23,6 +23,7 @@ from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.losses import IGNORE, LOSSES, WeightedLoss, count_all_tokens
 from hfcustom.losses.chunked import product_dtype
 from hfcustom.losses.kernels import DESCRIPTIONS, choose_kernel
+from hfcustom.optimizers import rate_and_decay
 from hfcustom.parts import expert_matrices, part_table, unwrap
 from hfcustom.run_files import RunFiles
 from hfcustom.trackers import Trackers
@@ -297,18 +298,25 @@ def show_cut(cut: Cut, whole: bool) -> None:
         )
 
 
-def show_parts(model: Any, title: str = "") -> None:
-    """Print the part table: modules, parameters, trainable, memory, dtype."""
+def show_parts(model: Any, title: str = "", config: TrainConfig | None = None) -> None:
+    """Print the part table: modules, parameters, trainable, memory, dtype, LoRA's shapes; with a config, rates and decay too."""
     table = Table(title=title or type(unwrap(model)).__name__, title_justify="left", box=None, pad_edge=False)
+    rows = part_table(model)
     for name in ("part", "modules"):
         table.add_column(name, overflow="fold")
     for name in ("parameters", "trainable", "MiB"):
         table.add_column(name, justify="right")
-    table.add_column("dtype")
-    rows = part_table(model)
+    adapted = any(row.adapter for row in rows)
+    for name in ("dtype", *(["LoRA"] if adapted else []), *(["peak lr", "decay"] if config else [])):
+        table.add_column(name)
     for row in rows:
         trainable = f"{row.trainable:,}" if row.trainable else "frozen" if row.parameters else "tied"
-        table.add_row(row.part, row.modules, f"{row.parameters:,}", trainable, f"{row.bytes / 2**20:.2f}", row.dtypes)
+        more = [row.adapter] if adapted else []
+        if config:
+            more += [f"{value:.4g}" if row.trainable else "" for value in rate_and_decay(config, row.part)]
+        table.add_row(
+            row.part, row.modules, f"{row.parameters:,}", trainable, f"{row.bytes / 2**20:.2f}", row.dtypes, *more
+        )
     totals = (f"{sum(row.parameters for row in rows):,}", f"{sum(row.trainable for row in rows):,}")
     table.add_row("total", "", *totals, f"{sum(row.bytes for row in rows) / 2**20:.2f}", "")
     out.print(table)
@@ -319,7 +327,7 @@ def show_start(model: Any, processor: Any, row: Any, config: TrainConfig) -> Non
     from hfcustom.data.sources import Examples
     from hfcustom.train import choose_precision, make_collator
 
-    show_parts(model)
+    show_parts(model, config=config)
     core = unwrap(model)
     example = Examples([row])[0]
     out.print(f"seams in effect: {', '.join(core.overridden_seams()) or 'none (stock)'}")

@@ -25,16 +25,16 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     for a part of which nothing is; ConfigError for an optimizer that needs a package or a GPU that is not there.
     """
     parts = find_parts(model)
-    rates, decays = _rates(config), config.part_weight_decay
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         part = parts.part_of(name)
         decayed = parameter.ndim >= 2 and "embed" not in name
-        decay = decays.get(part, config.weight_decay) if decayed else 0.0
+        rate, matrix_decay = rate_and_decay(config, part)
+        decay = matrix_decay if decayed else 0.0
         group = groups.setdefault((part, decay), {"params": [], "weight_decay": decay, "part": part})
-        group["peak_lr"] = group["lr"] = rates.get(part, config.lr)
+        group["peak_lr"] = group["lr"] = rate
         group["params"].append((name, parameter))  # with its name, which a checkpoint compares
     if not groups:
         raise ValueError(
@@ -49,10 +49,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return optimizer
 
 
-def _rates(config: TrainConfig) -> dict[str, float]:
-    """Return the peak rate of each part that has one of its own; a connector's is for new modules too."""
+def rate_and_decay(config: TrainConfig, part: str) -> tuple[float, float]:
+    """Return a part's peak learning rate and the weight decay of its matrices; a connector's rate is for new modules too."""
     named = {"vision": config.vision_lr, "connector": config.connector_lr, "new": config.connector_lr}
-    return {**{part: rate for part, rate in named.items() if rate is not None}, **config.part_lr}
+    own = {**{name: rate for name, rate in named.items() if rate is not None}, **config.part_lr}
+    return own.get(part, config.lr), config.part_weight_decay.get(part, config.weight_decay)
 
 
 def _check_effect(config: TrainConfig, parts: PartMap, trained: set[str]) -> None:

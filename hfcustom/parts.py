@@ -244,6 +244,7 @@ class PartRow:
     trainable: int
     bytes: int
     dtypes: str
+    adapter: str = ""  # of LoRA matrices: rank 8, alpha 16
 
 
 def part_table(model: nn.Module, part_map: PartMap | None = None) -> list[PartRow]:
@@ -252,6 +253,7 @@ def part_table(model: nn.Module, part_map: PartMap | None = None) -> list[PartRo
     rows = []
     by_part: dict[str, list[nn.Parameter]] = {part: [] for part in parts.present()}
     copies: dict[str, int] = dict.fromkeys(by_part, 0)
+    shapes = _adapter_shapes(model, parts)
     for name, parameter in model.named_parameters():
         part = parts.part_of(name)
         if ".original_module." in name:
@@ -268,9 +270,26 @@ def part_table(model: nn.Module, part_map: PartMap | None = None) -> list[PartRo
                 trainable=sum(count_parameters(p) for p in parameters if p.requires_grad),
                 bytes=copies[part] + sum(p.numel() * p.element_size() for p in parameters),
                 dtypes=", ".join(dtypes) or "tied",
+                adapter=shapes.get(part, ""),
             )
         )
     return rows
+
+
+def _adapter_shapes(model: nn.Module, parts: PartMap) -> dict[str, str]:
+    """Return the ranks and alphas of the LoRA matrices in each part, in words."""
+    found: dict[str, tuple[set[int], set[int]]] = {}
+    for name, module in model.named_modules():
+        if not is_adapter(module) or (part := parts.find(name)) is None:
+            continue
+        ranks, alphas = found.setdefault(part, (set(), set()))
+        ranks.update(getattr(module, "r", {}).values())
+        alphas.update(getattr(module, "lora_alpha", {}).values())
+    return {part: f"rank {_range(ranks)}, alpha {_range(alphas)}" for part, (ranks, alphas) in found.items() if ranks}
+
+
+def _range(values: set[int]) -> str:
+    return "-".join(f"{value:g}" for value in sorted({min(values), max(values)}))
 
 
 def count_parameters(parameter: nn.Parameter) -> int:

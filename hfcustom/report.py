@@ -56,7 +56,17 @@ class Report:
 
     def parts(self, rows: Sequence[PartRow]) -> None:
         """Add a part table."""
-        columns = ("part", "modules", "parameters", "trained", "frozen", "bytes", "dtype")
+        adapted = any(row.adapter for row in rows)
+        columns = (
+            "part",
+            "modules",
+            "parameters",
+            "trained",
+            "frozen",
+            "bytes",
+            "dtype",
+            *(["LoRA"] if adapted else []),
+        )
         lines = [
             (
                 row.part,
@@ -66,6 +76,7 @@ class Report:
                 row.parameters - row.trainable,
                 row.bytes,
                 row.dtypes,
+                *([row.adapter] if adapted else []),
             )
             for row in rows
         ]

@@ -108,6 +108,7 @@ class FinetuneConfig(HubOptions, ImageOptions, TrainConfig):
             raise ConfigError(f"stage {name!r}: {wrong[0]} is for all stages; set it beside `stages`")
         stage = with_values(self, values, f"stage {name!r}")
         stage.stages = []
+        stage.sources.pop("stages", None)
         stage.push_to_hub, stage.hub_revision, stage.hub_public = None, None, False  # the last one's model goes there
         stage.output_dir = str(Path(self.output_dir) / f"{at + 1}-{name}")
         stage.merge = stage.merge or (stage.lora and at + 1 < len(self.stages))  # the next one trains all of it

@@ -237,6 +237,22 @@ def test_the_part_table_shows_counts_frozen_parts_and_totals(family: Family, scr
     assert float(lines["total"][3]) == pytest.approx(size / 2**20, abs=0.01)
 
 
+def test_the_part_table_shows_what_trains_at_which_rate_and_the_shapes_of_lora(
+    internvl: Family, screen: io.StringIO
+) -> None:
+    model = hfcustom.lora(
+        internvl.model(), ["vision", "language"], rank={"vision": 2, "language": 4}, train=["connector"]
+    )
+    config = TrainConfig(lr=0.002, connector_lr=0.001, part_weight_decay={"connector": 0.5})
+    console.show_parts(model, config=config)
+    lines = {line.split()[0]: line for line in screen.getvalue().splitlines() if line.strip()}
+    assert lines["part"].split()[-4:] == ["LoRA", "peak", "lr", "decay"]
+    assert lines["vision"].endswith("float32  rank 2, alpha 4  0.002    0.01 ")
+    assert lines["language"].endswith("float32  rank 4, alpha 8  0.002    0.01 ")
+    assert lines["connector"].rstrip().endswith("0.001    0.5") and "rank" not in lines["connector"]
+    assert lines["head"].rstrip().endswith("float32")
+
+
 def test_a_title_takes_the_place_of_the_class_name(internvl: Family, screen: io.StringIO) -> None:
     console.show_parts(internvl.model(), "before [bold]merging[/bold] :cat:")
     assert screen.getvalue().splitlines()[0].strip() == "before [bold]merging[/bold] :cat:"
