@@ -23,7 +23,7 @@ from hfcustom.parts import PartRow
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c; }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
-table { border-collapse: collapse; margin: .6rem 0 } td, th { padding: .25rem .8rem; text-align: left; vertical-align: top }
+table { border-collapse: collapse; margin: .6rem 0; display: block; max-width: 100%; overflow-x: auto } td, th { padding: .25rem .8rem; text-align: left; vertical-align: top }
 th { border-bottom: 1px solid #888 } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 12px }
 .card { border: 1px solid #ddd; border-radius: 6px; padding: 8px } .card img { image-rendering: pixelated; height: 96px; margin-right: 6px }

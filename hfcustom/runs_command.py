@@ -178,6 +178,7 @@ def write_comparison(path: Path, runs: Mapping[str, Mapping[str, Any]]) -> None:
         page.table(columns, rows)
     page.heading("Curves")
     names = dict.fromkeys(name for run in runs.values() for name in run["numbers"])
-    lines = {name: read_lines(Path(name) / "metrics.jsonl") for name in runs}
+    short = _short_names(list(runs))
+    lines = {short[name]: read_lines(Path(name) / "metrics.jsonl") for name in runs}
     page.curves(lines, list(names))
     page.write(path)

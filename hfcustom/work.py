@@ -68,6 +68,10 @@ def _transposed(left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -
     return 2 * math.prod(left) * right[0]  # (M, K) and (N, K)
 
 
+def _packed(left: Sequence[int], _: Any, shape: Sequence[int], *__: Any, **___: Any) -> int:
+    return _transposed(left, shape)
+
+
 def _convolution_backward(out: Any, image: Any, weight: Any, *rest: Any, **_: Any) -> int:
     transposed, wanted = rest[-4], rest[-1]  # torch's own formula takes the groups of a depthwise one for one
     places = image if transposed else out  # (B, C, ...)
@@ -89,9 +93,10 @@ OWN = {
     aten.convolution_backward: _convolution_backward,
 }  # what torch counts otherwise, or not at all
 FORMULAS: dict[Any, Callable[..., int]] = {**flop_registry, **{key: shape_wrapper(own) for key, own in OWN.items()}}
-BY_NAME = {
-    f"bitsandbytes::{name}": shape_wrapper(_transposed) for name in ("int8_linear_matmul", "int8_scaled_mm")
-}  # which may not be installed
+BY_NAME = {  # of bitsandbytes, which may not be installed
+    f"bitsandbytes::{name}": shape_wrapper(formula)
+    for name, formula in (("gemm_4bit", _packed), ("int8_linear_matmul", _transposed), ("int8_scaled_mm", _transposed))
+}
 LEFT = {aten.addmm: 1, aten.baddbmm: 1}  # where the first factor stands
 
 
@@ -139,7 +144,7 @@ class Count(TorchDispatchMode):
         behind = kind == "attention" and packet.__name__.endswith("backward")  # the gradient stands before
         at = 1 if behind else LEFT.get(packet, 0)
         left, right = (tuple(value.shape) for value in args[at : at + 2])
-        by_kind = {"attention": (left[-2], right[-2]), "batched": (*left[-2:], right[-1]), "product": (*left, *right)}
+        by_kind = {"attention": (left[-2], right[-2]), "batched": (*left[-2:], right[-1]), "product": (math.prod(left[:-1]), left[-1], *right)}
         self.operations.append(Operation(flop, part, kind, by_kind[kind]))
 
     def _part(self, node: Any) -> str:
@@ -272,7 +277,7 @@ class Work:
             return "across" if len(set(sizes)) > 1 and self.seen["patches"] else "pairs"
         if square and any(sizes.count(width) > 1 for width in widths):
             return "pairs"
-        whole = any(rows * width in sizes or width in sizes[:1] for rows, width in self.texts)
+        whole = any(rows * width in sizes for rows, width in self.texts)
         if operation.part == "text":
             return "patches" if across and not whole else "positions"
         return "positions" if whole else "supervised"

@@ -165,6 +165,18 @@ def test_kernels_that_torch_does_not_count() -> None:
     assert grouped(torch.empty(left), torch.empty(stacked), out_val=torch.empty(10, 5)) == 2 * 10 * 8 * 5
 
 
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_quantised_layers_cost_what_plain_ones_do(bits: Any, internvl: Family, tmp_path: Path) -> None:
+    internvl.model().save_pretrained(tmp_path)
+    config = hfcustom.quantization_config(tmp_path, bits)
+    held = internvl.model_class.from_pretrained(tmp_path, quantization_config=config)
+    batch = batch_of(internvl, [1, 0], [3, 9])
+    (flop, _), (plain, _) = (
+        Stepper(hfcustom.lora(model, "language", rank=2)).step(batch) for model in (held, internvl.model())
+    )
+    assert flop == plain
+
+
 # ---- a run ----------------------------------------------------------------------------------------------------------
 
 
