@@ -7,6 +7,7 @@ Every rank writes what it ended with to FOLDER/<case>/rank-<rank>.pt.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import Family
+from conftest import KINDS, Family
 from loss_cases import batch_of, cut, family_of, model_of
 from loss_cases import gradients as gradients_of
 from torch import nn
@@ -52,7 +53,7 @@ class Case:
 
 CASES = {
     "unequal rows": Case(),
-    "unequal rows, micro-batches of 2": Case(options={"micro_batch_size": 2}),
+    "unequal rows, micro-batches of 2": Case(options={"micro_batch_size": 2, "mfu": True}),
     "AdamW with clipping": Case(sgd=False, options={"micro_batch_size": 2, "max_grad_norm": 0.1}),
     "no image on one rank": Case(images=[1, 1, 2, 1, 0, 0, 0, 0]),
     "no image on one rank in the last micro-batch": Case(
@@ -162,6 +163,24 @@ def every_loss() -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
+def mixed_steps() -> dict[str, list[float]]:
+    """Return loss and gradient norm of a step whose second half, another rank's or a micro-batch, is text alone."""
+    found: dict[str, list[float]] = {}
+    config = TrainConfig(precision="fp32", max_grad_norm=0.0)
+    accelerator = train.make_accelerator(config)
+    for name, lora in itertools.product(KINDS, (False, True)):
+        family = Family(name, load_family(name))
+        halves = [family.batch(images) for images in ([1, 2], [0, 0])]
+        own = halves if accelerator.num_processes == 1 else [halves[accelerator.process_index]]
+        model = hfcustom.lora(family.model(), rank=2) if lora else family.model()
+        model = accelerator.prepare(model.train())
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        report = train.train_step(model, own, optimizer, accelerator, config)
+        loss = accelerator.reduce(report.losses["cross_entropy"].detach(), "sum")
+        found[f"{name} {'with LoRA' if lora else 'in full'}"] = [float(loss), float(report.grad_norm)]
+    return found
+
+
 def forbid_writing() -> None:
     """Make every function that writes, but for a rank's own random state, an error."""
 
@@ -179,6 +198,7 @@ def main(folder: Path) -> None:
     if rank:
         forbid_writing()
     torch.save(every_loss(), folder / f"every-loss-{rank}.pt")
+    torch.save(mixed_steps(), folder / f"mixed-{rank}.pt")
     with user_losses():
         for name, case in CASES.items():
             torch.save(run(case, folder / name / "out"), folder / name / f"rank-{rank}.pt")
