@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from transformers.utils import logging
 
 from hfcustom.data.turns import RowError
@@ -85,7 +87,7 @@ class TrainLog:
             path.write_text("".join(json.dumps(entry) + "\n" for entry in self.history))
             self.file = path.open("a")
         self.bar.start()
-        self.task = self.bar.add_task("training", total=self.max_steps, completed=self.start, facts="")
+        self.task = self.bar.add_task("training", total=self.max_steps, completed=self.start)
         return self
 
     def __exit__(
@@ -143,11 +145,12 @@ class TrainLog:
         }  # by part: in the file
         if self.files is not None and not progress:  # an evaluation
             self.files.write_page()
-        facts = "  ".join(f"{name} {_short(value)}" for name, value in shown.items())
+        facts = [f"{name} {_short(value)}" for name, value in shown.items()]
         if progress and out.is_terminal:
-            self.bar.update(self.task, facts=facts)
+            self.bar.facts = facts
+            self.bar.refresh()
         else:
-            out.print(f"step {step}/{self.max_steps}  {facts}")
+            out.print("  ".join([f"step {step}/{self.max_steps}", *facts]))
 
     def pending(self) -> list[dict[str, dict[str, float]]]:
         """Return losses and metrics of each step since the last log line, over all ranks; every rank has to ask."""
@@ -267,17 +270,23 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     out.print(table)
 
 
-def _progress_bar(enabled: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[facts]}"),
-        console=out,
-        disable=not enabled,
-    )
+class Bar(Progress):
+    """A progress bar with time left, and below it the newest numbers, which would squeeze it out of its own line."""
+
+    facts: Sequence[str] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Return the bar's line, and the numbers in as many as they take; `out` itself wraps none."""
+        yield from super().get_renderables()
+        whole = "  ".join(fact.replace(" ", "\xa0") for fact in self.facts)  # a name and its number stay together
+        for line in textwrap.wrap(whole, out.width):
+            yield Text(line.replace("\xa0", " "))
+
+
+def _progress_bar(enabled: bool) -> Bar:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+    left = (TimeRemainingColumn(), TextColumn("left"))
+    return Bar(*columns, *left, console=out, disable=not enabled)
 
 
 def _short(value: float) -> str:

@@ -144,7 +144,11 @@ class Count(TorchDispatchMode):
         behind = kind == "attention" and packet.__name__.endswith("backward")  # the gradient stands before
         at = 1 if behind else LEFT.get(packet, 0)
         left, right = (tuple(value.shape) for value in args[at : at + 2])
-        by_kind = {"attention": (left[-2], right[-2]), "batched": (*left[-2:], right[-1]), "product": (math.prod(left[:-1]), left[-1], *right)}
+        by_kind = {
+            "attention": (left[-2], right[-2]),
+            "batched": (*left[-2:], right[-1]),
+            "product": (math.prod(left[:-1]), left[-1], *right),
+        }
         self.operations.append(Operation(flop, part, kind, by_kind[kind]))
 
     def _part(self, node: Any) -> str:

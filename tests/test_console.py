@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,7 +57,9 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What a person at a terminal sees."""
     stream = io.StringIO()
-    monkeypatch.setattr(console, "out", Console(file=stream, force_terminal=True, width=140, markup=False))
+    monkeypatch.setattr(
+        console, "out", Console(file=stream, force_terminal=True, width=140, markup=False, soft_wrap=True)
+    )
     return stream
 
 
@@ -204,10 +207,17 @@ def test_other_metrics_are_recorded_and_printed(tmp_path: Path, screen: io.Strin
     assert log.history == [{"step": 5, "exact_match": 0.25}]
 
 
-def test_a_terminal_shows_a_bar_with_the_numbers(tmp_path: Path, clock: Clock, terminal: io.StringIO) -> None:
-    lines = run_log(tmp_path, clock, [report(1, cross_entropy=1.5)], log_steps=1)
-    assert lines[0]["loss"] == 1.5
-    assert "1/1" in terminal.getvalue() and "loss 1.5" in terminal.getvalue()
+def test_a_terminal_shows_a_bar_with_time_left_and_the_numbers_below(
+    tmp_path: Path, clock: Clock, terminal: io.StringIO
+) -> None:
+    console.out.width = 80  # in which the numbers alone would not fit
+    losses = {"cross_entropy": 1.0, "focal": 0.5, "z_loss": 0.1}
+    reports = [report(step, cross_entropy=1.5, focal=2.0, z_loss=3.0) for step in (1, 2)]
+    lines = run_log(tmp_path, clock, reports, log_steps=1, losses=losses)
+    assert lines[0]["cross_entropy"] == 1.5
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue()).splitlines()
+    assert re.search(r"^training .* 2/2 \d:\d\d:\d\d \d:\d\d:\d\d left", shown[-3])
+    assert shown[-2].startswith("loss 2.8  cross_entropy 1.5  focal 2 ") and "images_per_s 4" in shown[-1]
 
 
 # ---- start-up facts -------------------------------------------------------------------------------------------------
