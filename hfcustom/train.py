@@ -36,6 +36,7 @@ from hfcustom.data.captions import CaptionCollator
 from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.feed import Feed, as_rows
 from hfcustom.data.packing import make_packer
+from hfcustom.data.sighted import sighted
 from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.exits import EXIT_PREEMPTED, ConfigError
 from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, real_tokens, token_columns
@@ -136,6 +137,7 @@ def _run(
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, feed)
     start = state.resume() if config.resume else state.begin()
     run = begin_run(core, run_of(state.unwrapped, config, feed), config.resume) if accelerator.is_main_process else {}
+    feed.sighted = sighted(core, model, accelerator)
     feed.caches = open_caches(model, processor, config, accelerator)
     collate = make_collator(core, processor, config, feed.first_columns(weighted), feed.caches)
     trial = Trial(model, optimizer, feed, copy.copy(collate), accelerator, config)
@@ -296,7 +298,7 @@ def _backward(loss: torch.Tensor, core: Any, batch: Mapping[str, Any], accelerat
             f"Nothing that is trained ({trained}) has a way to the loss of a batch with images. Train another part too, or "
             "look at what is overridden behind it; `hfcustom doctor` with --check gradients shows each part."
         )
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and not (isinstance(batch, Batch) and batch.idle):
         raise ValueError(
             f"A batch of rows without images has no gradient where only {trained} is trained, and other processes wait for it. "
             "Train on rows with images, or another part too."

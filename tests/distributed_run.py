@@ -43,6 +43,7 @@ class Case:
     words: Sequence[int] = ANSWER_WORDS
     loss: Any = "cross_entropy"
     lora: bool = False
+    connector: bool = False  # is all that is trained
     pairs: bool = False  # rows with a chosen and a rejected answer
     sgd: bool = True  # weights after SGD differ as gradients do; Adam hides a wrong scale and magnifies rounding
     stop_at: int | None = None
@@ -68,6 +69,13 @@ CASES = {
     "contrastive": Case(loss="contrastive", options={"micro_batch_size": 2}),
     "contrastive with all images on one rank": Case(images=[1, 1, 2, 1, 0, 0, 0, 0], loss="contrastive"),
     "gradient checkpointing": Case(options={"micro_batch_size": 2, "gradient_checkpointing": True}),
+    "the connector alone, no image on one rank": Case(images=[1, 1, 2, 1, 0, 0, 0, 0], connector=True),
+    "the connector alone, an image now and then": Case(
+        images=[0, 0, 1, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, *[1, 0, 0, 0, 0, 0, 0, 1]],
+        words=ANSWER_WORDS * STEPS,
+        connector=True,
+        options={"micro_batch_size": 2},
+    ),
     "packed rows": Case(options={"packing": True, "pack_tokens": 250}),
     "packed contrastive": Case(loss="contrastive", options={"packing": True, "pack_tokens": 250}),
     "LoRA": Case(lora=True, options={"micro_batch_size": 2}),
@@ -84,7 +92,8 @@ GROWN = Case(options={"schedule": "constant"})
 
 def case_rows(case: Case) -> list[dict[str, Any]]:
     """Return rows in such an order that every step sees the case's rows in the case's order."""
-    wanted = uneven_rows(list(case.images) * STEPS, list(case.words) * STEPS)
+    images, words = (list(given) * (STEPS if len(given) == ROWS else 1) for given in (case.images, case.words))
+    wanted = uneven_rows(images, words)
     if case.pairs:
         wanted = [as_pair(row) for row in wanted]
     for at in (ROWS * step + place for step in range(STEPS) for place in case.bad):
@@ -105,6 +114,8 @@ def build(case: Case) -> tuple[nn.Module, Family]:
     family = Family("internvl", load_family("internvl"))
     model = family.model(seed=train.process_state().process_index, loss=case.loss)
     add_dropout(model, case.dropout)
+    if case.connector:
+        hfcustom.train_only(model, ["connector"])
     return (hfcustom.lora(model, rank=2) if case.lora else model), family
 
 
