@@ -186,7 +186,8 @@ def _plain(value: Any) -> str:
 def _resumed(entry: Mapping[str, Any]) -> str:
     reached = entry.get("reached")
     lost = f"; the attempt before it had logged up to step {reached}" if isinstance(reached, int) else ""
-    return f"Resumed after step {step_of(entry)}{lost}."
+    began = f"Resumed after step {step_of(entry)}" if step_of(entry) else "Began again, since nothing was saved"
+    return f"{began}{lost}."
 
 
 def _memory(entry: Mapping[str, Any]) -> str:

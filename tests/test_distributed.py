@@ -14,8 +14,8 @@ from typing import Any
 import distributed_run
 import pytest
 import torch
-from conftest import KINDS, RECIPES, ROOT
-from distributed_run import CASES, GROWN, mixed_steps, run
+from conftest import RECIPES, ROOT
+from distributed_run import CASES, GROWN, MIXED, mixed_steps, run
 from loss_cases import assert_same_gradients, batch_of, family_of, gradients, model_of
 from training import TERMS, relative_distance, user_losses
 
@@ -81,7 +81,7 @@ def test_losses_gradient_norms_and_weights_are_those_of_one_process(runs: Folder
 
 
 @pytest.mark.parametrize("trained", ["in full", "with LoRA"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", MIXED)
 def test_a_rank_of_text_alone_waits_for_nobody_and_changes_nothing(runs: Folders, name: str, trained: str) -> None:
     for rank in range(2):
         found = torch.load(runs[0] / f"mixed-{rank}.pt")[f"{name} {trained}"]

@@ -34,7 +34,7 @@ def run(family: Family, folder: Path, stop_after: int | None = None, **options: 
             raise RuntimeError("pulled the plug")
         return {"score": float(step)}
 
-    config = short_config(folder, **{"max_steps": 6, "eval_steps": 2, "save_steps": 3, **options})
+    config = short_config(folder, **{"max_steps": 6, "batch_size": 2, "eval_steps": 2, "save_steps": 3, **options})
     torch.manual_seed(0)
     return hfcustom.fit(family.model(), family.processor, uneven_rows(), config, evaluate=evaluate)
 
