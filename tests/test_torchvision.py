@@ -47,6 +47,7 @@ FILES = [
     "serving",
     "video_rows",
     "videos",
+    "work",
 ]
 WITHOUT_IMAGES = (
     "adapt",
@@ -58,6 +59,7 @@ WITHOUT_IMAGES = (
     "parts",
     "serving",
     "two_encoders",
+    "work",
 )
 NEED_IT = [name for name in family_names() if missing_packages(name)]
 SAME = "(processor or video or labels) and not connector"  # what another image path could change

@@ -31,8 +31,14 @@ STEPS: list[
     ([3], [40], ()),
     ([1, 2], [2, 30], OTHER_SIZES),
 ]
-# a resampler costs the same for a picture of any size; gated layers run in blocks of 64 tokens, more than these rows have
-TOLERANCE = {"idefics2": 0.06, "minicpmv4_6": 0.1}
+TOLERANCE = {
+    "idefics2": 0.06,  # its resampler costs the same for a picture of any size
+    "minicpmv4_6": 0.1,  # gated layers run in blocks of 64 tokens, which these rows fill badly
+    "mistral3": 0.015,  # pictures of other sizes are padded for a convolution
+    "molmo2": 0.002,
+    "nemotron_h_omni": 0.02,  # layers with a state run in blocks, too
+    "pixtral": 0.015,
+}
 
 
 class Reference(TorchDispatchMode):
