@@ -230,7 +230,7 @@ class TrainLog:
         entry |= {"grad_norm": float(last.grad_norm)}
         entry |= {f"grad_norm_{part}": float(norm) for part, norm in last.part_norms.items()}
         entry |= {"tokens_per_s": tokens / seconds, "images_per_s": images / seconds}
-        if self.work is not None:
+        if self.work is not None and not self.work.blind:
             entry["mfu"] = busy / seconds / self.accelerator.num_processes
         if self.accelerator.device.type == "cuda":
             entry["peak_gib"] = torch.cuda.max_memory_allocated(self.accelerator.device) / 2**30

@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
+from transformers.utils import logging
 
 from hfcustom import seams
 from hfcustom.losses import IGNORE
@@ -35,6 +36,7 @@ from hfcustom.parts import find_parts, unwrap
 from hfcustom.step_plan import is_blank
 from hfcustom.train_config import TrainConfig
 
+logger = logging.get_logger("hfcustom")
 aten = torch.ops.aten
 QUANTITIES = (
     "positions",  # B * T: the layers of the language model
@@ -208,6 +210,7 @@ class Work:
         self.counted = 0  # steps
         self.count: Count | None = None
         self.flop = 0.0  # of the last step
+        self.blind = False  # where nothing can be said
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -241,6 +244,9 @@ class Work:
             if "labels" in batch and not is_blank(batch)
         )
         shown = any(name.startswith("pixel_values") for batch in batches for name in batch)
+        if self.blind:
+            yield
+            return
         known = self.costs.get(shown, {})
         late = shown and "patches" not in known and self.counted < MOST_COUNTED  # its images may come out of a cache
         self.flop = 0.0
@@ -260,6 +266,13 @@ class Work:
     def _learn(self, shown: bool) -> None:
         """Divide what the step has cost by what it was about."""
         assert self.count is not None
+        if not self.seen["positions"]:
+            self.blind = True
+            logger.warning_once(
+                f"No mfu: the language model of {type(self.core).__name__} was not called where it was looked for, as under FSDP of "
+                "version 1; fsdp_version: 2 helps there."
+            )
+            return
         totals: Counter[str] = Counter()
         to_images = [each for each in self.count.operations if each.kind == "attention" and len(set(each.sizes)) > 1]
         across = any(each.part == "text" for each in to_images)
@@ -305,9 +318,10 @@ class Work:
             self.count.end()
 
     def _note_text(self, args: Any, kwargs: Mapping[str, Any]) -> None:
-        found = next(
-            value for value in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if value is not None
-        )
+        given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args)
+        found = next((value for value in given if isinstance(value, torch.Tensor)), None)
+        if found is None:
+            return
         rows, width = found.shape[:2]  # (B, T)
         packed = kwargs.get("row_lengths")
         self.texts.add((rows, width))
@@ -317,7 +331,9 @@ class Work:
 
     def _note_images(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        pixels = next(value for value in given if value.is_floating_point() or value.dtype == torch.uint8)
+        pixels = next((value for value in given if value.is_floating_point() or value.dtype == torch.uint8), None)
+        if pixels is None or pixels.ndim < 2:
+            return
         sizes = next((kwargs[name] for name in SIZES if kwargs.get(name) is not None), None)
         lengths = _patches(pixels, sizes, self._patch_size() if pixels.ndim > 3 else 1)
         self.in_one_row |= "image_sizes" in kwargs
@@ -329,7 +345,7 @@ class Work:
     def _patch_size(self) -> int:
         vision = getattr(self.core.config, "vision_config", None)  # a tower that quantises pictures has none
         size = getattr(vision, "patch_size", 1)
-        return size if isinstance(size, int) else size[-1]
+        return size[-1] if isinstance(size, list | tuple) else int(size)
 
 
 def _patches(pixels: torch.Tensor, sizes: Any, patch_size: int) -> list[int]:

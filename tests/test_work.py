@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -210,6 +211,14 @@ def test_mfu_is_the_share_of_the_rate_that_was_measured(
     flop, _ = Stepper(internvl.model()).step(batch)
     for line in result.history:
         assert line["mfu"] == pytest.approx(flop / 1e9 * line["tokens_per_s"] / int(batch["attention_mask"].sum()))
+
+
+def test_a_language_model_that_is_not_seen_costs_the_log_its_mfu_and_the_run_nothing(
+    internvl: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hfcustom.work.find_parts", lambda model: SimpleNamespace(paths={}))  # as where FSDP hides it
+    result = train(internvl.model(), internvl, tmp_path, mfu=True)
+    assert result.step == 3 and not any("mfu" in line for line in result.history)
 
 
 def test_a_compiled_model_is_refused_where_mfu_is_asked_for(internvl: Family, tmp_path: Path) -> None:
