@@ -45,6 +45,7 @@ _HOME = {
     "load_rows": "hfcustom.data.sources",
     "lora": "hfcustom.adapt",
     "merge_adapter": "hfcustom.adapt",
+    "note_fault": "hfcustom.run_files",
     "pair_loss": "hfcustom.losses.pairs",
     "part_table": "hfcustom.parts",
     "quantization_config": "hfcustom.adapt",
@@ -94,7 +95,7 @@ if TYPE_CHECKING:
     from hfcustom.registry import register
     from hfcustom.resize import resize_images
     from hfcustom.retrieval import retrieval_recall
-    from hfcustom.run_files import keep_samples
+    from hfcustom.run_files import keep_samples, note_fault
     from hfcustom.train import fit
     from hfcustom.train_config import TrainConfig
     from hfcustom.trainer_callback import LossCallback

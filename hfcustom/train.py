@@ -34,6 +34,7 @@ from hfcustom.data.captions import CaptionCollator
 from hfcustom.data.collate import Collator
 from hfcustom.data.feed import Feed, as_rows
 from hfcustom.data.packing import make_packer
+from hfcustom.data.sighted import sighted
 from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.exits import EXIT_PREEMPTED, ConfigError
 from hfcustom.losses import loss_columns, token_columns
@@ -50,6 +51,7 @@ from hfcustom.splitting import Splitter
 from hfcustom.train_config import TrainConfig
 from hfcustom.training_step import StepReport as StepReport
 from hfcustom.training_step import train_step
+from hfcustom.work import watching_work
 
 logger = logging.get_logger("hfcustom")
 Evaluate = Callable[[Any, int], Mapping[str, float]]
@@ -112,6 +114,7 @@ def _run(
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, feed)
     start = state.resume() if config.resume else state.begin()
     run = begin_run(core, run_of(state.unwrapped, config, feed), config.resume) if accelerator.is_main_process else {}
+    feed.sighted = sighted(core, model, accelerator)
     feed.caches = open_caches(model, processor, config, accelerator)
     collate = make_collator(core, processor, config, feed.first_columns(weighted), feed.caches)
     trial = Trial(model, optimizer, feed, copy.copy(collate), accelerator, config)
@@ -129,7 +132,8 @@ def _run(
         counting_steps(core),
         every_part_learns(model, optimizer),
         use_caches(core, feed.caches, accelerator),
-        TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names, core) as log,
+        watching_work(model, config, accelerator) as work,
+        TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names, core, work) as log,
         splitter.noting(log.files, run),
     ):
         log.restore_window(state.pending)
@@ -137,7 +141,8 @@ def _run(
             set_lr(optimizer, step, max_steps, config)
             core.loss_step = step
             batches = feed.next_batches(steps, bad_rows)
-            report = train_step(model, batches, optimizer, accelerator, config, splitter) if batches else None
+            with log.counting(batches):
+                report = train_step(model, batches, optimizer, accelerator, config, splitter) if batches else None
             run["steps"] = step = step + 1
             log.step(step, report, optimizer)
             if evaluate is not None and _due(step, config.eval_steps):

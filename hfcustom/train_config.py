@@ -98,6 +98,10 @@ class TrainConfig:
     seed: Annotated[int, "seed of initialisation, row order and dropout"] = 0
     num_workers: Annotated[int, "data-loading processes"] = 0
     log_steps: Annotated[int, "steps between log lines"] = 10
+    mfu: Annotated[
+        bool | None,
+        "log the share of the device's matrix products a second that the model's arithmetic takes; by default on a GPU",
+    ] = None
     eval_steps: Annotated[
         int | None, "steps between evaluations; none by default, the recipe evaluates at the end"
     ] = None
@@ -137,7 +141,16 @@ class TrainConfig:
             *("lr", "connector_lr", "vision_lr", "part_lr", "weight_decay", "part_weight_decay", "beta2"),
             *("warmup_steps", "schedule", "min_lr_ratio"),
             *("max_grad_norm", "max_bad_share", "cache_images", "cache_features", "max_cache_gb", "num_workers"),
-            *("log_steps", "eval_steps", "save_steps", "keep_checkpoints", "row_seconds", "rank_seconds", "trackers"),
+            *(
+                "log_steps",
+                "mfu",
+                "eval_steps",
+                "save_steps",
+                "keep_checkpoints",
+                "row_seconds",
+                "rank_seconds",
+                "trackers",
+            ),
             *("output_dir", "resume", "overwrite", "allow_change"),
         )
     )

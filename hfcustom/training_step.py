@@ -192,7 +192,7 @@ def _backward(loss: torch.Tensor, core: Any, batch: Mapping[str, Any], accelerat
             f"Nothing that is trained ({trained}) has a way to the loss of a batch with images. Train another part too, or "
             "look at what is overridden behind it; `hfcustom doctor` with --check gradients shows each part."
         )
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and not (isinstance(batch, Batch) and batch.idle):
         raise ValueError(
             f"A batch of rows without images has no gradient where only {trained} is trained, and other processes wait for it. "
             "Train on rows with images, or another part too."

@@ -17,7 +17,7 @@ import forked
 import pytest
 import torch
 from conftest import RECIPES, ROOT
-from distributed_run import CASES, GROWN, run
+from distributed_run import CASES, GROWN, MIXED, mixed_steps, run
 from loss_cases import assert_same_gradients, batch_of, family_of, gradients, model_of
 from training import TERMS, relative_distance, user_losses
 
@@ -59,6 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     folder = tmp_path_factory.mktemp("distributed")
     with user_losses():
         alone = {name: run(case, folder / name / "alone") for name, case in CASES.items()}
+    alone["mixed"] = mixed_steps()
     alone["grown"] = run(GROWN, folder / "grown" / "alone")
     run(GROWN, folder / "grown" / "out", max_steps=2)
     return folder, alone, torchrun(folder)
@@ -87,6 +88,24 @@ def test_losses_gradient_norms_and_weights_are_those_of_one_process(runs: Folder
         assert found == pytest.approx(expected, rel=1e-5)
     assert relative_distance(first["end"], alone["end"], alone["start"]) < 1e-4
     assert same_weights(first, second)
+
+
+@pytest.mark.parametrize("trained", ["in full", "with LoRA"])
+@pytest.mark.parametrize("name", MIXED)
+def test_a_rank_of_text_alone_waits_for_nobody_and_changes_nothing(runs: Folders, name: str, trained: str) -> None:
+    for rank in range(2):
+        found = torch.load(runs[0] / f"mixed-{rank}.pt")[f"{name} {trained}"]
+        assert found == pytest.approx(runs[1]["mixed"][f"{name} {trained}"], rel=1e-5)
+
+
+def test_mfu_is_that_of_all_ranks(runs: Folders) -> None:
+    """Each counts what it does itself, against its own device; all log the mean, over seconds of their own."""
+    shares = [
+        [line["mfu"] / line["tokens_per_s"] for line in result["history"] if "mfu" in line]
+        for result in ranks(runs, "unequal rows, micro-batches of 2")
+    ]
+    assert len(shares[0]) == 3 and min(shares[0]) > 0
+    assert shares[0] == pytest.approx(shares[1])
 
 
 def test_numbers_that_terms_record_are_means_over_all_ranks(runs: Folders) -> None:

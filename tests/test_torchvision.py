@@ -46,6 +46,7 @@ FILES = [
     "serving",
     "video_rows",
     "videos",
+    "work",
 ]
 WITHOUT_IMAGES = (
     "adapt",
@@ -57,6 +58,7 @@ WITHOUT_IMAGES = (
     "parts",
     "serving",
     "two_encoders",
+    "work",
 )
 NEED_IT = [name for name in family_names() if missing_packages(name)]
 OWN = ["labels", "doctor", *(name for name in NEED_IT if (ROOT / f"tests/test_{name}.py").is_file())]

@@ -25,6 +25,7 @@ from hfcustom.data.messages import Example
 from hfcustom.data.mixtures import Mixture
 from hfcustom.data.order import StepLoader, step_loader
 from hfcustom.data.packing import Packer
+from hfcustom.data.sighted import Sighted
 from hfcustom.data.sources import Examples, RowsWithColumns, as_examples
 from hfcustom.data.steps import Attempts, BadRows, StepBatches, StepCollator, agree_on_batches
 from hfcustom.data.stream_loader import StepStream, StreamLoader
@@ -45,6 +46,7 @@ class Feed:
         self.config = config
         self.accelerator = accelerator
         self.caches: Caches | None = None  # whose images are not decoded
+        self.sighted: Sighted | None = None  # where a batch of text has no gradient
         self.positions: dict[int, State] = {}  # of this rank's loading processes, after the last step trained on
         self.epoch = 0
         self.watch = Watch(config.num_workers, config.row_seconds)
@@ -228,7 +230,12 @@ class Feed:
         bad_rows.tell(found.notes)
         if self.config.on_bad_row == "skip":
             bad_rows.take(found.skipped)
-        return agree_on_batches(self.cut_before(found.batches), self.accelerator)
+        return self.agreed(self.cut_before(found.batches))
+
+    def agreed(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Return micro-batches that every rank can run beside those of the others; all of them have to ask."""
+        batches = agree_on_batches(batches, self.accelerator)
+        return batches if self.sighted is None else self.sighted.align(batches)
 
 
 def as_rows(rows: Any) -> Rows:
