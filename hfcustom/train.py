@@ -40,6 +40,7 @@ from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.exits import EXIT_PREEMPTED, ConfigError
 from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, real_tokens, token_columns
 from hfcustom.naming import unknown
+from hfcustom.noise import set_noise
 from hfcustom.norms import part_norms
 from hfcustom.optimizers import make_optimizer, set_lr
 from hfcustom.parts import part_table, unwrap
@@ -171,10 +172,11 @@ def _run(
 
 
 def set_up(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> None:
-    """Give a model the run's precision, recomputation, and its companions the run's device; tell FSDP its blocks."""
+    """Give a model the run's precision, noise, recomputation, and its companions the run's device; tell FSDP its blocks."""
     core = unwrap(model)
     name_blocks(model, accelerator)
     set_precision(model, config)
+    set_noise(core, config.neftune_alpha)
     if config.gradient_checkpointing:
         checkpoint_activations(core)
     for companion in core.companions.values():
@@ -183,11 +185,11 @@ def set_up(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> N
 
 @contextmanager
 def counting_steps(core: Any) -> Iterator[None]:
-    """Let scheduled weights follow the steps of this run, and no longer: another loop has to count its own."""
+    """Let scheduled weights and noise follow the steps of this run, and no longer: another loop has to set its own."""
     try:
         yield
     finally:
-        core.loss_step = None
+        core.loss_step, core.neftune_alpha = None, 0.0
 
 
 def make_collator(

@@ -275,7 +275,16 @@ RULES = [
         for name in ("max_steps", "batch_size", "log_steps", "keep_checkpoints", "epochs", "lr", "max_cache_gb")
         for value in (0, -1)
     ),
-    *((name, value, "must be positive") for name in ("row_seconds", "rank_seconds") for value in (0, -1)),
+    *(
+        (name, value, "must be positive")
+        for name in ("row_seconds", "rank_seconds")
+        for value in (0, -1)
+    ),
+    *(
+        (name, value, "must be finite and not negative")
+        for name in ("neftune_alpha",)
+        for value in (-1, float("inf"), float("nan"))
+    ),
     *(
         (name, value, "must be positive")
         for name in ("micro_batch_size", "eval_steps", "save_steps", "max_length", "connector_lr", "vision_lr")
