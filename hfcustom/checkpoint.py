@@ -6,6 +6,7 @@ output_dir/checkpoints/step-000100/
     rng-0.safetensors     one a rank: torch, CUDA, numpy and Python generators
     state.json            step, log, losses since the last log line, options, what decides the order of rows
     stream-0.json         one a rank, of rows that are a stream: where its loading processes stand
+    ema.safetensors       the running average of the trained weights, where there is one (hfcustom/averaging.py)
     manifest.json         SHA-256 of every other file; a folder without a true manifest is no checkpoint
 A folder is committed as hfcustom/commit.py does; the newest valid one is resumed from, and an old one is deleted only after
 its successor is in place.
@@ -30,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hfcustom import __version__
+from hfcustom.averaging import Average
 from hfcustom.card import write_beside
 from hfcustom.commit import atomic_folder, damage, remove_folder, replace_folder, sweep, write_json
 from hfcustom.exits import CheckpointError, ConfigError, SaveError
@@ -45,7 +47,7 @@ from hfcustom.resume import (
     check_order,
     options_of,
 )
-from hfcustom.run_folder import check_room, checkpoint_bytes, free_bytes, is_disk_full, size
+from hfcustom.run_folder import check_room, checkpoint_bytes, free_bytes, is_disk_full, model_bytes, size
 from hfcustom.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -78,6 +80,9 @@ class Checkpoints:
         self.began, self.saving, self.saves = time.monotonic(), 0.0, 0
         self.bytes = checkpoint_bytes(unwrapped(model), optimizer)
         self.pending: list[dict[str, dict[str, float]]] = []  # losses and metrics of the steps since the last log line
+        self.average = Average(self.unwrapped, config.ema_decay, accelerator)
+        self.bytes += self.average.bytes
+        self.average.announce()
 
     @property
     def unwrapped(self) -> Any:
@@ -115,12 +120,20 @@ class Checkpoints:
         check_order(state["order"], self.feed.order(), self.config.allow_change, self.resumed)
         if changed := changed_options(state.get("config", {}), self.config, self.resumed):
             self.accelerator.print(changed)
-        self.feed.load(self.resumed)
-        load_model(unwrapped(self.model), self.resumed / "model")
-        load_optimizer(self.optimizer, self.resumed)
+        step = self.load(self.resumed)
+        self.accelerator.print(f"Resuming from {self.resumed}, step {step}.")
+        self._make_room(step)
+        return step
+
+    def load(self, folder: Path) -> int:
+        """Take everything but the random generators from a checkpoint, and return its step."""
+        state = json.loads((folder / "state.json").read_text())
+        self.resumed = folder
+        self.feed.load(folder)
+        load_model(unwrapped(self.model), folder / "model")
+        load_optimizer(self.optimizer, folder)
+        self.average.load(folder)
         self.history, self.pending = state["history"], state["pending"]
-        self.accelerator.print(f"Resuming from {self.resumed}, step {state['step']}.")
-        self._make_room(state["step"])
         return state["step"]
 
     def _make_room(self, step: int) -> None:
@@ -130,7 +143,8 @@ class Checkpoints:
         left, every = self.feed.max_steps - step, self.config.save_steps or self.feed.max_steps
         if left > 0:
             present = len(complete_checkpoints(self.folder))
-            check_room(self.folder, self.bytes, present, -(-left // every), self.config.keep_checkpoints)
+            keep, beside = self.config.keep_checkpoints, model_bytes(self.unwrapped) if self.average.bytes else 0
+            check_room(self.folder, self.bytes, present, -(-left // every), keep, beside)
 
     def restore_rng(self) -> None:
         """Set this rank's random generators to where the resumed run had them; a rank it lacked keeps its own seed."""
@@ -166,6 +180,7 @@ class Checkpoints:
                 state |= {"config": options_of(self.config), "format": FORMAT, "version": __version__}
                 write_json(partial / "state.json", state)
             self.feed.save(partial)
+            self.average.save(partial)
             save_rng(partial / f"rng-{self.accelerator.process_index}.safetensors")
 
     def _failure(self, error: BaseException, step: int) -> str:
@@ -189,10 +204,24 @@ class Checkpoints:
             self.accelerator.print(
                 f"{self.saves} checkpoint{'s' * (self.saves > 1)} took {self.saving:.1f} s, {share:.1%} of the time."
             )
+        averaged = self.average.facts()
+        if averaged:  # for good: the model in memory is what is published
+            self.average.swap()
         if self.accelerator.is_main_process:
-            replace_folder(self.model_dir(), model_dir)
+            source = self._averaged(averaged) if averaged else self.model_dir()
+            replace_folder(source, model_dir)
+            if averaged:
+                shutil.rmtree(source)
         self.accelerator.wait_for_everyone()
         return model_dir
+
+    def _averaged(self, facts: dict[str, Any]) -> Path:
+        """Save the model as it is in memory, beside its place; return where."""
+        folder = self.output_dir / ".model.averaged"
+        shutil.rmtree(folder, ignore_errors=True)
+        unwrap(self.model).training_runs[-1].update(facts)
+        save_model(self.unwrapped, self.processor, folder)
+        return folder
 
 
 # ---- folders --------------------------------------------------------------------------------------------------------

@@ -161,9 +161,12 @@ def _run(
             batches = feed.next_batches(steps, bad_rows)
             report = train_step(model, batches, optimizer, accelerator, config) if batches else None
             run["steps"] = step = step + 1
+            if report is not None:
+                state.average.update()
             log.step(step, report, optimizer)
             if evaluate is not None and _due(step, config.eval_steps):
-                log.metrics(step, run_evaluation(model, evaluate, step, run))
+                with state.average.in_place():
+                    log.metrics(step, run_evaluation(model, evaluate, step, run))
             stopped = stop.agreed(accelerator)
             if _due(step, config.save_steps) or stopped or step == max_steps:
                 state.save(step, log.history, log.pending())

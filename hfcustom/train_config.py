@@ -56,6 +56,10 @@ class TrainConfig:
         Literal["fp32", "bf16"] | None,
         "bf16 computes under autocast and keeps trained weights in float32; by default bf16 if any weight is 16-bit",
     ] = None
+    ema_decay: Annotated[
+        float | None,
+        "evaluate and publish a running average of the trained weights, of which a step keeps this share: 0.99 to 0.9999",
+    ] = None
     neftune_alpha: Annotated[
         float, "uniform noise on text embeddings while training (NEFTune): 5 to 15 in its paper; 0 is none"
     ] = 0.0
@@ -160,6 +164,7 @@ class TrainConfig:
             (self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must not be negative"),
             (0 <= self.min_lr_ratio <= 1, f"min_lr_ratio={self.min_lr_ratio} must be in [0, 1]"),
             (self.max_grad_norm >= 0, f"max_grad_norm={self.max_grad_norm} must not be negative"),
+            (self.ema_decay is None or 0 < self.ema_decay < 1, f"ema_decay={self.ema_decay} must be between 0 and 1"),
             (
                 0 <= self.neftune_alpha < math.inf,
                 f"neftune_alpha={self.neftune_alpha} must be finite and not negative",

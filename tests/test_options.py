@@ -285,6 +285,7 @@ RULES = [
         for name in ("neftune_alpha",)
         for value in (-1, float("inf"), float("nan"))
     ),
+    *(("ema_decay", value, "must be between 0 and 1") for value in (0, 1, float("nan"))),
     *(
         (name, value, "must be positive")
         for name in ("micro_batch_size", "eval_steps", "save_steps", "max_length", "connector_lr", "vision_lr")
