@@ -7,6 +7,7 @@ output_dir/checkpoints/step-000100/
     state.json            step, log, losses since the last log line, options, what decides the order of rows
     stream-0.json         one a rank, of rows that are a stream: where its loading processes stand
     ema.safetensors       the running average of the trained weights, where there is one (hfcustom/averaging.py)
+    spikes.json           losses of the last steps, and which steps are skipped (hfcustom/spikes.py)
     manifest.json         SHA-256 of every other file; a folder without a true manifest is no checkpoint
 A folder is committed as hfcustom/commit.py does; the newest valid one is resumed from, and an old one is deleted only after
 its successor is in place.
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -48,6 +50,7 @@ from hfcustom.resume import (
     options_of,
 )
 from hfcustom.run_folder import check_room, checkpoint_bytes, free_bytes, is_disk_full, model_bytes, size
+from hfcustom.spikes import Spikes
 from hfcustom.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -81,6 +84,7 @@ class Checkpoints:
         self.bytes = checkpoint_bytes(unwrapped(model), optimizer)
         self.pending: list[dict[str, dict[str, float]]] = []  # losses and metrics of the steps since the last log line
         self.average = Average(self.unwrapped, config.ema_decay, accelerator)
+        self.spikes = Spikes(config, accelerator, unwrap(model).losses())
         self.bytes += self.average.bytes
         self.average.announce()
 
@@ -125,6 +129,20 @@ class Checkpoints:
         self._make_room(step)
         return step
 
+    def go_back(self, before: int, now: int) -> int | None:
+        """Load the newest valid checkpoint before a step, else the oldest before `now`; return its step, None without any."""
+        chosen: list[Path | None] = [None]
+        if self.accelerator.is_main_process:
+            valid = [
+                path for path in complete_checkpoints(self.folder) if damage(path) is None and _number(path) < now
+            ]
+            earlier = [path for path in valid if _number(path) < before]
+            chosen = [earlier[-1] if earlier else next(iter(valid), None)]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(chosen)
+        self.newest = chosen[0]
+        return None if self.newest is None else self.load(self.newest)
+
     def load(self, folder: Path) -> int:
         """Take everything but the random generators from a checkpoint, and return its step."""
         state = json.loads((folder / "state.json").read_text())
@@ -133,6 +151,7 @@ class Checkpoints:
         load_model(unwrapped(self.model), folder / "model")
         load_optimizer(self.optimizer, folder)
         self.average.load(folder)
+        self.spikes.load(folder)
         self.history, self.pending = state["history"], state["pending"]
         return state["step"]
 
@@ -181,6 +200,7 @@ class Checkpoints:
                 write_json(partial / "state.json", state)
             self.feed.save(partial)
             self.average.save(partial)
+            self.spikes.save(partial)
             save_rng(partial / f"rng-{self.accelerator.process_index}.safetensors")
 
     def _failure(self, error: BaseException, step: int) -> str:
@@ -260,7 +280,11 @@ def set_damaged_aside(folder: Path) -> dict[Path, str]:
 
 def _step_folders(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 # ---- model and optimizer --------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout  # the public way
 from hfcustom.checkpoint import last_good
 from hfcustom.exits import RankError, RunError, WorkerError
 from hfcustom.losses import NonFiniteError
+from hfcustom.spikes import SpikeError
 
 ANSWER_SECONDS = 5.0  # in which another rank that is alive finds out as well
 SIGNS = (
@@ -65,7 +66,7 @@ def explained(output_dir: str) -> Iterator[None]:
     folder = Path(output_dir) / "checkpoints"
     try:
         yield
-    except (NonFiniteError, WorkerError) as error:
+    except (NonFiniteError, SpikeError, WorkerError) as error:
         raise type(error)(f"{error} {last_good(folder)}") from error
     except RunError:
         raise

@@ -179,4 +179,9 @@ def _fault(entry: Mapping[str, Any]) -> str:
         return f"Resumed after step {step}{lost}."
     if entry.get("kind") == "interrupted":
         return f"Stopped by a signal after step {step}, which was saved."
+    if entry.get("kind") == "spike":
+        return f"Spike of the loss at {entry.get('text')}"
+    if entry.get("kind") == "rewound":
+        skipped = ", ".join(map(str, entry.get("skipped") or ()))
+        return f"Went back from step {step} to step {entry.get('to')}; skipped since: {skipped}."
     return f"Ended by an error after step {step}: {entry.get('error')}"

@@ -34,7 +34,7 @@ from hfcustom.coverage import every_part_learns
 from hfcustom.custom_model import CustomModel, check_registered
 from hfcustom.data.captions import CaptionCollator
 from hfcustom.data.collate import Batch, Collator
-from hfcustom.data.feed import Feed, as_rows
+from hfcustom.data.feed import Feed, Steps, as_rows
 from hfcustom.data.packing import make_packer
 from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.exits import EXIT_PREEMPTED, ConfigError
@@ -49,6 +49,7 @@ from hfcustom.record import begin_run, run_of
 from hfcustom.run_folder import run_folder
 from hfcustom.sharding import name_blocks
 from hfcustom.signals import StopRequest
+from hfcustom.spikes import Share, shares_of
 from hfcustom.step_plan import is_blank, plan_step
 from hfcustom.train_config import TrainConfig
 
@@ -85,6 +86,7 @@ class StepReport:
     source_tokens: dict[str, int] = field(default_factory=dict)  # of a mixture
     grad_norm: torch.Tensor | float = 0.0
     part_norms: dict[str, torch.Tensor] = field(default_factory=dict)
+    shares: list[Share] = field(default_factory=list)  # of each micro-batch in the loss
 
     def add_batch(self, batch: Mapping[str, Any]) -> None:
         """Count what a micro-batch holds."""
@@ -136,11 +138,12 @@ def _run(
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, feed)
     start = state.resume() if config.resume else state.begin()
     run = begin_run(core, run_of(state.unwrapped, config, feed), config.resume) if accelerator.is_main_process else {}
+    spikes = state.spikes.record_in(run)
     feed.caches = open_caches(model, processor, config, accelerator)
     collate = make_collator(core, processor, config, feed.first_columns(weighted), feed.caches)
     trial = Trial(model, optimizer, feed, copy.copy(collate), accelerator, config)
     cut, packer = trial.settle(cut, make_packer(core, config))
-    steps = iter(feed.loader(collate, range(start, max_steps), cut, packer))
+    steps = Steps(lambda first: feed.loader(collate, range(first, max_steps), cut, packer), start, feed.watch)
     bad_rows = feed.bad_rows(start)
     state.restore_rng()  # after the iterator exists: making one draws random numbers
     model.train()
@@ -158,8 +161,11 @@ def _run(
         while step < max_steps and not stopped:
             set_lr(optimizer, step, max_steps, config)
             core.loss_step = step
-            batches = feed.next_batches(steps, bad_rows)
+            batches = spikes.left(step + 1, feed.next_batches(steps, bad_rows))
             report = train_step(model, batches, optimizer, accelerator, config) if batches else None
+            if spikes.found(step + 1, report, log):
+                step = spikes.go_back(step + 1, state, steps, bad_rows, log)
+                continue
             run["steps"] = step = step + 1
             if report is not None:
                 state.average.update()
@@ -272,6 +278,7 @@ def train_step(
             report.losses[name] = report.losses.get(name, 0.0) + value.mean
         for name, sum_and_count in core.loss_metrics.items():
             report.metrics[name] = report.metrics.get(name, 0.0) + sum_and_count
+    report.shares = shares_of(batches, losses_by_batch)
     report.part_norms = part_norms(optimizer)
     report.grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     losses = {name: float(value) for name, value in report.losses.items()}

@@ -103,6 +103,15 @@ class TrainConfig:
     ] = None
     save_steps: Annotated[int | None, "steps between checkpoints; by default only at the end"] = None
     keep_checkpoints: Annotated[int, "newest checkpoints to keep"] = 2
+    on_spike: Annotated[
+        Literal["warn", "rewind", "stop"],
+        "a loss far above those before it is named with its rows; rewind goes back to the last checkpoint and skips its step",
+    ] = "warn"
+    spike_factor: Annotated[
+        float, "how far: this many times what losses deviate from their median by (1.48 MAD); 0 looks for no spikes"
+    ] = 10.0
+    spike_window: Annotated[int, "steps that a loss is compared with; while there are fewer than half, with none"] = 50
+    spike_rewinds: Annotated[int, "times that on_spike=rewind may go back before the run stops (exit code 5)"] = 3
     row_seconds: Annotated[
         float, "longest time for reading one row; a loading process that is stuck for longer is given up (exit code 8)"
     ] = 300.0
@@ -134,6 +143,7 @@ class TrainConfig:
             ),
             *("lr", "connector_lr", "vision_lr", "part_lr", "weight_decay", "part_weight_decay", "beta2"),
             *("warmup_steps", "schedule", "min_lr_ratio"),
+            *("on_spike", "spike_factor", "spike_window", "spike_rewinds"),
             *("max_grad_norm", "max_bad_share", "cache_images", "cache_features", "max_cache_gb", "num_workers"),
             *("log_steps", "eval_steps", "save_steps", "keep_checkpoints", "row_seconds", "rank_seconds", "trackers"),
             *("output_dir", "resume", "overwrite", "allow_change"),
@@ -199,6 +209,7 @@ class TrainConfig:
             rules.append((value is None or value > 0, f"{name}={value} must be positive"))
         rules += self._rules_of_parts()
         rules += self._rules_of_going_on()
+        rules += self._rules_of_spikes()
         return [message for holds, message in rules if not holds]
 
     def _rules_of_micro_batches(self) -> list[tuple[bool, str]]:
@@ -232,6 +243,27 @@ class TrainConfig:
             part = flag.removesuffix("_lr")
             twice = getattr(self, flag) is not None and part in self.part_lr
             rules.append((not twice, f"{flag} and part_lr both name the {part}; leave one out"))
+        return rules
+
+    def _rules_of_spikes(self) -> list[tuple[bool, str]]:
+        least = 4  # fewer losses have no spread
+        rules = [
+            (0 <= self.spike_factor < math.inf, f"spike_factor={self.spike_factor} must be finite and not negative"),
+            (self.spike_window >= least, f"spike_window={self.spike_window} must be at least {least}"),
+            (self.spike_rewinds > 0, f"spike_rewinds={self.spike_rewinds} must be positive"),
+            (
+                self.on_spike == "warn" or self.spike_factor != 0,
+                f"on_spike={self.on_spike} has no effect with spike_factor=0",
+            ),
+            (
+                self.on_spike != "rewind" or self.save_steps is not None,
+                "on_spike=rewind has no checkpoint to go back to without save_steps",
+            ),
+        ]
+        for name in ("spike_window", "spike_rewinds"):
+            without = self.on_spike != "rewind" if name == "spike_rewinds" else self.spike_factor == 0
+            cause = "on_spike=rewind" if name == "spike_rewinds" else "a spike_factor"
+            rules.append((not without or name not in self.sources, f"{name} has no effect without {cause}"))
         return rules
 
     def _rules_of_going_on(self) -> list[tuple[bool, str]]:

@@ -277,14 +277,15 @@ RULES = [
     ),
     *(
         (name, value, "must be positive")
-        for name in ("row_seconds", "rank_seconds")
+        for name in ("row_seconds", "rank_seconds", "spike_rewinds")
         for value in (0, -1)
     ),
     *(
         (name, value, "must be finite and not negative")
-        for name in ("neftune_alpha",)
+        for name in ("neftune_alpha", "spike_factor")
         for value in (-1, float("inf"), float("nan"))
     ),
+    ("spike_window", 3, "must be at least 4"),
     *(("ema_decay", value, "must be between 0 and 1") for value in (0, 1, float("nan"))),
     *(
         (name, value, "must be positive")
