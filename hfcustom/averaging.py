@@ -8,6 +8,7 @@ and Juditsky 1992; Izmailov et al. 2018, https://arxiv.org/abs/1803.05407.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,16 +16,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from hfcustom.commit import write_json
 from hfcustom.exits import CheckpointError, ConfigError
 from hfcustom.run_folder import size
 from hfcustom.sharding import is_sharded
 
-FILE = "ema.safetensors"
+FILE, FACTS = "ema.safetensors", "ema.json"
 UNSHARDED = (
     "weights that FSDP or DeepSpeed shards have no average. Train with DDP or on one GPU, or leave ema_decay out."
 )
@@ -90,8 +91,8 @@ class Average:
     def save(self, folder: Path) -> None:
         """Write the average into a checkpoint."""
         if self.decay is not None and self.accelerator.is_main_process:
-            values = {name: value.contiguous() for name, value in self.values.items()}
-            save_file(values, folder / FILE, metadata={"updates": str(self.updates)})
+            save_file({name: value.contiguous() for name, value in self.values.items()}, folder / FILE)
+            write_json(folder / FACTS, {"decay": self.decay, "updates": self.updates})
 
     def load(self, folder: Path) -> None:
         """Go on with the average of a checkpoint; one that has none lets it begin with the weights that were loaded."""
@@ -103,12 +104,12 @@ class Average:
             for name, parameter in self.trained.items():
                 self.values[name].copy_(parameter.detach())
             return
-        with safe_open(folder / FILE, "pt") as file:
-            if differing := sorted(self.values.keys() ^ set(file.keys())):
-                raise CheckpointError(
-                    f"{folder / FILE}: the trained parameters have changed since ({differing[0]} first of {len(differing)}); "
-                    "freeze and LoRA as then."
-                )
-            self.updates = int(file.metadata()["updates"])
-            for name, value in self.values.items():
-                value.copy_(file.get_tensor(name))
+        saved = load_file(folder / FILE)
+        if differing := sorted(self.values.keys() ^ saved.keys()):
+            raise CheckpointError(
+                f"{folder / FILE}: the trained parameters have changed since ({differing[0]} first of {len(differing)}); "
+                "freeze and LoRA as then."
+            )
+        self.updates = json.loads((folder / FACTS).read_text())["updates"]
+        for name, value in self.values.items():
+            value.copy_(saved[name])

@@ -6,7 +6,7 @@ output_dir/checkpoints/step-000100/
     rng-0.safetensors     one a rank: torch, CUDA, numpy and Python generators
     state.json            step, log, losses since the last log line, options, what decides the order of rows
     stream-0.json         one a rank, of rows that are a stream: where its loading processes stand
-    ema.safetensors       the running average of the trained weights, where there is one (hfcustom/averaging.py)
+    ema.safetensors, ema.json   the running average of the trained weights, where there is one (hfcustom/averaging.py)
     spikes.json           losses of the last steps, and which steps are skipped (hfcustom/spikes.py)
     manifest.json         SHA-256 of every other file; a folder without a true manifest is no checkpoint
 A folder is committed as hfcustom/commit.py does; the newest valid one is resumed from, and an old one is deleted only after
