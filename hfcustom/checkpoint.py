@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -35,7 +34,8 @@ from torch import nn
 from hfcustom import __version__
 from hfcustom.averaging import Average
 from hfcustom.card import write_beside
-from hfcustom.commit import atomic_folder, damage, remove_folder, replace_folder, sweep, write_json
+from hfcustom.checkpoint_folders import DAMAGED, complete_checkpoints, last_good, set_damaged_aside, to_go_back_to
+from hfcustom.commit import atomic_folder, remove_folder, replace_folder, sweep, write_json
 from hfcustom.exits import CheckpointError, ConfigError, SaveError
 from hfcustom.parts import unwrap, wrapped_by_peft
 from hfcustom.randomness import load_rng, save_rng
@@ -133,11 +133,7 @@ class Checkpoints:
         """Load the newest valid checkpoint before a step, else the oldest before `now`; return its step, None without any."""
         chosen: list[Path | None] = [None]
         if self.accelerator.is_main_process:
-            valid = [
-                path for path in complete_checkpoints(self.folder) if damage(path) is None and _number(path) < now
-            ]
-            earlier = [path for path in valid if _number(path) < before]
-            chosen = [earlier[-1] if earlier else next(iter(valid), None)]
+            chosen = [to_go_back_to(self.folder, before, now)]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(chosen)
         self.newest = chosen[0]
@@ -242,49 +238,6 @@ class Checkpoints:
         unwrap(self.model).training_runs[-1].update(facts)
         save_model(self.unwrapped, self.processor, folder)
         return folder
-
-
-# ---- folders --------------------------------------------------------------------------------------------------------
-
-DAMAGED = "damaged-"
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run that were written to the end, oldest first."""
-    return [path for path in _step_folders(folder) if (path / "manifest.json").is_file()]
-
-
-def last_good(folder: Path) -> str:
-    """Say from where a run that has failed can go on."""
-    newest = next(reversed(complete_checkpoints(folder)), None)
-    if newest is None:
-        return f"There is no checkpoint yet in {folder}; see --save-steps."
-    return f"The last good checkpoint is {newest}; continue with --resume."
-
-
-def set_damaged_aside(folder: Path) -> dict[Path, str]:
-    """Rename checkpoints until the newest is one of which every file is as it was written; return why, by what they were called.
-
-    Left where they are, they would count among the newest to keep, and a good one would be deleted for them.
-    """
-    damaged: dict[Path, str] = {}
-    for path in reversed(_step_folders(folder)):
-        if (reason := damage(path)) is None:
-            break
-        aside = path.with_name(DAMAGED + path.name)
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        damaged[path] = reason
-    return damaged
-
-
-def _step_folders(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
-    return sorted(found, key=_number)
-
-
-def _number(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 # ---- model and optimizer --------------------------------------------------------------------------------------------
