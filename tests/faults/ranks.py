@@ -63,6 +63,7 @@ class Outcome:
     code: int
     seconds: float
     printed: str
+    saved: bool  # whether there was a checkpoint; the first step is evaluated before it is saved
 
 
 def free_port() -> int:
@@ -125,16 +126,14 @@ def outcome(fault: str, folder: Path, failing: int = 1, step: int = 2) -> Outcom
         if not ended(pid):
             os.kill(pid, signal.SIGKILL)
     codes = [wait(pid) for pid in pids]
-    return Outcome(codes[1 - failing], seconds, (folder / f"rank-{1 - failing}.log").read_text())
+    saved = any((folder / "run" / "checkpoints").glob("step-*/manifest.json"))
+    return Outcome(codes[1 - failing], seconds, (folder / f"rank-{1 - failing}.log").read_text(), saved)
 
 
-def is_right(found: Outcome, step: int = 2) -> bool:
-    """Whether the other rank ended in time with its code, said that it was for a rank, and from where to go on.
-
-    The first step is evaluated before it is saved.
-    """
+def is_right(found: Outcome) -> bool:
+    """Whether the other rank ended in time with its code, said that it was for a rank, and from where to go on."""
     said = found.printed.rpartition("rank ")[0]
-    where = "continue with --resume" if step > 1 else "There is no checkpoint yet in "
+    where = "; continue with --resume" if found.saved else "There is no checkpoint yet in "
     return found.code == 8 and found.seconds < BOUND and bool(said) and where in found.printed
 
 
@@ -146,7 +145,7 @@ def main(times: int) -> int:
             with tempfile.TemporaryDirectory() as folder:
                 found = outcome(fault, Path(folder), failing, step)
             count, longest = count + 1, max(longest, found.seconds)
-            if not is_right(found, step):
+            if not is_right(found):
                 wrong.append(f"rank {failing} {fault} after step {step}: {found.code} {found.printed[-500:]}")
     print("".join(f"  {text}\n" for text in wrong), end="")
     print(
