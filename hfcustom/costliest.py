@@ -22,7 +22,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 from torch import nn
 
-from hfcustom import randomness
 from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import serving, use_caches
 from hfcustom.console import out
@@ -33,7 +32,8 @@ from hfcustom.data.messages import RowError
 from hfcustom.data.packing import Packer, Size, size_of
 from hfcustom.data.sources import Examples
 from hfcustom.data.steps import Attempts
-from hfcustom.exits import EXIT_CONFIG, RunError
+from hfcustom.memory import NoMemoryError, StateBefore, out_of_memory
+from hfcustom.offload import offloading
 from hfcustom.parts import unwrap
 from hfcustom.step_plan import plan_step
 from hfcustom.train_config import TrainConfig
@@ -43,12 +43,6 @@ ROWS_TRIED = 128  # of those, before a run
 LAUNCHER = ("ACCELERATE_", "FSDP_", "LOCAL_", "MASTER_", "RANK", "TORCHELASTIC_", "WORLD_SIZE")  # of the environment
 MOST_PACKED = 64  # of the longest rows, from which the fullest pack is made
 Cut = tuple[int, int]  # rows of a micro-batch, micro-batches of a step
-
-
-class NoMemoryError(RunError, RuntimeError):
-    """The costliest batch does not fit; the message has its numbers and what to change."""
-
-    exit_code = EXIT_CONFIG
 
 
 # ---- which rows -----------------------------------------------------------------------------------------------------
@@ -163,25 +157,20 @@ class Trial:
 
     def _fits(self, batch: Batch, repeated: bool) -> bool:
         """Run forward and backward as a step does, and put everything back; whether every rank had the memory."""
-        core, random = unwrap(self.model), randomness.rng_state()
-        buffers = [(buffer, buffer.clone()) for buffer in core.buffers()]
-        step, self_failed = core.loss_step, False
+        core = unwrap(self.model)
+        before, self_failed = StateBefore(core), False
         core.loss_step = 0
         self.model.train()
         try:
             with use_caches(core, self.feed.caches, self.accelerator):
                 self._run([batch] * (2 if repeated else 1))  # gradients of the first wait while the second runs
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             self_failed = True
         finally:
             self.optimizer.zero_grad()
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-            core.loss_step, core.loss_values, core.loss_metrics = step, {}, {}
-            randomness.set_rng_state(random)
+            before.restore()
         if self_failed and self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
         return not any(gather_object([self_failed]))
@@ -191,11 +180,9 @@ class Trial:
         ballast = torch.empty(self._missing_state(), dtype=torch.uint8, device=device)
         plan = plan_step(core, batches, self.accelerator)
         for micro, batch in enumerate(batches):
-            with (
-                self.accelerator.no_sync(self.model),
-                serving(core, batch),
-            ):  # a rank without memory keeps nobody waiting
-                loss = self.model(**on_device(batch, device), **plan[micro]).loss
+            with self.accelerator.no_sync(self.model):  # a rank without memory keeps nobody waiting
+                with offloading(core, self.config), serving(core, batch):
+                    loss = self.model(**on_device(batch, device), **plan[micro]).loss
                 self.accelerator.backward(loss)
         del ballast
 
@@ -236,14 +223,9 @@ def packs_several(batch: Batch) -> bool:
     return positions is not None and int((positions == 0).sum()) > len(positions)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, a GPU's or this machine's."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
-
-
 def advice_for(trial: Trial) -> str:
     """Return what to change: with the numbers of `hfcustom plan` where the program is a recipe, made in a process of its own."""
-    known = "What helps: --auto-micro-batch, a smaller --micro-batch-size, --gradient-checkpointing, LoRA, 8 or 4 bits, FSDP."
+    known = "What helps: --auto-micro-batch, a smaller --micro-batch-size, --gradient-checkpointing, --offload-activations, LoRA, 8 or 4 bits, FSDP."
     command = plan_command(trial)
     if command is None or not trial.accelerator.is_main_process:
         return f"{known} `hfcustom plan` says how much each of them saves."

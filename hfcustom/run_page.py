@@ -184,4 +184,8 @@ def _fault(entry: Mapping[str, Any]) -> str:
     if entry.get("kind") == "rewound":
         skipped = ", ".join(map(str, entry.get("skipped") or ()))
         return f"Went back from step {step} to step {entry.get('to')}; skipped since: {skipped}."
+    if entry.get("kind") == "memory":
+        words = {"cut": "was cut in two", "again": "was run once more as it is", "out": "was left out"}
+        what = words.get(str(entry.get("then")), "was run again")
+        return f"Memory ran out in the step after {step}: a micro-batch of {entry.get('batch')} {what}."
     return f"Ended by an error after step {step}: {entry.get('error')}"

@@ -17,6 +17,15 @@ from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import serving
 from hfcustom.data.collate import Batch
 from hfcustom.losses import StepSummary
+from hfcustom.memory import out_of_memory
+
+
+class NoRoomForSummaryError(MemoryError):
+    """Memory ran out in the first look at a step, on this rank at micro-batch `micro`, or on another; every rank raises it."""
+
+    def __init__(self, micro: int | None) -> None:
+        super().__init__(f"Memory ran out in the first look at a step, at micro-batch {micro}.")
+        self.micro = micro
 
 
 def plan_step(core: Any, batches: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> list[dict[str, Any]]:
@@ -50,13 +59,19 @@ def step_summaries(
     if alone or not any(item.loss.summary for item in core.losses()):
         return [{} for _ in batches]
     state = randomness.rng_state()
-    with accelerator.autocast():  # as accelerate wraps forward()
-        own = []
-        for batch in batches:
-            with serving(core, batch):
-                own.append({} if is_blank(batch) else core.loss_summaries(on_device(batch, accelerator.device)))
+    own: list[dict[str, torch.Tensor] | None] = []
+    try:
+        with accelerator.autocast():  # as accelerate wraps forward()
+            for batch in batches:
+                own.append({} if is_blank(batch) else _summaries(core, batch, accelerator))
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
     randomness.set_rng_state(state)
-    everyone = gather_object([{name: value.cpu() for name, value in found.items()} for found in own])
+    failed = len(own) if len(own) < len(batches) else None
+    everyone = gather_object(own + [None] * (len(batches) - len(own)))
+    if None in everyone:  # on every rank alike
+        raise NoRoomForSummaryError(failed)
     first = accelerator.process_index * len(batches)
     places: list[dict[str, StepSummary]] = []
     for at in range(first, first + len(batches)):
@@ -67,6 +82,12 @@ def step_summaries(
             summaries[name] = StepSummary(torch.cat(parts).to(accelerator.device), start)
         places.append(summaries)
     return places
+
+
+def _summaries(core: Any, batch: Mapping[str, Any], accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    with serving(core, batch):
+        found = core.loss_summaries(on_device(batch, accelerator.device))
+    return {name: value.cpu() for name, value in found.items()}
 
 
 def is_blank(batch: Mapping[str, Any]) -> bool:

@@ -8,11 +8,10 @@ loss is divided by its count over all of them, so that the cut changes neither l
 from __future__ import annotations
 
 import copy
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,33 +24,33 @@ from torch import nn
 from transformers.utils import logging
 
 from hfcustom import checkpoint, randomness
-from hfcustom.cache.levels import on_device
-from hfcustom.cache.run import Caches, check_caches, open_caches, serving, use_caches
+from hfcustom.cache.run import Caches, check_caches, open_caches, use_caches
 from hfcustom.connectors.added_tower import check_weights
 from hfcustom.console import TrainLog, out
 from hfcustom.costliest import Trial
 from hfcustom.coverage import every_part_learns
 from hfcustom.custom_model import CustomModel, check_registered
 from hfcustom.data.captions import CaptionCollator
-from hfcustom.data.collate import Batch, Collator
+from hfcustom.data.collate import Collator
 from hfcustom.data.feed import Feed, Steps, as_rows
 from hfcustom.data.packing import make_packer
 from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.exits import EXIT_PREEMPTED, ConfigError
-from hfcustom.losses import NonFiniteError, count_all_tokens, loss_columns, real_tokens, token_columns
+from hfcustom.losses import loss_columns, token_columns
 from hfcustom.naming import unknown
 from hfcustom.noise import set_noise
-from hfcustom.norms import part_norms
+from hfcustom.offload import check_offloading
 from hfcustom.optimizers import make_optimizer, set_lr
-from hfcustom.parts import part_table, unwrap
+from hfcustom.parts import unwrap
 from hfcustom.ranks import check_processes, explained, process_state, wait_at_most
 from hfcustom.record import begin_run, run_of
 from hfcustom.run_folder import run_folder
 from hfcustom.sharding import name_blocks
 from hfcustom.signals import StopRequest
-from hfcustom.spikes import Share, shares_of
-from hfcustom.step_plan import is_blank, plan_step
+from hfcustom.splitting import Splitter
 from hfcustom.train_config import TrainConfig
+from hfcustom.training_step import StepReport as StepReport
+from hfcustom.training_step import train_step
 
 logger = logging.get_logger("hfcustom")
 Evaluate = Callable[[Any, int], Mapping[str, float]]
@@ -72,30 +71,6 @@ class TrainResult:
             if process_state().is_main_process:
                 out.print(f"Stopped after step {self.step}, which is saved; continue with --resume.")
             raise SystemExit(EXIT_PREEMPTED)
-
-
-@dataclass
-class StepReport:
-    """This rank's share of one step: each loss's sum / (count over the whole step), what terms recorded besides."""
-
-    losses: dict[str, torch.Tensor] = field(default_factory=dict)
-    metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # sum and count, (2,) each
-    tokens: int = 0
-    positions: int = 0  # tokens and padding
-    images: int = 0
-    source_tokens: dict[str, int] = field(default_factory=dict)  # of a mixture
-    grad_norm: torch.Tensor | float = 0.0
-    part_norms: dict[str, torch.Tensor] = field(default_factory=dict)
-    shares: list[Share] = field(default_factory=list)  # of each micro-batch in the loss
-
-    def add_batch(self, batch: Mapping[str, Any]) -> None:
-        """Count what a micro-batch holds."""
-        self.tokens += count_all_tokens(batch)
-        self.positions += real_tokens(batch).numel()
-        if isinstance(batch, Batch):
-            self.images += batch.images
-            for name, tokens in batch.source_tokens.items():
-                self.source_tokens[name] = self.source_tokens.get(name, 0) + tokens
 
 
 def fit(
@@ -145,6 +120,7 @@ def _run(
     cut, packer = trial.settle(cut, make_packer(core, config))
     steps = Steps(lambda first: feed.loader(collate, range(first, max_steps), cut, packer), start, feed.watch)
     bad_rows = feed.bad_rows(start)
+    splitter = Splitter(model, optimizer, feed, bad_rows, accelerator, config)
     state.restore_rng()  # after the iterator exists: making one draws random numbers
     model.train()
     step, stopped = start, False
@@ -156,13 +132,14 @@ def _run(
         every_part_learns(model, optimizer),
         use_caches(core, feed.caches, accelerator),
         TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names, core) as log,
+        splitter.noting(log.files, run),
     ):
         log.restore_window(state.pending)
         while step < max_steps and not stopped:
             set_lr(optimizer, step, max_steps, config)
             core.loss_step = step
             batches = spikes.left(step + 1, feed.next_batches(steps, bad_rows))
-            report = train_step(model, batches, optimizer, accelerator, config) if batches else None
+            report = train_step(model, batches, optimizer, accelerator, config, splitter) if batches else None
             if spikes.found(step + 1, report, log):
                 step = spikes.go_back(step + 1, state, steps, bad_rows, log)
                 continue
@@ -183,6 +160,7 @@ def _run(
 def set_up(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> None:
     """Give a model the run's precision, noise, recomputation, and its companions the run's device; tell FSDP its blocks."""
     core = unwrap(model)
+    check_offloading(config, accelerator)
     name_blocks(model, accelerator)
     set_precision(model, config)
     set_noise(core, config.neftune_alpha)
@@ -241,98 +219,6 @@ def _checked(model: nn.Module, config: TrainConfig, evaluate: Evaluate | None) -
     chosen = copy.copy(config)  # replace() would forget where its options came from
     chosen.precision = choose_precision(model, config)
     return chosen
-
-
-def train_step(
-    model: nn.Module,
-    batches: Sequence[Mapping[str, Any]],
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    config: TrainConfig,
-) -> StepReport:
-    """Run one optimiser step over micro-batches: count, forward and backward each, clip, update."""
-    report, core = StepReport(), unwrap(model)
-    plan = plan_step(core, batches, accelerator)  # before the batches are moved: asking a GPU for a count takes a wait
-    losses_by_batch: list[torch.Tensor] = []
-    for micro, batch in enumerate(batches):
-        last = micro == len(batches) - 1
-        with nullcontext() if last else accelerator.no_sync(model):
-            core.loss_values, core.loss_metrics = {}, {}
-            if is_blank(batch):
-                losses_by_batch.append(_run_blank(model, batch, accelerator))
-                _backward(losses_by_batch[-1], core, batch, accelerator)
-                continue
-            report.add_batch(batch)
-            with serving(core, batch):
-                loss = model(**on_device(batch, accelerator.device), **plan[micro]).loss
-            if core.loss_values.keys() != plan[micro]["loss_counts"].keys():
-                names = ", ".join(plan[micro]["loss_counts"])
-                raise ValueError(
-                    f"{type(core).__name__}.forward computed its loss without the configured {names}. Call "
-                    "super().forward(labels=...) in it, and write the loss as a token loss or a term."
-                )
-            # DDP averages gradients over ranks, the divisors count all of them.
-            _backward(loss * accelerator.num_processes, core, batch, accelerator)
-            losses_by_batch.append(loss.detach())
-        for name, value in core.loss_values.items():
-            report.losses[name] = report.losses.get(name, 0.0) + value.mean
-        for name, sum_and_count in core.loss_metrics.items():
-            report.metrics[name] = report.metrics.get(name, 0.0) + sum_and_count
-    report.shares = shares_of(batches, losses_by_batch)
-    report.part_norms = part_norms(optimizer)
-    report.grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-    losses = {name: float(value) for name, value in report.losses.items()}
-    if not all(map(math.isfinite, (report.grad_norm, *losses.values()))):
-        norm = float(report.grad_norm)
-        raise NonFiniteError(
-            f"The gradient's norm is {norm}, the losses are {losses}; the step was not applied."
-            f"{_suspects(batches, losses_by_batch)}"
-        )
-    optimizer.step()
-    optimizer.zero_grad()
-    return report
-
-
-def _backward(loss: torch.Tensor, core: Any, batch: Mapping[str, Any], accelerator: Accelerator) -> None:
-    """Run the backward pass; a batch of text alone has none where only what sees images is trained."""
-    if loss.requires_grad:
-        accelerator.backward(loss)
-        return
-    trained = ", ".join(row.part for row in part_table(core) if row.trainable)
-    text_alone = isinstance(batch, Batch) and not batch.images
-    if not text_alone:
-        raise ValueError(
-            f"Nothing that is trained ({trained}) has a way to the loss of a batch with images. Train another part too, or "
-            "look at what is overridden behind it; `hfcustom doctor` with --check gradients shows each part."
-        )
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"A batch of rows without images has no gradient where only {trained} is trained, and other processes wait for it. "
-            "Train on rows with images, or another part too."
-        )
-    logger.warning_once(
-        f"Rows without images teach nothing where only {trained} is trained; they are counted, not more."
-    )
-
-
-def _suspects(batches: Sequence[Mapping[str, Any]], losses: Sequence[torch.Tensor]) -> str:
-    """Return which rows a loss that is no number came from, where their names are known: this rank's all, if every loss is one."""
-    wrong = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
-    names = [row for batch in wrong or batches if isinstance(batch, Batch) for row in batch.rows]
-    return f" Look at {', '.join(names)}." if names else ""
-
-
-def _run_blank(model: nn.Module, batch: Mapping[str, Any], accelerator: Accelerator) -> torch.Tensor:
-    """Run a micro-batch that counts for nothing, as other ranks run theirs: a loss of 0 with a gradient of 0."""
-    inputs = on_device(batch, accelerator.device, without=("labels",))
-    core = unwrap(model)
-    with serving(core, batch):
-        if isinstance(core, CustomDualEncoder):
-            logits = model(**inputs).logits_per_image
-        else:  # one token reaches every weight
-            logits = model(**inputs, **({} if core.ignores_logits_to_keep else {"logits_to_keep": 1})).logits
-    zero: torch.Tensor = logits.float().sum() * 0.0
-    return zero
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

@@ -71,6 +71,13 @@ class TrainConfig:
     auto_micro_batch: Annotated[
         bool, "halve the micro-batches until the costliest fits; steps keep their rows, losses and gradients"
     ] = False
+    split_on_oom: Annotated[
+        bool,
+        "a micro-batch that memory is not enough for is cut in two, with the same losses and gradients; else the run ends",
+    ] = True
+    offload_activations: Annotated[
+        bool, "keep what the backward pass needs in the CPU's memory meanwhile: slower, and less of the GPU's"
+    ] = False
     max_length: Annotated[int | None, "longest row in tokens; a longer one is an error that names it"] = None
     train_on: Annotated[
         Literal["assistant", "last", "all"],
@@ -140,6 +147,8 @@ class TrainConfig:
                 "gradient_checkpointing",
                 "try_costliest",
                 "auto_micro_batch",
+                "split_on_oom",
+                "offload_activations",
             ),
             *("lr", "connector_lr", "vision_lr", "part_lr", "weight_decay", "part_weight_decay", "beta2"),
             *("warmup_steps", "schedule", "min_lr_ratio"),

@@ -7,11 +7,14 @@ import re
 import socket
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from traceback import StackSummary
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
@@ -117,6 +120,20 @@ def assert_same_model(first: Any, second: Any, batch: dict[str, torch.Tensor]) -
         torch.testing.assert_close(first(**batch).logits, second(**batch).logits, rtol=1e-5, atol=1e-6)
 
 
+@contextmanager
+def quick_dynamo() -> Iterator[None]:
+    """Leave out what dynamo only measures and logs: how long guards take, and the functions and stacks that traces name.
+
+    That is a sixth of its time, and changes nothing that it computes; a name that a release of torch drops is an error here.
+    """
+    with (
+        patch("torch._dynamo.guards.profile_guard_manager", lambda *arguments: 0.0),
+        patch("torch._dynamo.symbolic_convert.get_funcname", lambda *arguments: None),
+        patch("torch._dynamo.exc._extract_stack_with_positions", StackSummary),
+    ):
+        yield
+
+
 def assert_compiles(model: Any, inputs: dict[str, torch.Tensor]) -> None:
     """Logits of the compiled model equal those of eager.
 
@@ -125,7 +142,8 @@ def assert_compiles(model: Any, inputs: dict[str, torch.Tensor]) -> None:
     Where sizes of images are read from tensors, dynamo cannot guard on what it captures.
     """
     torch._dynamo.reset()
-    with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=not isinstance(model, RaggedImages)):
+    scalars = torch._dynamo.config.patch(capture_scalar_outputs=not isinstance(model, RaggedImages))
+    with torch.no_grad(), scalars, quick_dynamo():
         expected = model(**inputs).logits
         torch.testing.assert_close(torch.compile(model, backend="eager")(**inputs).logits, expected)
 

@@ -7,16 +7,20 @@ Every rank writes what it ended with to FOLDER/<case>/rank-<rank>.pt.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import Family
+from full_memory import Where, room_for
 from loss_cases import batch_of, cut, family_of, model_of
 from loss_cases import gradients as gradients_of
 from torch import nn
@@ -27,6 +31,7 @@ from hfcustom import checkpoint, commit, train
 from hfcustom.data.order import step_rows
 from hfcustom.families import load_family
 from hfcustom.losses import LOSSES
+from hfcustom.memory import NoMemoryError
 from hfcustom.parts import unwrap
 from hfcustom.train_config import TrainConfig
 
@@ -46,6 +51,8 @@ class Case:
     sgd: bool = True  # weights after SGD differ as gradients do; Adam hides a wrong scale and magnifies rounding
     stop_at: int | None = None
     dropout: float = 0.0
+    room: int = 0  # tokens of a forward that rank 1 of two has memory for; 0: as many as there are
+    full: Where = "forward"  # where its memory runs out
     bad: Sequence[int] = ()  # places in each step whose row cannot be read
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -74,6 +81,16 @@ CASES = {
     "a rank with bad rows only": Case(bad=[4, 5, 6, 7], options={**SKIPPING, "micro_batch_size": 2}),
     "bad rows on both ranks, contrastive": Case(
         bad=[0, 1, 4], loss="contrastive", options={**SKIPPING, "micro_batch_size": 2}
+    ),
+    "memory runs out on one rank": Case(room=400, options={"max_steps": 2}),
+    "memory runs out on one rank before the last micro-batch": Case(
+        room=200, options={"micro_batch_size": 2, "max_steps": 2}
+    ),
+    "memory runs out on one rank, gradients half exchanged": Case(
+        room=400, full="amid backward", options={"max_steps": 2}
+    ),
+    "memory runs out on one rank, contrastive": Case(
+        room=200, full="first look", loss="contrastive", options={"micro_batch_size": 2, "max_steps": 2}
     ),
     "preferences": Case(loss="dpo", lora=True, pairs=True, options={"micro_batch_size": 2}),
 }
@@ -118,6 +135,7 @@ def run(case: Case, folder: Path, **options: Any) -> dict[str, Any]:
     model, family = build(case)
     start = weights(model)
     rank, original = train.process_state().process_index, train.make_optimizer
+    ddp = train.DistributedDataParallelKwargs
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
         if rank == 1 and step == case.stop_at and "resume" not in options:
@@ -127,9 +145,13 @@ def run(case: Case, folder: Path, **options: Any) -> dict[str, Any]:
     config = short_config(folder, **{"eval_steps": 1, "max_steps": STEPS, **case.options, **options})
     try:
         train.make_optimizer = use_sgd if case.sgd else original
-        result = train.fit(model, family.processor, case_rows(case), config, evaluate=evaluate)
+        if case.room:  # several buckets, as large models have
+            train.DistributedDataParallelKwargs = partial(ddp, bucket_cap_mb=0.02)
+        with room_for(case.room, case.full) if case.room and rank == 1 else nullcontext() as room:
+            result = train.fit(model, family.processor, case_rows(case), config, evaluate=evaluate)
+        assert room is None or room.failures
     finally:
-        train.make_optimizer = original
+        train.make_optimizer, train.DistributedDataParallelKwargs = original, ddp
     return {
         "start": start,
         "end": weights(model),
@@ -162,6 +184,18 @@ def every_loss() -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
+def too_large(folder: Path, on_bad_row: str) -> str:
+    """Train where rank 1 has no memory for one of its rows; return how that ends on this rank."""
+    case = Case(room=150, options={"on_bad_row": on_bad_row, "max_steps": 2})
+    if on_bad_row == "skip":
+        case.options["max_bad_share"] = 0.5
+    try:
+        found = run(case, folder)
+    except NoMemoryError as error:
+        return str(error)
+    return f"{found['step']} steps, weights add up to {sum(float(value.double().sum()) for value in found['end'].values())}"
+
+
 def forbid_writing() -> None:
     """Make every function that writes, but for a rank's own random state, an error."""
 
@@ -175,6 +209,7 @@ def forbid_writing() -> None:
 
 
 def main(folder: Path) -> None:
+    gc.freeze()
     rank = train.process_state().process_index
     if rank:
         forbid_writing()
@@ -182,6 +217,8 @@ def main(folder: Path) -> None:
     with user_losses():
         for name, case in CASES.items():
             torch.save(run(case, folder / name / "out"), folder / name / f"rank-{rank}.pt")
+    ends = {way: too_large(folder / way, way) for way in ("skip", "error")}
+    torch.save(ends, folder / f"too-large-{rank}.pt")
     torch.save(run(STOPPED, folder / "stopped" / "out"), folder / "stopped" / f"rank-{rank}.pt")
     torch.save(run(STOPPED, folder / "stopped" / "out", resume=True), folder / "stopped" / f"resumed-{rank}.pt")
     unbroken = run(replace(STOPPED, stop_at=None), folder / "unbroken" / "out")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from conftest import BENCHMARKS, ROOT
 
@@ -17,19 +18,21 @@ SCRIPTS = ("profile_step", "training_step")
 HAS_TRL = importlib.util.find_spec("trl") is not None
 
 
-def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def script(name: str, *arguments: str, start: Any = forked.run) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return start(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_and_a_mistake_answer_before_torch_is_imported(name: str) -> None:
-    done = script(name, "--help")
+    done = script(name, "--help", start=subprocess.run)
     assert (done.returncode, done.stderr) == (0, "")
     assert "--task" in done.stdout
-    done = script(name, "--variants" if name == "training_step" else "--variant", "our", "--threads", "0")
+    done = script(
+        name, "--variants" if name == "training_step" else "--variant", "our", "--threads", "0", start=subprocess.run
+    )
     assert done.returncode == 3
     assert "Unknown variant 'our'. Did you mean 'ours'?" in done.stderr
     assert "threads=0 must be positive" in done.stderr
@@ -41,7 +44,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("benchmark")
     variants = ["stock", "trainer", "trl", "trl_good", "ours", "ours_packed", "ours_cached"]
     options = ["--task", "tiny", "--rounds", "1", "--device", "cpu", "--groups", "full-cross_entropy", "lora-focal"]
-    done = script("training_step", *options, "--variants", *variants, "--output-dir", str(folder))
+    done = script(
+        "training_step", *options, "--variants", *variants, "--output-dir", str(folder), start=subprocess.run
+    )
     assert done.returncode == 0, done.stdout + done.stderr + (folder / "workers.log").read_text()
     assert (folder / "results.png").stat().st_size > 10_000
     found = json.loads((folder / "results.json").read_text())

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from bundle_cases import CASES, NAMED, save, write_files
@@ -143,12 +144,12 @@ def test_the_card_of_a_bundle_loads_the_bundle(bundled: Bundled) -> None:
     assert "import one_file" not in snippet and snippet.count("trust_remote_code=True") == 2
     command = [
         sys.executable,
-        "-I",
+        "-P",
         "-c",
         f"import sys\nsys.modules['hfcustom'] = None\n{snippet}print(type(model).__name__)",
     ]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "cache of the card")}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "cache of the card"), "PYTHONPATH": ""}
+    done = forked.run(command, cwd=folder, env=environment)
     assert done.returncode == 0 and done.stdout == "Model\n", done.stderr[-2000:]
     record = json.loads((folder / "hfcustom.json").read_text())
     assert record["relies_on"]["class"] == "Model" and record["origin"] is None

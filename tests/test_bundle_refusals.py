@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from bundle_cases import BASE, BODY, save, write_files
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 import hfcustom
 from hfcustom import cli
+from hfcustom.bundle import verify
 from hfcustom.bundle.cargo import find_cargo
 from hfcustom.bundle.code import Code
 from hfcustom.bundle.command import write_bundle
@@ -35,6 +37,12 @@ def hidden(expression: str, before: str = "") -> str:
     """Return a file whose model adds an expression to the hidden states."""
     method = f"    def transform_hidden_states(self, hidden_states):\n        return hidden_states + {expression}\n"
     return f"{HEAD}{before}{MODEL}{method}"
+
+
+@pytest.fixture(autouse=True)
+def quick_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes that load a bundle are forked from one without hfcustom; tests/test_bundle.py starts real ones."""
+    monkeypatch.setattr(verify, "subprocess", forked)
 
 
 @pytest.fixture(autouse=True)

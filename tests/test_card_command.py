@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import ROOT, Family
 from test_card import card_file, saved, snippet  # noqa: F401
@@ -23,13 +24,8 @@ def test_the_snippet_runs_in_a_clean_process(internvl: Family, tmp_path: Path, m
     model.match_processor(internvl.module.tiny_processor()).save_pretrained(tmp_path / "model")
     program = snippet(text) + "print(type(model).__name__, type(processor).__name__)\n"
     paths = f"{tmp_path}:{ROOT}"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path / "model",
-        env={"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "PATH": ""},
-        capture_output=True,
-        text=True,
-    )
+    environment = {**os.environ, "PYTHONPATH": paths, "PATH": ""}
+    done = forked.run([sys.executable, "-c", program], cwd=tmp_path / "model", env=environment)
     assert (done.returncode, done.stdout) == (0, "MyVLM CustomInternVLProcessor\n"), done.stderr
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import distributed_run
+import forked
 import pytest
 import torch
 from conftest import RECIPES, ROOT
@@ -25,10 +27,18 @@ from hfcustom.losses import LOSSES
 Folders = tuple[Path, dict[str, Any], str]
 
 
-def free_port() -> int:
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return str(probe.getsockname()[1])
+
+
+def two_ranks(folder: Path, script: str) -> str:
+    """Do what torchrun() does in two processes that are forked; return what they printed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = forked.run_ranks([sys.executable, ROOT / "tests" / script, folder], 2, free_port(), environment)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
 
 
 def torchrun(folder: Path, script: str = "distributed_run.py") -> str:
@@ -96,6 +106,15 @@ def test_every_loss_of_two_processes_is_that_of_one(runs: Folders, name: str) ->
     loss.backward()
     assert float(both.pop("value")) == pytest.approx(float(loss.detach()), rel=1e-5)
     assert_same_gradients(both, gradients(model), rtol=1e-3)
+
+
+def test_a_row_that_one_rank_has_no_memory_for_is_left_out_or_ends_the_run_on_both(runs: Folders) -> None:
+    first, second = (torch.load(runs[0] / f"too-large-{rank}.pt") for rank in range(2))
+    assert first == second
+    assert first["skip"].startswith("2 steps")
+    lines = (runs[0] / "skip" / "bad_rows.jsonl").read_text().splitlines()
+    assert lines and {json.loads(line)["code"] for line in lines} == {"memory"}
+    assert re.match(r"Memory ran out at a micro-batch of 1 x \d+ tokens, .* \(row \d+\), on rank 1", first["error"])
 
 
 def test_what_is_compared_would_show_a_gradient_averaged_over_ranks(runs: Folders) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from encoder_cases import Encoder, doubled, encoders, gradients, naive_loss, step
 from encoders_run import SHARES
-from test_distributed import torchrun
+from test_distributed import two_ranks
 from test_log_probs import Largest
 from torch import nn
 
@@ -182,7 +182,7 @@ def test_the_formulas_of_the_documentation_are_right() -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("encoders")
-    torchrun(folder, "encoders_run.py")
+    two_ranks(folder, "encoders_run.py")
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
 
 

@@ -12,7 +12,7 @@ import torch
 from conftest import picture
 from encoder_cases import WORDS, Encoder, doubled, encoders, gradients, naive_loss
 from encoders_run import STEP_ROWS
-from test_distributed import torchrun
+from test_distributed import two_ranks
 from training import Step, add_dropout, assert_same_step, curve, run_step, short_config, weights
 
 import hfcustom
@@ -210,7 +210,7 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(encoder: Encoder, tmp
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("steps")
-    torchrun(folder, "encoders_run.py")
+    two_ranks(folder, "encoders_run.py")
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
 
 

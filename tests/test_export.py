@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
-from conftest import TORCHVISION, Family
+from conftest import Family
 from encoder_cases import Encoder, encoders
 from safetensors.torch import load_file
 from torch import nn
@@ -21,23 +23,14 @@ from hfcustom.export import verify
 from hfcustom.export.departures import find_departures
 from hfcustom.export.write import NotStock, export_checkpoint
 
-SITE = """
-from torch import library
-LIBRARY = library.Library("torchvision", "DEF")
-for operator in ("nms", "qnms"):
-    LIBRARY.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-"""
 ENCODERS = encoders()
 OTHER_TOKENS = {"chameleon", "paligemma"}  # a separator, a newline: what hfcustom's processors leave to the template
 
 
 @pytest.fixture(autouse=True)
-def child_with_torchvision(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The child needs for torchvision what conftest does here: a CPU torch lacks two operators."""
-    if TORCHVISION:
-        folder = tmp_path_factory.mktemp("site")
-        (folder / "sitecustomize.py").write_text(SITE)
-        monkeypatch.syspath_prepend(folder)
+def quick_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes that verify are forked from one without hfcustom; the command's test starts a real one."""
+    monkeypatch.setattr(verify, "subprocess", forked)
 
 
 def saved(family: Family, folder: Path, model: Any = None) -> Path:
@@ -380,7 +373,10 @@ class Brighter(CustomInternVLForConditionalGeneration):
 """
 
 
-def test_the_command_says_what_it_did(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_what_it_did(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "subprocess", subprocess)
     assert cli.main(["export", str(checkpoint), str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert (

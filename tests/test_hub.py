@@ -100,7 +100,10 @@ def test_what_a_person_wrote_on_the_hub_stays(internvl: Family, hub: Hub) -> Non
     assert readme(hub) == OUTSIDE, "without marks it is all theirs"
 
 
-def test_a_lost_connection_costs_nobody_their_words(internvl: Family, hub: Hub) -> None:
+def test_a_lost_connection_costs_nobody_their_words(
+    internvl: Family, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its tries
     internvl.model().push_to_hub(NAME)
     hub.repositories[NAME].commit("main", {"README.md": OUTSIDE.encode()})
     hub.failing = lambda path: path.endswith("/README.md")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from hfcustom.data.collate import Batch
 from hfcustom.data.order import epoch_order, step_loader, step_rows
 from hfcustom.data.steps import StepCollator
 
@@ -23,8 +24,8 @@ CUTS = {  # micro-batch size, micro-batches a step, ranks: 8 rows a step each
 }
 
 
-def as_tensor(rows: Sequence[int]) -> dict[str, torch.Tensor]:
-    return {"rows": torch.tensor(rows)}
+def as_tensor(rows: Sequence[int]) -> Batch:
+    return Batch(rows=torch.tensor(rows))
 
 
 def seen(
@@ -36,7 +37,7 @@ def seen(
         list(
             step_loader(
                 rows,
-                StepCollator(as_tensor, size),  # type: ignore[arg-type]
+                StepCollator(as_tensor, size),
                 steps=steps,
                 micro_batch_size=size,
                 accumulation=accumulation,

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from conftest import RECIPES, ROOT, Family
@@ -92,9 +93,10 @@ def test_the_exit_code_says_whether_the_named_gpu_is_large_enough(
 def test_each_advice_is_what_a_plan_with_its_flags_finds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, found = plan(capsys, *options(folder, "--advice", "always"))
     advised = {item["flags"]: item for item in found["advice"]}
-    together = "--gradient-checkpointing --micro-batch-size 1 --lora --load-in 4bit"
+    together = "--gradient-checkpointing --offload-activations --micro-batch-size 1 --lora --load-in 4bit"
     assert set(advised) == {
         "--gradient-checkpointing",
+        "--offload-activations",
         "--micro-batch-size 1",
         "--lora",
         "--lora --load-in 8bit",
@@ -200,7 +202,7 @@ with allocations() as sizes:
     wrapped(torch.ones(1, 256)).sum().backward()
 print(sum(sizes) / size)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = forked.run([sys.executable, "-c", script], cwd=ROOT, timeout=120)
     assert float(done.stdout.split()[-1]) == pytest.approx(2, abs=0.15), done.stderr  # gradients, and buckets
 
 
@@ -217,6 +219,10 @@ print(sum(sizes) / size)
         (["--crops", "3"], "crops has no effect without tokens"),
         (["--image-size", "big"], "image_size='big' is no width x height; write 448x448"),
         (["--memory", "-3"], "memory=-3.0 must be positive"),
+        (
+            ["--gpus", "2", "--shard", "fsdp", "--offload-activations"],
+            "offload_activations does not go with shard=fsdp, whose gathered weights it would copy along",
+        ),
         (["--gpus", "3"], "batch_size=2 rows cannot be shared by 3 processes"),
         (["--load-in", "4bit"], "load_in=4bit needs --lora"),
         (

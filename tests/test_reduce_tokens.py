@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import reduce_tokens
 import torch
@@ -26,7 +27,7 @@ def test_a_short_run_compares_and_draws(tmp_path: Path) -> None:
         "--output-dir",
         str(tmp_path / "out"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={"PYTHONPATH": str(ROOT)})
+    done = forked.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(r["name"], r["image_tokens"]) for r in results] == [("none", 16), ("pixel_shuffle", 4), ("perceiver", 4)]

@@ -21,7 +21,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import RECIPES, ROOT, Family
 from sharded_run import CASES
-from test_distributed import torchrun
+from test_distributed import two_ranks
 from torch import nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
@@ -39,7 +39,7 @@ SHARDED = [
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     folder = tmp_path_factory.mktemp("sharded")
-    torchrun(folder, "sharded_run.py")
+    two_ranks(folder, "sharded_run.py")
     found: dict[str, dict[str, float]] = json.loads((folder / "results.json").read_text())
     return found
 

@@ -27,8 +27,8 @@ from training import (
 import hfcustom
 from hfcustom.data.collate import Collator
 from hfcustom.data.order import step_rows
+from hfcustom.losses import NonFiniteError
 from hfcustom.train import (
-    NonFiniteError,
     choose_precision,
     make_accelerator,
     make_optimizer,

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from conftest import Family
 from datasets import Dataset
 from peft import LoraConfig
-from test_distributed import torchrun
+from test_distributed import two_ranks
 from test_trainer import ROWS, STEPS, rows_in_order, trainer_options
 from torch import nn
 from training import TERMS, curve, relative_distance, train, uneven_rows, user_losses, weights
@@ -216,7 +216,7 @@ def test_mixed_precision_and_checkpointing_as_trl_has_them(internvl: Family, tmp
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Run this file in two processes; return each case's log, weights and evaluation."""
     folder = tmp_path_factory.mktemp("two")
-    torchrun(folder, "test_trl.py")
+    two_ranks(folder, "test_trl.py")
     return {name: torch.load(folder / f"{name}.pt") for name in CASES}
 
 

@@ -43,6 +43,7 @@ class Batch(dict[str, torch.Tensor]):
     rows: Sequence[str] = ()  # B names, as in errors: "train.jsonl, line 7"
     pictures: Sequence[Picture] = ()  # its images in the order of their placeholders, where features are cached
     levels: torch.Tensor | None = None  # (3, 256), values of pixels that are bytes until they are on the device
+    places: Sequence[int] = ()  # of its rows among those that the rank has in the step, pairs counted once
     blank: bool = False  # run only so that ranks stay together; counts for nothing
 
     def blank_copy(self) -> Batch:

@@ -48,8 +48,13 @@ class Feed:
         self.positions: dict[int, State] = {}  # of this rank's loading processes, after the last step trained on
         self.epoch = 0
         self.watch = Watch(config.num_workers, config.row_seconds)
+        self.cut_before: Callable[[list[Batch]], list[Batch]] = (
+            list  # what makes smaller ones of a step's micro-batches
+        )
+        self._loader: StepLoader | StreamLoader | None = None
         self._cut_shown = False
         self.kind: str | None = None  # of the first row
+        self._before: State | None = None  # where the loading process of the last step stood before it
         if not isinstance(self.rows, Examples):
             self._check_stream(self.rows)
 
@@ -132,11 +137,12 @@ class Feed:
         """
         config, ranks = self.config, (self.accelerator.process_index, self.accelerator.num_processes)
         skip = config.on_bad_row == "skip"
-        collate = StepCollator(collate_rows, cut[0], skip_bad_rows=skip, packer=packer, kind=self.kind)
+        self._collate = StepCollator(collate_rows, cut[0], skip_bad_rows=skip, packer=packer, kind=self.kind)
+        self._step = steps.start - 1
         if not isinstance(self.rows, Examples):
             stream = StepStream(
                 self.rows,
-                collate,
+                self._collate,
                 steps=steps,
                 rows_per_step=cut[0] * cut[1],
                 rank=ranks[0],
@@ -146,11 +152,12 @@ class Feed:
                 skip_bad_rows=skip,
                 watch=self.watch,
             )
-            return StreamLoader(stream, config.num_workers)
+            self._loader = StreamLoader(stream, config.num_workers)
+            return self._loader
         rows = self.rows if self.caches is None else self.caches.lazy_rows(self.rows)
-        return step_loader(
+        self._loader = step_loader(
             usable_rows(rows, config),
-            collate,
+            self._collate,
             steps=steps,
             micro_batch_size=cut[0],
             accumulation=cut[1],
@@ -161,6 +168,25 @@ class Feed:
             draw=self.mixture.step_rows if self.mixture else None,
             watch=self.watch,
         )
+        return self._loader
+
+    def collate_again(self, groups: Sequence[Sequence[int]]) -> list[Batch]:
+        """Return rows of the step that `next_batches` gave last, by their places, in micro-batches of these groups.
+
+        They are read once more, with the random numbers that they had.
+        """
+        assert self._loader is not None, "there is a step"
+        places = {place for group in groups for place in group}
+        if isinstance(self._loader, StreamLoader):
+            rows = self._loader.read_again(self._step, places, self._before)
+        else:
+            rows = self._loader.read_again(self._step, places)
+        batches = []
+        with row_random(self.config.seed, "collate", self._step, self.accelerator.process_index):
+            for group in groups:
+                batches.append(self._collate.together([rows[place] for place in group]))
+                batches[-1].places = group
+        return batches
 
     def first_columns(self, losses: Sequence[WeightedLoss]) -> Mapping[str, Any]:
         """Return the columns of the first row that can be read, and say for each source what becomes of its columns."""
@@ -192,7 +218,9 @@ class Feed:
         if found.cut is not None:
             show_cut(found.cut, not self._cut_shown and self.accelerator.is_main_process)
             self._cut_shown = True
+        self._step += 1
         if found.position is not None:
+            self._before = self.positions.get(found.position[0])
             self.positions[found.position[0]] = found.position[1]
         if found.epoch > self.epoch:
             self.epoch = found.epoch
@@ -200,7 +228,7 @@ class Feed:
         bad_rows.tell(found.notes)
         if self.config.on_bad_row == "skip":
             bad_rows.take(found.skipped)
-        return agree_on_batches(found.batches, self.accelerator)
+        return agree_on_batches(self.cut_before(found.batches), self.accelerator)
 
 
 class Steps:

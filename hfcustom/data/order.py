@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
@@ -62,13 +62,12 @@ def step_loader(
     firsts = [(micro * world_size + rank) * micro_batch_size for micro in range(accumulation)]
     places = [at for first in firsts for at in range(first, first + micro_batch_size)]
 
-    def picks() -> Iterator[Pick]:
-        for step in steps:
-            order = step_rows(len(rows), step, batch_size, seed) if draw is None else draw(step, batch_size, seed)
-            yield Pick(step, [(step * batch_size + place, order[place]) for place in places])
+    def pick(step: int) -> Pick:
+        order = step_rows(len(rows), step, batch_size, seed) if draw is None else draw(step, batch_size, seed)
+        return Pick(step, [(step * batch_size + place, order[place]) for place in places])
 
     reader = StepReader(rows, collate, (seed, rank), watch or Watch(num_workers, math.inf))
-    return StepLoader(reader, picks(), num_workers)
+    return StepLoader(reader, pick, steps, num_workers)
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,14 @@ class StepReader:
 
     def __getitems__(self, pick: Pick) -> Any:
         """Read and collate a step, as torch asks a data set that takes a batch at once."""
-        rows = [self._row(place, at) for place, at in pick.rows]
+        rows = self.read(pick)
         with row_random(self.seed, "collate", pick.step, self.rank):
             return self.collate(rows)
+
+    def read(self, pick: Pick, places: Collection[int] | None = None) -> list[Any]:
+        """Read the rows of a step; those that are none of `places` stay None."""
+        wanted = range(len(pick.rows)) if places is None else places
+        return [self._row(*row) if at in wanted else None for at, row in enumerate(pick.rows)]
 
     def _row(self, place: int, at: int) -> Any:
         with self.watch.reading(lambda: self._name(at)), row_random(self.seed, "row", place):
@@ -115,11 +119,12 @@ class Named(Protocol):
 class StepLoader:
     """Iterable over the steps of one rank, in order."""
 
-    def __init__(self, reader: StepReader, picks: Iterator[Pick], num_workers: int) -> None:
+    def __init__(self, reader: StepReader, pick: Callable[[int], Pick], steps: range, num_workers: int) -> None:
         self.watch = reader.watch
+        self.reader, self.pick = reader, pick
         self.loader: DataLoader[Any] = DataLoader(
             reader,  # type: ignore[arg-type]  # torch asks for __getitems__ alone
-            batch_sampler=_Once(picks),  # type: ignore[arg-type]  # anything that is iterated over
+            batch_sampler=_Once(map(pick, steps)),  # type: ignore[arg-type]  # anything that is iterated over
             collate_fn=as_it_is,
             num_workers=num_workers,
             generator=torch.Generator().manual_seed(reader.seed),  # draws its workers' seed here, not from training's
@@ -128,6 +133,10 @@ class StepLoader:
 
     def __iter__(self) -> Watched:
         return Watched(self.loader, self.watch)
+
+    def read_again(self, step: int, places: Collection[int]) -> list[Any]:
+        """Read rows of a step once more, in this process: as many as it has, those that are none of `places` None."""
+        return self.reader.read(self.pick(step), places)
 
 
 def as_it_is(item: Any) -> Any:

@@ -101,7 +101,9 @@ class Packer:
         """Return micro-batches of rows that are collated one by one already, and what the cut comes to."""
         sizes = [size_of(single) for single in singles]
         groups = self.cut(sizes)
-        batches = [self._join(collate, [rows[at] for at in group], [singles[at] for at in group]) for group in groups]
+        batches = [self.join(collate, [rows[at] for at in group], [singles[at] for at in group]) for group in groups]
+        for batch, group in zip(batches, groups, strict=True):
+            batch.places = group
         tokens = [int(length) for single in singles for length in single["attention_mask"].sum(1)]
         return batches, Cut(
             rows=len(rows),
@@ -113,7 +115,8 @@ class Packer:
             too_long=sum(size.tokens > self.tokens for size in sizes),
         )
 
-    def _join(self, collate: Collate, rows: Sequence[Any], singles: Sequence[Batch]) -> Batch:
+    def join(self, collate: Collate, rows: Sequence[Any], singles: Sequence[Batch]) -> Batch:
+        """Return rows, which are collated one by one already, as one micro-batch."""
         if self.merge_images is None:
             return singles[0] if len(rows) == 1 else collate(rows)
         return pack_rows(singles, self.merge_images, row_columns(collate))

@@ -110,17 +110,30 @@ class StepCollator:
 
     def _pack(self, rows: Sequence[Any], skipped: list[Finding]) -> tuple[list[Batch], Cut]:
         assert self.packer is not None
-        found = [(row, self._batch([row], skipped)) for row in rows if not isinstance(row, Finding)]
-        usable = [(row, single) for row, single in found if single is not None]
-        return self.packer(self.collate, *([pair[at] for pair in usable] for at in (0, 1)))
+        found = [(at, self._batch([row], skipped)) for at, row in enumerate(rows) if not isinstance(row, Finding)]
+        singles = {at: single for at, single in found if single is not None}
+        batches, cut = self.packer(self.collate, [rows[at] for at in singles], list(singles.values()))
+        places = list(singles)
+        for batch in batches:
+            batch.places = [places[at] for at in batch.places]
+        return batches, cut
 
     def _cut(self, rows: Sequence[Any], skipped: list[Finding]) -> list[Batch]:
         batches = []
         for first in range(0, len(rows), self.micro_batch_size):
-            chunk = [row for row in rows[first : first + self.micro_batch_size] if not isinstance(row, Finding)]
-            if chunk and (batch := self._batch(chunk, skipped)) is not None:
+            part = range(first, min(first + self.micro_batch_size, len(rows)))
+            places = [at for at in part if not isinstance(rows[at], Finding)]
+            if places and (batch := self._batch([rows[at] for at in places], skipped)) is not None:
+                bad = {finding.row for finding in skipped}
+                batch.places = [at for at in places if rows[at].name not in bad] if bad else places
                 batches.append(batch)
         return batches
+
+    def together(self, rows: Sequence[Example]) -> Batch:
+        """Collate rows that can be used as one micro-batch."""
+        if self.packer is None:
+            return self.collate(rows)
+        return self.packer.join(self.collate, rows, [self.collate([row]) for row in rows])
 
     def _batch(self, rows: list[Any], skipped: list[Finding]) -> Batch | None:
         """Collate rows; those that cannot be are found one by one and join `skipped`. None when no row is left."""
@@ -196,6 +209,10 @@ class BadRows:
     def take(self, skipped: Sequence[Finding]) -> None:
         """Add the rows that the ranks have left out of a step; every rank has to call it. TooManyBadRows ends the run."""
         self.steps += 1
+        self.add(skipped)
+
+    def add(self, skipped: Sequence[Finding]) -> None:
+        """Do so for a step that was counted already."""
         everyone = gather_object(list(skipped)) if self.accelerator.num_processes > 1 else skipped
         new = {row.row: row for row in everyone if row.row not in self.reasons}
         if not new:
@@ -227,6 +244,11 @@ def agree_on_batches(batches: Sequence[Batch], accelerator: Accelerator) -> list
         return batches
     counts = gather_object([len(batches)])
     if not all(counts) and any(counts):
-        spare = gather_object(batches[:1] if accelerator.process_index == counts.index(max(counts)) else [])
+        spare = gather_object([smallest(batches)] if accelerator.process_index == counts.index(max(counts)) else [])
         batches = batches or [spare[0].blank_copy()]
-    return batches + [batches[0].blank_copy() for _ in range(max(counts) - len(batches))] if batches else []
+    return batches + [smallest(batches).blank_copy() for _ in range(max(counts) - len(batches))] if batches else []
+
+
+def smallest(batches: Sequence[Batch]) -> Batch:
+    """Return the micro-batch that holds least."""
+    return min(batches, key=lambda batch: sum(value.numel() for value in batch.values()))

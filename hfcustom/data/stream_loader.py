@@ -7,8 +7,10 @@ loaded ahead.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -50,7 +52,8 @@ class StepStream(IterableDataset[Any]):
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
-        self.positions = dict(positions)
+        self.positions: Mapping[int, State] = dict(positions)
+        self.wanted: Collection[int] = range(rows_per_step)
         self.skip_bad_rows = skip_bad_rows
         self.watch = watch
 
@@ -64,15 +67,24 @@ class StepStream(IterableDataset[Any]):
             yield None
         for step in self.steps:
             if step % num_workers == worker:
-                rows = [self._row(cursor) for _ in range(self.rows_per_step)]
+                rows = [self._row(cursor, at in self.wanted) for at in range(self.rows_per_step)]
                 with row_random(self.seed, "collate", step, self.rank):
                     found = self.collate(rows)
                 found.position, found.epoch = (worker, cursor.state()), cursor.epoch
                 yield found
 
-    def _row(self, cursor: Any) -> Any:
+    def again(self, step: int, places: Collection[int], positions: Mapping[int, State]) -> StepStream:
+        """Return one of these steps as it is read, not collated: as many rows as it has, None for those of no such place."""
+        found = copy.copy(self)
+        found.collate = lambda rows: StepBatches(list(rows))
+        found.steps, found.positions, found.wanted = range(step, step + 1), positions, places
+        return found
+
+    def _row(self, cursor: Any, wanted: bool) -> Any:
         try:
             cursor.advance()
+            if not wanted:
+                return None
             with self.watch.reading(cursor.last_name):
                 return cursor.read()
         except RowError as error:
@@ -94,6 +106,21 @@ class StreamLoader:
             worker_init_fn=ignore_stop_signals,
         )
         self.watch = steps.watch
+        self.steps, self.num_workers = steps, num_workers
 
     def __iter__(self) -> Watched:
         return Watched(self.loader, self.watch)
+
+    def read_again(self, step: int, places: Collection[int], position: State | None) -> list[Any]:
+        """Read rows of a step once more, from where its loading process stood before it, in processes of the same shares.
+
+        As many as it has; those that are none of `places` are None.
+        """
+        positions = {} if position is None else {step % max(self.num_workers, 1): position}
+        again = self.steps.again(step, places, positions)
+        if not self.num_workers:  # `datasets` keeps where it stands in what two readers of one process would share
+            again.stream = copy.deepcopy(again.stream)
+        loader = StreamLoader(again, self.num_workers)
+        with closing(iter(loader)) as steps:
+            rows: list[Any] = next(steps).batches
+        return rows

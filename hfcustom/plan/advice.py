@@ -35,6 +35,9 @@ def changes_of(config: Any, measured: Measured) -> list[tuple[str, str, dict[str
     if not config.gradient_checkpointing:
         fact = {"gradient_checkpointing": True}
         found.append(("recompute layers in the backward pass", "--gradient-checkpointing", fact))
+    if not config.offload_activations and config.shard == "none":
+        fact = {"offload_activations": True}
+        found.append(("activations in the CPU's memory meanwhile", "--offload-activations", fact))
     if config.packing and config.tokens is None:
         half = max(1, (config.pack_tokens or 4096) // 2)
         found.append(("packs of half the tokens", f"--pack-tokens {half}", {"pack_tokens": half}))

@@ -65,6 +65,10 @@ class PlanFields:
             (self.scan_rows >= 0, f"scan_rows={self.scan_rows} must not be negative"),
             (self.gpus > 0, f"gpus={self.gpus} must be positive"),
             (self.shard == "none" or self.gpus > 1, f"shard={self.shard} has no effect with one GPU: --gpus 2"),
+            (
+                not (given.offload_activations and self.shard != "none"),
+                f"offload_activations does not go with shard={self.shard}, whose gathered weights it would copy along",
+            ),
             (self.memory is None or self.memory > 0, f"memory={self.memory} must be positive"),
             (self.memory is None or not self.gpu, "memory and gpu exclude each other"),
             (not self.gpu or self.gpu.lower() in GPUS, unknown("gpu", self.gpu, GPUS)),

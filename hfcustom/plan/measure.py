@@ -21,7 +21,7 @@ from hfcustom.averaging import Average
 from hfcustom.data.collate import Batch
 from hfcustom.parts import unwrap
 from hfcustom.plan.batches import batch_tokens
-from hfcustom.plan.simulation import Ledger, simulate
+from hfcustom.plan.simulation import ELSEWHERE, Ledger, simulate
 from hfcustom.plan.state import PartMemory, memory_by_part, named_memory
 from hfcustom.plan.weights import without_weights
 from hfcustom.sharding import block_classes
@@ -58,6 +58,7 @@ class Measured:
     peak: int
     at_peak: dict[str, int]
     activations: int  # the most there were at any moment
+    offloaded: int  # of them in the CPU's memory
 
     def total(self, what: str) -> int:
         """Return weights, adapters, gradients, optimizer or average over all parts."""
@@ -110,6 +111,7 @@ def _run(model: Any, batches: list[Batch], config: Any, ledger: Ledger) -> Measu
         peak=sum(most.at_peak.values()),
         at_peak={kind: size for kind, size in most.at_peak.items() if size},
         activations=most.activations,
+        offloaded=most.offloaded,
     )
 
 
@@ -120,6 +122,7 @@ class Step:
     batch: dict[str, int]
     at_peak: dict[str, int]
     activations: int
+    offloaded: int
 
 
 def _step(model: Any, optimizer: Any, batches: list[Batch], accelerator: Any, config: Any, ledger: Ledger) -> Step:
@@ -145,7 +148,8 @@ def _step(model: Any, optimizer: Any, batches: list[Batch], accelerator: Any, co
                 ledger.mark(value, "optimizer")
     before["optimizer"] = ledger.alive["optimizer"]
     at_peak = max((before, ledger.at_peak), key=lambda kinds: sum(kinds.values()))
-    return Step(batch_tokens(batches[0]), at_peak, max(most.get("activations", 0), ledger.most.get("activations", 0)))
+    activations, offloaded = (max(most.get(kind, 0), ledger.most.get(kind, 0)) for kind in ("activations", ELSEWHERE))
+    return Step(batch_tokens(batches[0]), at_peak, activations, offloaded)
 
 
 def _bytes_of(parameter: nn.Parameter, optimizer: Any) -> ParameterBytes:

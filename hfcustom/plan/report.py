@@ -109,6 +109,8 @@ def _peak(config: Any, measured: Measured, share: Share) -> str:
         kinds["gradients"] = measured.at_peak.get("gradients", 0)
     words = ", ".join(f"{_size(size)} {kind}" for kind, size in kinds.items() if size)
     each = f" of each of {config.gpus} GPUs" if config.gpus > 1 else ""
+    if measured.offloaded:
+        words += f", {_size(measured.offloaded)} of activations in the CPU's memory besides"
     return f"peak{each}: {_size(share.peak)} ({words}); with CUDA's own {_size(share.needed)}"
 
 

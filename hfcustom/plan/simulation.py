@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hfcustom import offload
 from hfcustom.losses import chunked
 
 aten = torch.ops.aten
@@ -50,21 +51,32 @@ ASSUMED = {
 CHOOSERS = {"aten::argmax", "aten::argmin", "aten::argsort", "aten::max", "aten::min", "aten::sort", "aten::topk"}
 
 
+ELSEWHERE = "offloaded"  # what lies in the CPU's memory, and counts for no peak
+
+
 class Ledger:
     """Bytes of the tensors that are alive, by what they are for, and the most that there were at once."""
 
     def __init__(self) -> None:
         self.alive: Counter[str] = Counter()
+        self.making = "activations"  # what new tensors are, until they are marked
         self.forget_peak()
 
     def forget_peak(self) -> None:
         """Measure from here on."""
-        self.peak = sum(self.alive.values())
-        self.at_peak = dict(self.alive)
+        self.peak = self._total()
+        self.at_peak = self._here()
         self.most = dict(self.alive)  # of each kind by itself
 
-    def add(self, tensor: torch.Tensor, kind: str = "activations") -> list[Any]:
+    def _total(self) -> int:
+        return sum(self.alive.values()) - self.alive[ELSEWHERE]
+
+    def _here(self) -> dict[str, int]:
+        return {kind: size for kind, size in self.alive.items() if kind != ELSEWHERE}
+
+    def add(self, tensor: torch.Tensor, kind: str | None = None) -> list[Any]:
         """Count a tensor's memory, once, until it is freed."""
+        kind = kind or self.making
         storage = tensor.untyped_storage()
         entry = vars(storage).get("_entry")
         if entry is None or entry[2] is not self:  # bitsandbytes keeps its code books from one plan to the next
@@ -90,9 +102,8 @@ class Ledger:
     def _grow(self, kind: str, size: int) -> None:
         self.alive[kind] += size
         self.most[kind] = max(self.most.get(kind, 0), self.alive[kind])
-        total = sum(self.alive.values())
-        if total > self.peak:
-            self.peak, self.at_peak = total, dict(self.alive)
+        if self._total() > self.peak:
+            self.peak, self.at_peak = self._total(), self._here()
 
     def _free(self, entry: list[Any]) -> None:
         self.alive[entry[1]] -= entry[0]
@@ -198,7 +209,19 @@ def _chosen(leaf: torch.Tensor, choices: int) -> torch.Tensor:
 def simulate() -> Iterator[Ledger]:
     """Let what runs inside have shapes in place of values; yields the ledger."""
     ledger = Ledger()
+
+    def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+        """Stand in for offload.to_cpu(): what is copied is no longer on the planned GPU."""
+        ledger.making = ELSEWHERE
+        try:
+            return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        finally:
+            ledger.making = "activations"
+
     with (
+        mock.patch.object(offload, "to_cpu", to_cpu),
+        mock.patch.object(offload, "has_effect", lambda device: True),
+        mock.patch.object(offload, "is_plain", lambda tensor: tensor.layout is torch.strided),
         mock.patch.object(nn.Module, "_apply", _apply),
         mock.patch.object(chunked, "_linear_loss", _linear_loss),
         mock.patch.object(chunked, "CPU_BLOCK", 2**31),
