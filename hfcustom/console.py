@@ -171,6 +171,26 @@ class TrainLog:
                 }
                 self.window.append(StepReport(losses, metrics))
 
+    def rewind(
+        self, step: int, history: Iterable[Mapping[str, float]], pending: Iterable[Mapping[str, Mapping[str, float]]]
+    ) -> None:
+        """Go back to what was logged up to a step, as a run does that is resumed there."""
+        self.history, self.window, self.last_step = [dict(entry) for entry in history], [], step
+        self.window_began, self.flop = time.perf_counter(), 0.0
+        self.restore_window(pending)
+        self.bar.update(self.task, completed=step)
+        if self.accelerator.is_main_process:
+            self.file.truncate(0)
+            self.file.write("".join(json.dumps(entry) + "\n" for entry in self.history))
+            self.file.flush()
+        if self.files is not None:
+            self.files.drop_samples(step)
+
+    def fault(self, kind: str, **facts: Any) -> None:
+        """Note for the page of the run something that went wrong."""
+        if self.files is not None:
+            self.files.fault(kind, **facts)
+
     def _sum_over_ranks(self, values: list[Any]) -> list[Any]:
         if self.accelerator.num_processes == 1 or not values:
             return values

@@ -60,8 +60,7 @@ class RunFiles:
         elif earlier and self.start < self.max_steps:
             self._tell_damaged()
             self.fault("resumed", step=self.start, reached=_last_step(self.folder / "metrics.jsonl"))
-        kept = [entry for entry in read_lines(self.folder / "samples.jsonl") if step_of(entry) <= self.start]
-        _write_lines(self.folder / "samples.jsonl", kept)
+        self.drop_samples(self.start)
         self.facts = {
             "model": type(unwrap(model)).__name__,
             "losses": list(losses),
@@ -72,6 +71,11 @@ class RunFiles:
         }
         self.spent = float(earlier.get("seconds") or 0.0)
         self._write_facts()
+
+    def drop_samples(self, step: int) -> None:
+        """Drop what the model said after a step to which the run goes back."""
+        path = self.folder / "samples.jsonl"
+        _write_lines(path, [entry for entry in read_lines(path) if step_of(entry) <= step])
 
     def fault(self, kind: str, **facts: Any) -> None:
         """Note something that went wrong, or was put right."""

@@ -5,7 +5,8 @@ attempt before are made anew by a resumed run, equal but for speeds:
     tensorboard   purge_step hides the old ones, the new ones are written
     wandb         takes no step twice, so that the old ones stay and are not sent again
     trackio       would show both, so that the old ones stay and are not sent again
-Other trackers of Accelerate begin a run of their own at each start.
+Other trackers of Accelerate begin a run of their own at each start. A run that goes back after a spike of the loss (spikes.py)
+sends its steps again: TensorBoard and trackio show both, W&B keeps the old ones.
 """
 
 from __future__ import annotations

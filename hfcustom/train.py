@@ -32,13 +32,14 @@ from hfcustom.coverage import every_part_learns
 from hfcustom.custom_model import CustomModel, check_registered
 from hfcustom.data.captions import CaptionCollator
 from hfcustom.data.collate import Collator
-from hfcustom.data.feed import Feed, as_rows
+from hfcustom.data.feed import Feed, Steps, as_rows
 from hfcustom.data.packing import make_packer
 from hfcustom.data.sighted import sighted
 from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.exits import EXIT_PREEMPTED, ConfigError
 from hfcustom.losses import loss_columns, token_columns
 from hfcustom.naming import unknown
+from hfcustom.noise import set_noise
 from hfcustom.offload import check_offloading
 from hfcustom.optimizers import make_optimizer, set_lr
 from hfcustom.parts import unwrap
@@ -115,11 +116,12 @@ def _run(
     start = state.resume() if config.resume else state.begin()
     run = begin_run(core, run_of(state.unwrapped, config, feed), config.resume) if accelerator.is_main_process else {}
     feed.sighted = sighted(core, model, accelerator)
+    spikes = state.spikes.record_in(run)
     feed.caches = open_caches(model, processor, config, accelerator)
     collate = make_collator(core, processor, config, feed.first_columns(weighted), feed.caches)
     trial = Trial(model, optimizer, feed, copy.copy(collate), accelerator, config)
     cut, packer = trial.settle(cut, make_packer(core, config))
-    steps = iter(feed.loader(collate, range(start, max_steps), cut, packer))
+    steps = Steps(lambda first: feed.loader(collate, range(first, max_steps), cut, packer), start, feed.watch)
     bad_rows = feed.bad_rows(start)
     splitter = Splitter(model, optimizer, feed, bad_rows, accelerator, config)
     state.restore_rng()  # after the iterator exists: making one draws random numbers
@@ -140,13 +142,19 @@ def _run(
         while step < max_steps and not stopped:
             set_lr(optimizer, step, max_steps, config)
             core.loss_step = step
-            batches = feed.next_batches(steps, bad_rows)
+            batches = spikes.left(step + 1, feed.next_batches(steps, bad_rows))
             with log.counting(batches):
                 report = train_step(model, batches, optimizer, accelerator, config, splitter) if batches else None
+            if spikes.found(step + 1, report, log):
+                step = spikes.go_back(step + 1, state, steps, bad_rows, log)
+                continue
             run["steps"] = step = step + 1
+            if report is not None:
+                state.average.update()
             log.step(step, report, optimizer)
             if evaluate is not None and _due(step, config.eval_steps):
-                log.metrics(step, run_evaluation(model, evaluate, step, run))
+                with state.average.in_place():
+                    log.metrics(step, run_evaluation(model, evaluate, step, run))
             stopped = stop.agreed(accelerator)
             if _due(step, config.save_steps) or stopped or step == max_steps:
                 state.save(step, log.history, log.pending())
@@ -155,11 +163,12 @@ def _run(
 
 
 def set_up(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> None:
-    """Give a model the run's precision, recomputation, and its companions the run's device; tell FSDP its blocks."""
+    """Give a model the run's precision, noise, recomputation, and its companions the run's device; tell FSDP its blocks."""
     core = unwrap(model)
     check_offloading(config, accelerator)
     name_blocks(model, accelerator)
     set_precision(model, config)
+    set_noise(core, config.neftune_alpha)
     if config.gradient_checkpointing:
         checkpoint_activations(core)
     for companion in core.companions.values():
@@ -168,11 +177,11 @@ def set_up(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> N
 
 @contextmanager
 def counting_steps(core: Any) -> Iterator[None]:
-    """Let scheduled weights follow the steps of this run, and no longer: another loop has to count its own."""
+    """Let scheduled weights and noise follow the steps of this run, and no longer: another loop has to set its own."""
     try:
         yield
     finally:
-        core.loss_step = None
+        core.loss_step, core.neftune_alpha = None, 0.0
 
 
 def make_collator(

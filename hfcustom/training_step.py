@@ -29,6 +29,7 @@ from hfcustom.norms import part_norms
 from hfcustom.offload import offloading
 from hfcustom.parts import part_table, unwrap
 from hfcustom.reduction import Reduction
+from hfcustom.spikes import Share, shares_of
 from hfcustom.splitting import Progress, Splitter
 from hfcustom.step_plan import is_blank, plan_step
 from hfcustom.train_config import TrainConfig
@@ -48,6 +49,7 @@ class StepReport:
     source_tokens: dict[str, int] = field(default_factory=dict)  # of a mixture
     grad_norm: torch.Tensor | float = 0.0
     part_norms: dict[str, torch.Tensor] = field(default_factory=dict)
+    shares: list[Share] = field(default_factory=list)  # of each micro-batch in the loss
 
     def add_batch(self, batch: Mapping[str, Any]) -> None:
         """Count what a micro-batch holds."""
@@ -102,6 +104,7 @@ def train_step(
     if done is None:
         return None
     report = done.report
+    report.shares = shares_of(done.batches, done.losses)
     report.part_norms = part_norms(optimizer)
     report.grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     losses = {name: float(value) for name, value in report.losses.items()}

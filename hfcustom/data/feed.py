@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -236,6 +236,31 @@ class Feed:
         """Return micro-batches that every rank can run beside those of the others; all of them have to ask."""
         batches = agree_on_batches(batches, self.accelerator)
         return batches if self.sighted is None else self.sighted.align(batches)
+
+
+class Steps:
+    """The steps of a loader from one on, and from an earlier one again; to be closed."""
+
+    def __init__(self, loader: Callable[[int], Iterable[StepBatches]], start: int, watch: Watch) -> None:
+        self.loader = loader
+        self.watch = watch
+        self.items: Any = iter(loader(start))
+
+    def __iter__(self) -> Steps:
+        return self
+
+    def __next__(self) -> StepBatches:
+        return next(self.items)
+
+    def restart(self, step: int) -> None:
+        """Read again from a step on."""
+        self.items.close()
+        self.watch.forget()
+        self.items = iter(self.loader(step))
+
+    def close(self) -> None:
+        """End the loading processes."""
+        self.items.close()
 
 
 def as_rows(rows: Any) -> Rows:
