@@ -45,6 +45,7 @@ _HOME = {
     "load_rows": "hfcustom.data.sources",
     "lora": "hfcustom.adapt",
     "merge_adapter": "hfcustom.adapt",
+    "note_fault": "hfcustom.run_files",
     "over_ranks": "hfcustom.shared_work",
     "pair_loss": "hfcustom.losses.pairs",
     "part_table": "hfcustom.parts",
@@ -95,7 +96,7 @@ if TYPE_CHECKING:
     from hfcustom.registry import register
     from hfcustom.resize import resize_images
     from hfcustom.retrieval import retrieval_recall
-    from hfcustom.run_files import keep_samples
+    from hfcustom.run_files import keep_samples, note_fault
     from hfcustom.shared_work import over_ranks
     from hfcustom.train import fit
     from hfcustom.train_config import TrainConfig

@@ -196,8 +196,22 @@ def _run(run: Mapping[str, Any], title: str) -> list[str]:
     }
     found += ["### Settings", "Options that are not listed were at their defaults."]
     found += [table(("option", "value"), [(Code(key), _shown(value)) for key, value in facts.items()])]
+    found += _averaged(as_dict(run.get("averaged"))) + _skipped(as_dict(run.get("skipped")))
     then = ", ".join(f"{name} {value}" for name, value in as_dict(run.get("versions")).items())
     return [*found, f"Trained with {cell(then)}.", *_results(run)]
+
+
+def _averaged(facts: Mapping[str, Any]) -> list[str]:
+    if not facts:
+        return []
+    over = f"over {cell(facts.get('steps'))} steps, with a decay of {cell(facts.get('decay'))}"
+    return [f"These are the trained weights' running average {over}, not the weights of the last step."]
+
+
+def _skipped(steps: Mapping[str, Any]) -> list[str]:
+    rows = [(step, ", ".join(map(plain, as_list(names)))) for step, names in steps.items()]
+    title = "Steps that were skipped after a spike of the loss:"
+    return [title, table(("step", "rows"), rows)] if rows else []
 
 
 def _shown(value: Any) -> Any:

@@ -6,6 +6,8 @@ output_dir/checkpoints/step-000100/
     rng-0.safetensors     one a rank: torch, CUDA, numpy and Python generators
     state.json            step, log, losses since the last log line, options, what decides the order of rows
     stream-0.json         one a rank, of rows that are a stream: where its loading processes stand
+    ema.safetensors, ema.json   the running average of the trained weights, where there is one (hfcustom/averaging.py)
+    spikes.json           losses of the last steps, and which steps are skipped (hfcustom/spikes.py)
     manifest.json         SHA-256 of every other file; a folder without a true manifest is no checkpoint
 Weights are there once, whole, whether the model is sharded or not: each checkpoint loads anywhere, and with any number of ranks.
 A folder is committed as hfcustom/commit.py does; the newest valid one is resumed from, and an old one is deleted only after
@@ -17,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -26,13 +27,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hfcustom import __version__, sharded_checkpoint
+from hfcustom.averaging import Average
 from hfcustom.card import write_beside
-from hfcustom.commit import atomic_folder, damage, every_rank, remove_folder, replace_folder, sweep, write_json
+from hfcustom.checkpoint_folders import DAMAGED, complete_checkpoints, last_good, set_damaged_aside, to_go_back_to
+from hfcustom.commit import atomic_folder, every_rank, remove_folder, replace_folder, sweep, write_json
 from hfcustom.exits import CheckpointError, ConfigError, SaveError
 from hfcustom.parts import unwrap, wrapped_by_peft
 from hfcustom.randomness import load_rng, save_rng
@@ -46,8 +50,9 @@ from hfcustom.resume import (
     check_order,
     options_of,
 )
-from hfcustom.run_folder import check_room, checkpoint_bytes, free_bytes, is_disk_full, size
+from hfcustom.run_folder import check_room, checkpoint_bytes, free_bytes, is_disk_full, model_bytes, size
 from hfcustom.sharding import is_sharded
+from hfcustom.spikes import Spikes
 from hfcustom.spread import Spread, write_spread
 from hfcustom.train_config import TrainConfig
 
@@ -81,6 +86,10 @@ class Checkpoints:
         self.began, self.saving, self.saves = time.monotonic(), 0.0, 0
         self.bytes = checkpoint_bytes(unwrapped(model), optimizer)
         self.pending: list[dict[str, dict[str, float]]] = []  # losses and metrics of the steps since the last log line
+        self.average = Average(self.unwrapped, config.ema_decay, accelerator)
+        self.spikes = Spikes(config, accelerator, unwrap(model).losses())
+        self.bytes += self.average.bytes
+        self.average.announce()
 
     @property
     def unwrapped(self) -> Any:
@@ -118,12 +127,31 @@ class Checkpoints:
         check_order(state["order"], self.feed.order(), self.config.allow_change, self.resumed)
         if changed := changed_options(state.get("config", {}), self.config, self.resumed):
             self.accelerator.print(changed)
-        self.feed.load(self.resumed)
-        load_model(unwrapped(self.model), self.resumed / "model")
-        load_optimizer(self.optimizer, self.resumed)
+        step = self.load(self.resumed)
+        self.accelerator.print(f"Resuming from {self.resumed}, step {step}.")
+        self._make_room(step)
+        return step
+
+    def go_back(self, before: int, now: int) -> int | None:
+        """Load the newest valid checkpoint before a step, else the oldest before `now`; return its step, None without any."""
+        chosen: list[Path | None] = [None]
+        if self.accelerator.is_main_process:
+            chosen = [to_go_back_to(self.folder, before, now)]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(chosen)
+        self.newest = chosen[0]
+        return None if self.newest is None else self.load(self.newest)
+
+    def load(self, folder: Path) -> int:
+        """Take everything but the random generators from a checkpoint, and return its step."""
+        state = json.loads((folder / "state.json").read_text())
+        self.resumed = folder
+        self.feed.load(folder)
+        load_model(unwrapped(self.model), folder / "model")
+        load_optimizer(self.optimizer, folder)
+        self.average.load(folder)
+        self.spikes.load(folder)
         self.history, self.pending = state["history"], state["pending"]
-        self.accelerator.print(f"Resuming from {self.resumed}, step {state['step']}.")
-        self._make_room(state["step"])
         return state["step"]
 
     def _make_room(self, step: int) -> None:
@@ -133,7 +161,8 @@ class Checkpoints:
         left, every = self.feed.max_steps - step, self.config.save_steps or self.feed.max_steps
         if left > 0:
             present = len(complete_checkpoints(self.folder))
-            check_room(self.folder, self.bytes, present, -(-left // every), self.config.keep_checkpoints)
+            keep, beside = self.config.keep_checkpoints, model_bytes(self.unwrapped) if self.average.bytes else 0
+            check_room(self.folder, self.bytes, present, -(-left // every), keep, beside)
 
     def restore_rng(self) -> None:
         """Set this rank's random generators to where the resumed run had them; a rank it lacked keeps its own seed."""
@@ -173,6 +202,8 @@ class Checkpoints:
                 state |= {"config": options_of(self.config), "format": FORMAT, "version": __version__}
                 write_json(partial / "state.json", state)
             self.feed.save(partial)
+            self.average.save(partial)
+            self.spikes.save(partial)
             save_rng(partial / f"rng-{self.accelerator.process_index}.safetensors")
 
     def _write_shards(self, partial: Path) -> dict[str, str]:
@@ -215,49 +246,24 @@ class Checkpoints:
             self.accelerator.print(
                 f"{self.saves} checkpoint{'s' * (self.saves > 1)} took {self.saving:.1f} s, {share:.1%} of the time."
             )
+        averaged = self.average.facts()
+        if averaged:  # for good: the model in memory is what is published
+            self.average.swap()
         if self.accelerator.is_main_process:
-            replace_folder(self.model_dir(), model_dir)
+            source = self._averaged(averaged) if averaged else self.model_dir()
+            replace_folder(source, model_dir)
+            if averaged:
+                shutil.rmtree(source)
         self.accelerator.wait_for_everyone()
         return model_dir
 
-
-# ---- folders --------------------------------------------------------------------------------------------------------
-
-DAMAGED = "damaged-"
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run that were written to the end, oldest first."""
-    return [path for path in _step_folders(folder) if (path / "manifest.json").is_file()]
-
-
-def last_good(folder: Path) -> str:
-    """Say from where a run that has failed can go on."""
-    newest = next(reversed(complete_checkpoints(folder)), None)
-    if newest is None:
-        return f"There is no checkpoint yet in {folder}; see --save-steps."
-    return f"The last good checkpoint is {newest}; continue with --resume."
-
-
-def set_damaged_aside(folder: Path) -> dict[Path, str]:
-    """Rename checkpoints until the newest is one of which every file is as it was written; return why, by what they were called.
-
-    Left where they are, they would count among the newest to keep, and a good one would be deleted for them.
-    """
-    damaged: dict[Path, str] = {}
-    for path in reversed(_step_folders(folder)):
-        if (reason := damage(path)) is None:
-            break
-        aside = path.with_name(DAMAGED + path.name)
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        damaged[path] = reason
-    return damaged
-
-
-def _step_folders(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    def _averaged(self, facts: dict[str, Any]) -> Path:
+        """Save the model as it is in memory, beside its place; return where."""
+        folder = self.output_dir / ".model.averaged"
+        shutil.rmtree(folder, ignore_errors=True)
+        unwrap(self.model).training_runs[-1].update(facts)
+        save_model(self.unwrapped, self.processor, folder)
+        return folder
 
 
 # ---- model and optimizer --------------------------------------------------------------------------------------------

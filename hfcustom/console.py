@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from transformers.utils import logging
 
 from hfcustom.data.turns import RowError
@@ -26,12 +28,14 @@ from hfcustom.losses.kernels import DESCRIPTIONS, choose_kernel
 from hfcustom.optimizers import rate_and_decay
 from hfcustom.parts import expert_matrices, part_table, unwrap
 from hfcustom.run_files import RunFiles
+from hfcustom.trackers import Trackers
 from hfcustom.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from hfcustom.data.collate import Batch
     from hfcustom.data.packing import Cut
     from hfcustom.train import StepReport
+    from hfcustom.work import Work
 
 logger = logging.get_logger("hfcustom")
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # brackets in a path are no style
@@ -52,10 +56,13 @@ class TrainLog:
         history: Iterable[Mapping[str, float]] = (),
         sources: Sequence[str] = (),
         model: Any = None,
+        work: Work | None = None,
     ) -> None:
         self.config = config
+        self.work = work  # of which mfu is made
         self.model = model  # for the page of the run, which there is not without it
         self.accelerator = accelerator
+        self.trackers = Trackers(config, accelerator, start)
         self.losses = list(losses)
         self.names = [item.loss.name for item in losses]
         self.sources = list(sources)  # of a mixture, whose shares of the tokens are logged
@@ -63,14 +70,14 @@ class TrainLog:
         self.max_steps = max_steps
         self.history = [dict(entry) for entry in history]
         self.window: list[StepReport] = []
-        self.window_began = time.perf_counter()
+        self.window_began = self.stepped = time.perf_counter()
+        self.flop = 0.0  # of the window, on this rank
         self.files: RunFiles | None = None
         self.last_step = start
         self.bar = _progress_bar(enabled=accelerator.is_main_process and out.is_terminal)
 
     def __enter__(self) -> TrainLog:
-        if self.config.trackers:
-            self.accelerator.init_trackers("hfcustom", _trackable(self.config))
+        self.trackers.begin()
         if self.accelerator.is_main_process:
             path = Path(self.config.output_dir) / "metrics.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +87,7 @@ class TrainLog:
             path.write_text("".join(json.dumps(entry) + "\n" for entry in self.history))
             self.file = path.open("a")
         self.bar.start()
-        self.task = self.bar.add_task("training", total=self.max_steps, completed=self.start, facts="")
+        self.task = self.bar.add_task("training", total=self.max_steps, completed=self.start)
         return self
 
     def __exit__(
@@ -91,8 +98,17 @@ class TrainLog:
             self.file.close()
         if self.files is not None:
             self.files.end(self.last_step, error)
-        if self.config.trackers:
-            self.accelerator.end_training()
+        self.trackers.end()
+
+    @contextlib.contextmanager
+    def counting(self, batches: Sequence[Batch]) -> Iterator[None]:
+        """Count what the step over these micro-batches costs, where mfu is logged."""
+        if self.work is None or not batches:
+            yield
+            return
+        with self.work.step(batches):
+            yield
+        self.flop += self.work.flop
 
     def step(self, step: int, report: StepReport | None, optimizer: torch.optim.Optimizer) -> None:
         """Take one step's report; None is a step of which no row could be used, so that nothing was computed."""
@@ -110,12 +126,16 @@ class TrainLog:
             self.metrics(step, self._close_window(step, optimizer), progress=True)
         if self.files is not None and self.config.save_steps and step % self.config.save_steps == 0:
             self.files.write_page()
+        self.stepped = time.perf_counter()
 
     def metrics(self, step: int, values: Mapping[str, float], progress: bool = False) -> None:
         """Record named numbers of a step; `progress` keeps them in the bar where there is one."""
         entry = {"step": step, **values}
         self.history.append(entry)
-        self.accelerator.log(dict(values), step=step)
+        if not progress:  # an evaluation, whose time is none of training
+            self.window_began += time.perf_counter() - self.stepped
+            self.stepped = time.perf_counter()
+        self.trackers.log(values, step)
         if not self.accelerator.is_main_process:
             return
         self.file.write(json.dumps(entry) + "\n")
@@ -125,11 +145,12 @@ class TrainLog:
         }  # by part: in the file
         if self.files is not None and not progress:  # an evaluation
             self.files.write_page()
-        facts = "  ".join(f"{name} {_short(value)}" for name, value in shown.items())
+        facts = [f"{name} {_short(value)}" for name, value in shown.items()]
         if progress and out.is_terminal:
-            self.bar.update(self.task, facts=facts)
+            self.bar.facts = facts
+            self.bar.refresh()
         else:
-            out.print(f"step {step}/{self.max_steps}  {facts}")
+            out.print("  ".join([f"step {step}/{self.max_steps}", *facts]))
 
     def pending(self) -> list[dict[str, dict[str, float]]]:
         """Return losses and metrics of each step since the last log line, over all ranks; every rank has to ask."""
@@ -149,6 +170,26 @@ class TrainLog:
                     for name, value in step["metrics"].items()
                 }
                 self.window.append(StepReport(losses, metrics))
+
+    def rewind(
+        self, step: int, history: Iterable[Mapping[str, float]], pending: Iterable[Mapping[str, Mapping[str, float]]]
+    ) -> None:
+        """Go back to what was logged up to a step, as a run does that is resumed there."""
+        self.history, self.window, self.last_step = [dict(entry) for entry in history], [], step
+        self.window_began, self.flop = time.perf_counter(), 0.0
+        self.restore_window(pending)
+        self.bar.update(self.task, completed=step)
+        if self.accelerator.is_main_process:
+            self.file.truncate(0)
+            self.file.write("".join(json.dumps(entry) + "\n" for entry in self.history))
+            self.file.flush()
+        if self.files is not None:
+            self.files.drop_samples(step)
+
+    def fault(self, kind: str, **facts: Any) -> None:
+        """Note for the page of the run something that went wrong."""
+        if self.files is not None:
+            self.files.fault(kind, **facts)
 
     def _sum_over_ranks(self, values: list[Any]) -> list[Any]:
         if self.accelerator.num_processes == 1 or not values:
@@ -187,8 +228,8 @@ class TrainLog:
             for item, value in zip(self.losses, values, strict=True):
                 raw[item.loss.name] += value / len(steps)
                 weighted[item.loss.name] += item.weight_at(at) * value / len(steps)
-        work = [sum(getattr(report, name) for report in self.window) for name in ("tokens", "images")]
-        tokens, images = self._sum_over_ranks(work)
+        done = [float(sum(getattr(report, name) for report in self.window)) for name in ("tokens", "images")]
+        tokens, images, busy = self._sum_over_ranks([*done, self.flop / self.work.rate if self.work else 0.0])
         seconds = time.perf_counter() - self.window_began
         entry = {"loss": sum(weighted.values())}
         several = len(self.losses) > 1
@@ -209,9 +250,11 @@ class TrainLog:
         entry |= {"grad_norm": float(last.grad_norm)}
         entry |= {f"grad_norm_{part}": float(norm) for part, norm in last.part_norms.items()}
         entry |= {"tokens_per_s": tokens / seconds, "images_per_s": images / seconds}
+        if self.work is not None and not self.work.blind:
+            entry["mfu"] = busy / seconds / self.accelerator.num_processes
         if self.accelerator.device.type == "cuda":
             entry["peak_gib"] = torch.cuda.max_memory_allocated(self.accelerator.device) / 2**30
-        self.window, self.window_began = [], time.perf_counter()
+        self.window, self.window_began, self.flop = [], time.perf_counter(), 0.0
         return entry
 
 
@@ -247,26 +290,27 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     out.print(table)
 
 
-def _progress_bar(enabled: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[facts]}"),
-        console=out,
-        disable=not enabled,
-    )
+class Bar(Progress):
+    """A progress bar with time left, and below it the newest numbers, which would squeeze it out of its own line."""
+
+    facts: Sequence[str] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Return the bar's line, and the numbers in as many as they take; `out` itself wraps none."""
+        yield from super().get_renderables()
+        whole = "  ".join(fact.replace(" ", "\xa0") for fact in self.facts)  # a name and its number stay together
+        for line in textwrap.wrap(whole, out.width):
+            yield Text(line.replace("\xa0", " "))
+
+
+def _progress_bar(enabled: bool) -> Bar:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+    left = (TimeRemainingColumn(), TextColumn("left"))
+    return Bar(*columns, *left, console=out, disable=not enabled)
 
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
-
-
-def _trackable(config: TrainConfig) -> dict[str, Any]:
-    values = {key: value for key, value in vars(config).items() if key != "sources"}
-    return {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
 
 
 # ---- start-up facts -------------------------------------------------------------------------------------------------

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hfcustom.run_files import step_of
 
 Points = Sequence[tuple[float, float]]
 
 COLOURS = ("#1f5fa8", "#c2571a", "#2b7a3d", "#8a3d9c", "#b3261e", "#6b6b6b", "#0d8a8a", "#a08000")
+STYLE = """
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 14px } .chart { margin: 0 }
+.chart svg { width: 100%; font: 10px system-ui, sans-serif; fill: #555 } figcaption { font-weight: 600 }
+.legend { font-size: 12px; color: #444 } .legend span { margin-right: 10px; white-space: nowrap }
+.legend i { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 4px }
+"""
 WIDTH, HEIGHT = 340, 170
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 20
 MOST = 300  # points of a line: beyond, of each stretch the lowest and the highest are drawn
@@ -40,6 +49,11 @@ def chart(title: str, lines: Mapping[str, Points]) -> str:
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{"".join(shapes)}</svg>'
         f'<div class="legend">{_legend(drawn)}</div></figure>'
     )
+
+
+def points_of(history: Iterable[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """Return (step, value) of each line of a log that has a number by this name."""
+    return [(step_of(entry), entry[name]) for entry in history if isinstance(entry.get(name), int | float)]
 
 
 def thin(points: Points) -> Points:

@@ -27,6 +27,7 @@ class CustomModel(PreTrainedModel):
     lacks: ClassVar[Mapping[str, str]] = {}  # seam (a transform_* method, "connector"), or "placeholders" -> why not
     default_connector: ClassVar[str | dict[str, Any] | None] = None
     default_loss: ClassVar[str | dict[str, Any]]
+    neftune_alpha: float = 0.0  # noise on text embeddings while training (hfcustom/noise.py); fit() sets it
     feature_cache: Any = None  # hfcustom/cache/features.py, while fit() trains with it
     training_runs: Sequence[
         dict[str, Any]

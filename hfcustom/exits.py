@@ -4,7 +4,7 @@
     0     done
     3     config: an option, a folder or a change at resume       correct what the message names
     4     data: a row, or too many of them, cannot be used        look at bad_rows.jsonl
-    5     numeric: a loss or a gradient is NaN or infinite        look at the rows; --resume with a lower rate
+    5     numeric: a loss or gradient is NaN, infinite, a spike   look at the rows; --resume with a lower rate
     6     checkpoint: it cannot be written or does not fit        free space, or resume as the run was begun
     7     preempted: stopped by a signal, saved                   start again with --resume
     8     a rank or a data-loading process died or hangs          look at its row or node, then --resume

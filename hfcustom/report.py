@@ -14,6 +14,8 @@ from typing import Any
 
 from PIL import Image
 
+from hfcustom.curves import STYLE as CHART_STYLE
+from hfcustom.curves import Points, chart, points_of
 from hfcustom.evaluate import Answer
 from hfcustom.files import write_text, written_whole
 from hfcustom.parts import PartRow
@@ -21,7 +23,7 @@ from hfcustom.parts import PartRow
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c; }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
-table { border-collapse: collapse; margin: .6rem 0 } td, th { padding: .25rem .8rem; text-align: left; vertical-align: top }
+table { border-collapse: collapse; margin: .6rem 0; display: block; max-width: 100%; overflow-x: auto } td, th { padding: .25rem .8rem; text-align: left; vertical-align: top }
 th { border-bottom: 1px solid #888 } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 12px }
 .card { border: 1px solid #ddd; border-radius: 6px; padding: 8px } .card img { image-rendering: pixelated; height: 96px; margin-right: 6px }
@@ -83,8 +85,15 @@ class Report:
         self.table(columns, lines)
 
     def curves(self, histories: Mapping[str, Sequence[Mapping[str, float]]], names: Sequence[str]) -> None:
-        """Add one plot a name, with a line for each history that holds it."""
-        self.sections.append(f'<img alt="curves of {html.escape(", ".join(names))}" src="{_plot(histories, names)}">')
+        """Add a chart a name, with a line for each history that holds it."""
+        self.charts(
+            {name: {label: points_of(history, name) for label, history in histories.items()} for name in names}
+        )
+
+    def charts(self, lines: Mapping[str, Mapping[str, Points]]) -> None:
+        """Add a chart a title, {title: {label: [(step, value), ...]}}; one without a finite point is left out."""
+        charts = [chart(title, points) for title, points in lines.items()]
+        self.html(f'<div class="charts">{"".join(charts)}</div>' if any(charts) else "<p>No line is logged yet.</p>")
 
     def answers(self, answers: Sequence[Answer]) -> None:
         """Add a card a row: its pictures, question, answer and truth."""
@@ -96,7 +105,7 @@ class Report:
         policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
         page = (
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}</style></head>'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}{CHART_STYLE}</style></head>'
             f"<body><h1>{html.escape(self.title)}</h1>\n{body}\n</body></html>\n"
         )
         write_text(path, page)
@@ -126,28 +135,6 @@ def picture_source(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _plot(histories: Mapping[str, Sequence[Mapping[str, float]]], names: Sequence[str]) -> str:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2 * len(names), 3.0), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        _draw_curves(axes, histories, name)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _draw_curves(axes: Any, histories: Mapping[str, Sequence[Mapping[str, float]]], name: str) -> None:
-    for label, history in histories.items():
-        points = [(entry["step"], entry[name]) for entry in history if name in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label)
-    axes.set_title(name)
-    axes.set_xlabel("step")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-
-
 def draw_result(
     path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], answers: Mapping[str, Sequence[Answer]]
 ) -> None:
@@ -156,7 +143,12 @@ def draw_result(
 
     figure = Figure(figsize=(11, 2.1 * len(answers)), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 2), squeeze=False)[0]
-    _draw_curves(left.subplots(), histories, "loss")
+    axes = left.subplots()
+    for label, history in histories.items():
+        axes.plot(*zip(*points_of(history, "loss"), strict=True), label=label)
+    axes.set(title="loss", xlabel="step")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     grid = right.subplots(len(answers), 5, squeeze=False)
     for line, (task, rows) in zip(grid, answers.items(), strict=True):
         shown = [row for row in rows if len(row.example.images) == 1][: len(line)]

@@ -5,7 +5,7 @@ output_dir/
     run.json        model, parts, options, steps, seconds
     samples.jsonl   one line an evaluation: what the model answered to the first held-out rows
     samples/        their pictures, small, named by their content
-    faults.jsonl    resumes, interruptions, errors
+    faults.jsonl    resumes, interruptions, errors, damaged checkpoints and whatever else is told to note_fault()
     report.html     made of all these and of bad_rows.jsonl (hfcustom/run_page.py)
 A resumed run drops what was written after its checkpoint, so that its page is that of a run that was never interrupted, but for
 its faults and its speed.
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger("hfcustom")
 
+FAULTS = "faults.jsonl"
 THUMBNAIL = 128  # pixels of the longer side of a sample's picture
 LONGEST = 2000  # letters of a text that is kept
 HOW = ("resume", "overwrite", "sources")  # options that say how a run was started, not what it is
@@ -53,14 +54,14 @@ class RunFiles:
 
     def begin(self, model: Any, losses: Sequence[str]) -> None:
         """Write run.json; drop what an earlier run left in the folder, or what the resumed one did after its checkpoint."""
-        path, faults = self.folder / "run.json", self.folder / "faults.jsonl"
+        path, faults = self.folder / "run.json", self.folder / FAULTS
         earlier = read_object(path) if self.config.resume else {}
         if not self.config.resume:
             faults.unlink(missing_ok=True)
         elif earlier and self.start < self.max_steps:
+            self._tell_damaged()
             self.fault("resumed", step=self.start, reached=_last_step(self.folder / "metrics.jsonl"))
-        kept = [entry for entry in read_lines(self.folder / "samples.jsonl") if step_of(entry) <= self.start]
-        _write_lines(self.folder / "samples.jsonl", kept)
+        self.drop_samples(self.start)
         self.facts = {
             "model": class_of_model(unwrap(model)).__name__,
             "losses": list(losses),
@@ -72,10 +73,21 @@ class RunFiles:
         self.spent = float(earlier.get("seconds") or 0.0)
         self._write_facts()
 
+    def drop_samples(self, step: int) -> None:
+        """Drop what the model said after a step to which the run goes back."""
+        path = self.folder / "samples.jsonl"
+        _write_lines(path, [entry for entry in read_lines(path) if step_of(entry) <= step])
+
     def fault(self, kind: str, **facts: Any) -> None:
         """Note something that went wrong, or was put right."""
-        faults = self.folder / "faults.jsonl"
-        _write_lines(faults, [*read_lines(faults), {"kind": kind, **facts}])
+        _add_fault(self.folder, kind, facts)
+
+    def _tell_damaged(self) -> None:
+        """Note checkpoints that were set aside since."""
+        known = {entry.get("checkpoint") for entry in read_lines(self.folder / FAULTS)}
+        for path in sorted(self.folder.glob("checkpoints/damaged-*")):
+            if path.name not in known:
+                self.fault("damaged", step=self.start, checkpoint=path.name)
 
     def end(self, step: int, error: BaseException | None) -> None:
         """Note how a run ended, unless it has reached its last step, and write the page."""
@@ -104,6 +116,23 @@ def refresh_page(folder: Path) -> None:
         write_run_page(folder)
     except OSError as error:
         logger.warning_once(f"{folder / 'report.html'} could not be written ({error}); the run goes on without.")
+
+
+def note_fault(output_dir: str | Path, kind: str, *, step: int, **facts: Any) -> None:
+    """Note something that went wrong in a run, or was put right, for its page; every rank may call this, the first one writes.
+
+    A `kind` that has a sentence of its own in hfcustom/run_page.py is told by it, any other by `text` and the rest of `facts`,
+    which have to be what JSON holds.
+    """
+    from hfcustom.train import process_state
+
+    if process_state().is_main_process:
+        _add_fault(Path(output_dir), kind, {"step": step, **facts})
+
+
+def _add_fault(folder: Path, kind: str, facts: Mapping[str, Any]) -> None:
+    told = {"kind": kind, "time": time.strftime("%Y-%m-%d %H:%M:%S"), **facts}
+    _write_lines(folder / FAULTS, [*read_lines(folder / FAULTS), told])
 
 
 # ---- options --------------------------------------------------------------------------------------------------------

@@ -104,17 +104,23 @@ def _owner(text: str) -> str:
 def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Return about how much disk a checkpoint takes: weights (of an adapter the trained ones) and two moments of these."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    kept = trained if wrapped_by_peft(model) else [*model.parameters(), *model.buffers()]
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has the real one inside
     eight_bit = "8bit" in type(inner).__name__.lower()
     moments = sum(p.numel() * (2 if eight_bit else 2 * 4) for p in trained)
-    return int(1.02 * (sum(t.numel() * t.element_size() for t in kept) + moments)) + 2**20
+    return int(1.02 * (model_bytes(model) + moments)) + 2**20
 
 
-def check_room(folder: Path, one: int, present: int, to_come: int, keep: int) -> None:
-    """Raise ConfigError where `folder` has no room for the checkpoints that will lie there together."""
+def model_bytes(model: nn.Module) -> int:
+    """Return how much a saved model takes: its weights, of an adapter those that are trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kept = trained if wrapped_by_peft(model) else [*model.parameters(), *model.buffers()]
+    return sum(t.numel() * t.element_size() for t in kept)
+
+
+def check_room(folder: Path, one: int, present: int, to_come: int, keep: int, beside: int = 0) -> None:
+    """Raise ConfigError where `folder` has no room for the checkpoints that will lie there together, and what is published `beside`."""
     copies = min(to_come, max(1, keep + 1 - present))  # one more than are kept, until the oldest may go
-    need, have = copies * one, free_bytes(folder)
+    need, have = copies * one + beside, free_bytes(folder)
     if need > have:
         raise ConfigError(
             f"disk full: {copies} checkpoints need {size(need)}, have {size(have)} in {folder}. Free space, choose another "

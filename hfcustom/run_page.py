@@ -6,26 +6,21 @@ Made of the run's files alone, so that it can be made again at any time, and of 
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from hfcustom.curves import chart
 from hfcustom.parts import PartRow
 from hfcustom.report import Report, picture_source
-from hfcustom.run_files import read_lines, read_object, step_of
+from hfcustom.run_files import FAULTS, read_lines, read_object, step_of
 
 MOST_ANSWERS = 12  # of one row: beyond, the first and the newest
 MOST_BAD_ROWS = 20
 
 STYLE = """
 <style>
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 14px } .chart { margin: 0 }
-.chart svg { width: 100%; font: 10px system-ui, sans-serif; fill: #555 } figcaption { font-weight: 600 }
-.legend { font-size: 12px; color: #444 } .legend span { margin-right: 10px; white-space: nowrap }
-.legend i { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 4px }
 .sample { border: 1px solid #ddd; border-radius: 6px; padding: 8px; overflow-wrap: anywhere } .sample img { max-height: 96px; margin-right: 6px }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 12px }
 td { overflow-wrap: break-word }
@@ -35,6 +30,7 @@ TITLES = {
     "grad_norm": "gradient norm",
     "images_per_s": "images per second",
     "lr": "learning rate",
+    "mfu": "MFU: share of the device's matrix products",
     "peak_gib": "peak memory of the GPU, GiB",
     "tokens_per_s": "tokens per second",
     "useful_tokens": "share of positions that are tokens, not padding",
@@ -48,8 +44,7 @@ def write_run_page(folder: Path) -> None:
     page.html(STYLE)
     page.text(_summary(facts, history))
     page.heading("Curves")
-    charts = [chart(title, lines) for title, lines in group_curves(history).items()]
-    page.html(f'<div class="charts">{"".join(charts)}</div>' if any(charts) else "<p>No line is logged yet.</p>")
+    page.charts(group_curves(history))
     if samples := read_lines(folder / "samples.jsonl"):
         page.heading("Held-out rows, and what the model said at each evaluation")
         page.html(
@@ -158,10 +153,11 @@ def _parts(facts: Mapping[str, Any]) -> list[PartRow]:
 
 
 def _add_faults(page: Report, folder: Path) -> None:
-    told = [_fault(entry) for entry in read_lines(folder / "faults.jsonl")]
-    told += [f"{path.name} was found damaged and set aside." for path in sorted(folder.glob("checkpoints/damaged-*"))]
-    for line in told:
-        page.text(line)
+    told = [
+        [str(entry.get("time", "")), str(step_of(entry)), tell_fault(entry)] for entry in read_lines(folder / FAULTS)
+    ]
+    if told:
+        page.table(("when", "after step", "what"), told)
     bad = read_lines(folder / "bad_rows.jsonl")
     if bad:
         page.text(f"Rows left out: {len(bad)}; bad_rows.jsonl lists all.")
@@ -171,16 +167,46 @@ def _add_faults(page: Report, folder: Path) -> None:
         page.text("None.")
 
 
-def _fault(entry: Mapping[str, Any]) -> str:
-    step = step_of(entry)
-    if entry.get("kind") == "resumed":
-        reached = entry.get("reached")
-        lost = f"; the attempt before it had logged up to step {reached}" if isinstance(reached, int) else ""
-        return f"Resumed after step {step}{lost}."
-    if entry.get("kind") == "interrupted":
-        return f"Stopped by a signal after step {step}, which was saved."
-    if entry.get("kind") == "memory":
-        words = {"cut": "was cut in two", "again": "was run once more as it is", "out": "was left out"}
-        what = words.get(str(entry.get("then")), "was run again")
-        return f"Memory ran out in the step after {step}: a micro-batch of {entry.get('batch')} {what}."
-    return f"Ended by an error after step {step}: {entry.get('error')}"
+def tell_fault(entry: Mapping[str, Any]) -> str:
+    """Return a line of faults.jsonl in words: by its kind, where that has a sentence, else what it says of itself."""
+    kind = str(entry.get("kind"))
+    sentence = SENTENCES.get(kind)
+    if sentence is not None:
+        return sentence(entry)
+    facts = [
+        f"{name}: {_plain(value)}" for name, value in entry.items() if name not in ("kind", "step", "time", "text")
+    ]
+    return " ".join([f"{kind.capitalize()}.", str(entry.get("text", "")), "; ".join(facts)]).strip()
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _resumed(entry: Mapping[str, Any]) -> str:
+    reached = entry.get("reached")
+    lost = f"; the attempt before it had logged up to step {reached}" if isinstance(reached, int) else ""
+    began = f"Resumed after step {step_of(entry)}" if step_of(entry) else "Began again, since nothing was saved"
+    return f"{began}{lost}."
+
+
+def _memory(entry: Mapping[str, Any]) -> str:
+    words = {"cut": "was cut in two", "again": "was run once more as it is", "out": "was left out"}
+    what = words.get(str(entry.get("then")), "was run again")
+    return f"Memory ran out in the step after {step_of(entry)}: a micro-batch of {entry.get('batch')} {what}."
+
+
+def _rewound(entry: Mapping[str, Any]) -> str:
+    skipped = _plain(entry.get("skipped") or [])
+    return f"Went back from step {step_of(entry)} to step {entry.get('to')}; skipped since: {skipped}."
+
+
+SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "damaged": lambda entry: f"{entry.get('checkpoint')} was found damaged and set aside.",
+    "interrupted": lambda entry: f"Stopped by a signal after step {step_of(entry)}, which was saved.",
+    "memory": _memory,
+    "resumed": _resumed,
+    "rewound": _rewound,
+    "spike": lambda entry: f"Spike of the loss at {entry.get('text')}",
+    "stopped": lambda entry: f"Ended by an error after step {step_of(entry)}: {entry.get('error')}",
+}

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfcustom.run_files import read_lines, read_object, step_of
+from hfcustom.run_files import FAULTS, read_lines, read_object, step_of
 
-SPEEDS = ("tokens_per_s", "images_per_s", "useful_tokens")  # of which the mean is told
+SPEEDS = ("tokens_per_s", "images_per_s", "useful_tokens", "mfu")  # of which the mean is told
 NOT_COMPARED = ("output_dir", "trackers")
 
 
@@ -77,7 +77,8 @@ def describe_run(folder: Path) -> dict[str, Any]:
         "steps": facts.get("steps"),
         "seconds": facts.get("seconds"),
         "losses": facts.get("losses") or [],
-        "faults": len(read_lines(folder / "faults.jsonl")),
+        "faults": len(read_lines(folder / FAULTS)),
+        "left_out": len(read_lines(folder / "bad_rows.jsonl")),
         "options": facts.get("options") or {},
         "scores": _scores(history),
         "numbers": numbers,
@@ -111,17 +112,24 @@ def tables(runs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str], 
     losses = [name for name in losses if any(name in run["numbers"] for run in runs.values())]
     scores = list(dict.fromkeys(name for run in runs.values() for name in run["scores"]))
     speeds = [name for name in SPEEDS if any(name in run["numbers"] for run in runs.values())]
-    columns = ["run", "step", "seconds", "faults"]
+    left_out = any(run["left_out"] for run in runs.values())
+    columns = ["run", "step", "seconds", "faults", *(["rows left out"] if left_out else [])]
     columns += [f"{name}, last (lowest)" for name in losses]
     columns += [f"{name}, last (highest)" for name in scores]
     columns += [f"{name}, mean" for name in speeds]
+    peaks = any("peak_gib" in run["numbers"] for run in runs.values())
+    columns += ["peak_gib"] if peaks else []
     rows = []
     for name, run in runs.items():
         seconds = "" if run["seconds"] is None else f"{run['seconds']:,.0f}"
         row: list[Any] = [short[name], f"{run['step']}/{run['steps'] or '?'}", seconds, str(run["faults"])]
+        row += [str(run["left_out"])] * left_out
         row += [_last_and(run["numbers"].get(loss), "lowest") for loss in losses]
         row += [_last_and(run["numbers"].get(score), "highest") for score in scores]
         row += [_number(run["numbers"][speed]["mean"]) if speed in run["numbers"] else "" for speed in speeds]
+        row += [
+            _number(run["numbers"]["peak_gib"]["highest"]["value"]) if "peak_gib" in run["numbers"] else ""
+        ] * peaks
         rows.append(row)
     found = [("", columns, rows)]
     if differ := differing_options(runs):
@@ -161,23 +169,16 @@ def _strict(value: Any) -> Any:
 
 def write_comparison(path: Path, runs: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the tables as a page, with one chart a number in which every run has a line."""
-    from hfcustom.curves import chart
     from hfcustom.report import Report
-    from hfcustom.run_page import STYLE
 
     page = Report("Runs")
-    page.html(STYLE)
     for title, columns, rows in tables(runs):
         if title:
             page.heading(title)
         page.table(columns, rows)
     page.heading("Curves")
     names = dict.fromkeys(name for run in runs.values() for name in run["numbers"])
-    lines = {name: read_lines(Path(name) / "metrics.jsonl") for name in runs}
-    charts = [chart(name, {run: _points(history, name) for run, history in lines.items()}) for name in names]
-    page.html(f'<div class="charts">{"".join(charts)}</div>')
+    short = _short_names(list(runs))
+    lines = {short[name]: read_lines(Path(name) / "metrics.jsonl") for name in runs}
+    page.curves(lines, list(names))
     page.write(path)
-
-
-def _points(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    return [(step_of(entry), entry[name]) for entry in history if isinstance(entry.get(name), int | float)]

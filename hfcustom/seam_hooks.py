@@ -29,6 +29,7 @@ from hfcustom.connectors import (
 )
 from hfcustom.custom_model import CustomModel
 from hfcustom.naming import check_shape
+from hfcustom.noise import text_noise
 from hfcustom.packed import keep_rows_apart, merge_crops, packed_row_ids, why_not_packed
 from hfcustom.questions import Asked
 
@@ -53,6 +54,8 @@ class SeamHooks(CustomModel):
     custom_connector: nn.Module | None
     _pictures: torch.Tensor | None = None  # (P, 3, H, W), what the vision tower is looking at
     _asked: Asked | None = None  # while a connector may ask for the question
+    _noisy: bool = False  # within a forward that trains
+    _real: torch.Tensor | None = None  # its attention_mask (B, T), where there is one
     _stock_parts: parts.PartMap | None = None  # until the stock part is built
     _pass: seams.ForwardPass | None
 
@@ -159,12 +162,16 @@ class SeamHooks(CustomModel):
         """
         before, flat = self._asked, not self.inner_path()
         self._ask(inputs, labels)
+        if self.neftune_alpha:  # not where nothing is learned: in evaluation, generation, a reference, a summary
+            self._noisy = labels is not None and self.training and torch.is_grad_enabled()
+            mask = inputs.get("attention_mask")
+            self._real = mask if mask is not None and mask.ndim == 2 else None
         try:
             if flat:
                 self._begin_pass(self, (), dict(call))
             yield
         finally:
-            self._asked = before
+            self._asked, self._noisy = before, False
             if flat:
                 self._pass = None
 
@@ -346,9 +353,16 @@ class SeamHooks(CustomModel):
         if given is None:  # images are not merged into them in this family
             given = self.get_input_embeddings()(kwargs["input_ids"])
             kwargs = {**kwargs, "input_ids": None}
-        embeddings = self.transform_embeddings(given, self._pass.image_mask)  # (B, T, D)
+        noisy = given + self._noise(given, self._pass) if self._noisy else given
+        embeddings = self.transform_embeddings(noisy, self._pass.image_mask)  # (B, T, D)
         seams.check_kept("transform_embeddings", embeddings, given)
         return args, {**kwargs, "inputs_embeds": embeddings}
+
+    def _noise(self, embeddings: torch.Tensor, passed: seams.ForwardPass) -> torch.Tensor:
+        """Draw noise for the text among merged embeddings, (B, T, D)."""
+        assert passed.image_mask is not None
+        seen = passed.image_mask if passed.video_mask is None else passed.image_mask | passed.video_mask
+        return text_noise(embeddings, self.neftune_alpha, ~seen, self._real, passed.rows)
 
     def _at_packed_rows(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -27,7 +27,7 @@ from hfcustom.data.collate import Batch
 from hfcustom.data.feed import Feed
 from hfcustom.data.findings import Finding
 from hfcustom.data.packing import Size
-from hfcustom.data.steps import BadRows, agree_on_batches
+from hfcustom.data.steps import BadRows
 from hfcustom.memory import NoMemoryError, StateBefore, out_of_memory
 from hfcustom.parts import unwrap
 from hfcustom.reduction import Reduction, meets_at_the_end
@@ -111,7 +111,7 @@ class Splitter:
             assert before is not None
             before.restore()
             self._check(failures)
-            batches = agree_on_batches(self._smaller(batches, failed), self.accelerator)
+            batches = self.feed.agreed(self._smaller(batches, failed))
         return None
 
     def _attempt(

@@ -32,12 +32,14 @@ from hfcustom.coverage import every_part_learns
 from hfcustom.custom_model import CustomModel, check_registered
 from hfcustom.data.captions import CaptionCollator
 from hfcustom.data.collate import Collator
-from hfcustom.data.feed import Feed, as_rows
+from hfcustom.data.feed import Feed, Steps, as_rows
 from hfcustom.data.packing import make_packer
+from hfcustom.data.sighted import sighted
 from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.exits import EXIT_PREEMPTED, ConfigError
 from hfcustom.losses import loss_columns, token_columns
 from hfcustom.naming import unknown
+from hfcustom.noise import set_noise
 from hfcustom.offload import check_offloading
 from hfcustom.optimizers import make_optimizer, set_lr
 from hfcustom.parts import unwrap
@@ -50,6 +52,7 @@ from hfcustom.splitting import Splitter
 from hfcustom.train_config import TrainConfig
 from hfcustom.training_step import StepReport as StepReport
 from hfcustom.training_step import train_step
+from hfcustom.work import watching_work
 
 logger = logging.get_logger("hfcustom")
 Evaluate = Callable[[Any, int], Mapping[str, float]]
@@ -113,11 +116,13 @@ def _run(
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, feed)
     start = state.resume() if config.resume else state.begin()
     run = begin_run(core, run_of(state.unwrapped, config, feed), config.resume) if accelerator.is_main_process else {}
+    feed.sighted = sighted(core, model, accelerator)
+    spikes = state.spikes.record_in(run)
     feed.caches = open_caches(model, processor, config, accelerator)
     collate = make_collator(core, processor, config, feed.first_columns(weighted), feed.caches)
     trial = Trial(model, optimizer, feed, copy.copy(collate), accelerator, config)
     cut, packer = trial.settle(cut, make_packer(core, config))
-    steps = iter(feed.loader(collate, range(start, max_steps), cut, packer))
+    steps = Steps(lambda first: feed.loader(collate, range(first, max_steps), cut, packer), start, feed.watch)
     bad_rows = feed.bad_rows(start)
     splitter = Splitter(model, optimizer, feed, bad_rows, accelerator, config)
     state.restore_rng()  # after the iterator exists: making one draws random numbers
@@ -130,19 +135,27 @@ def _run(
         counting_steps(core),
         every_part_learns(model, optimizer),
         use_caches(core, feed.caches, accelerator),
-        TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names, core) as log,
+        watching_work(model, config, accelerator) as work,
+        TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names, core, work) as log,
         splitter.noting(log.files, run),
     ):
         log.restore_window(state.pending)
         while step < max_steps and not stopped:
             set_lr(optimizer, step, max_steps, config)
             core.loss_step = step
-            batches = feed.next_batches(steps, bad_rows)
-            report = train_step(model, batches, optimizer, accelerator, config, splitter) if batches else None
+            batches = spikes.left(step + 1, feed.next_batches(steps, bad_rows))
+            with log.counting(batches):
+                report = train_step(model, batches, optimizer, accelerator, config, splitter) if batches else None
+            if spikes.found(step + 1, report, log):
+                step = spikes.go_back(step + 1, state, steps, bad_rows, log)
+                continue
             run["steps"] = step = step + 1
+            if report is not None:
+                state.average.update()
             log.step(step, report, optimizer)
             if evaluate is not None and _due(step, config.eval_steps):
-                log.metrics(step, run_evaluation(model, evaluate, step, run))
+                with state.average.in_place():
+                    log.metrics(step, run_evaluation(model, evaluate, step, run))
             stopped = stop.agreed(accelerator)
             if _due(step, config.save_steps) or stopped or step == max_steps:
                 state.save(step, log.history, log.pending())
@@ -151,13 +164,14 @@ def _run(
 
 
 def set_up(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> None:
-    """Give a model the run's precision, recomputation, and its companions the run's device; tell FSDP its blocks."""
+    """Give a model the run's precision, noise, recomputation, and its companions the run's device; tell FSDP its blocks."""
     core = unwrap(model)
     check_offloading(config, accelerator)
     if sharding.uses_fsdp(accelerator):
         sharding.check_shardable(model, config)
         sharding.name_blocks(model, accelerator)
     set_precision(model, config)
+    set_noise(core, config.neftune_alpha)
     if config.gradient_checkpointing:
         checkpoint_activations(core)
     for companion in core.companions.values():
@@ -166,11 +180,11 @@ def set_up(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> N
 
 @contextmanager
 def counting_steps(core: Any) -> Iterator[None]:
-    """Let scheduled weights follow the steps of this run, and no longer: another loop has to count its own."""
+    """Let scheduled weights and noise follow the steps of this run, and no longer: another loop has to set its own."""
     try:
         yield
     finally:
-        core.loss_step = None
+        core.loss_step, core.neftune_alpha = None, 0.0
 
 
 def make_collator(

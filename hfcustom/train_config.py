@@ -56,6 +56,13 @@ class TrainConfig:
         Literal["fp32", "bf16"] | None,
         "bf16 computes under autocast and keeps trained weights in float32; by default bf16 if any weight is 16-bit",
     ] = None
+    ema_decay: Annotated[
+        float | None,
+        "evaluate and publish a running average of the trained weights, of which a step keeps this share: 0.99 to 0.9999",
+    ] = None
+    neftune_alpha: Annotated[
+        float, "uniform noise on text embeddings while training (NEFTune): 5 to 15 in its paper; 0 is none"
+    ] = 0.0
     gradient_checkpointing: Annotated[bool, "recompute layers in the backward pass to save memory"] = False
     try_costliest: Annotated[
         bool | None,
@@ -98,11 +105,24 @@ class TrainConfig:
     seed: Annotated[int, "seed of initialisation, row order and dropout"] = 0
     num_workers: Annotated[int, "data-loading processes"] = 0
     log_steps: Annotated[int, "steps between log lines"] = 10
+    mfu: Annotated[
+        bool | None,
+        "log the share of the device's matrix products a second that the model's arithmetic takes; by default on a GPU",
+    ] = None
     eval_steps: Annotated[
         int | None, "steps between evaluations; none by default, the recipe evaluates at the end"
     ] = None
     save_steps: Annotated[int | None, "steps between checkpoints; by default only at the end"] = None
     keep_checkpoints: Annotated[int, "newest checkpoints to keep"] = 2
+    on_spike: Annotated[
+        Literal["warn", "rewind", "stop"],
+        "a loss far above those before it is named with its rows; rewind goes back to the last checkpoint and skips its step",
+    ] = "warn"
+    spike_factor: Annotated[
+        float, "how far: this many times what losses deviate from their median by (1.48 MAD); 0 looks for no spikes"
+    ] = 10.0
+    spike_window: Annotated[int, "steps that a loss is compared with; while there are fewer than half, with none"] = 50
+    spike_rewinds: Annotated[int, "times that on_spike=rewind may go back before the run stops (exit code 5)"] = 3
     row_seconds: Annotated[
         float, "longest time for reading one row; a loading process that is stuck for longer is given up (exit code 8)"
     ] = 300.0
@@ -136,8 +156,18 @@ class TrainConfig:
             ),
             *("lr", "connector_lr", "vision_lr", "part_lr", "weight_decay", "part_weight_decay", "beta2"),
             *("warmup_steps", "schedule", "min_lr_ratio"),
+            *("on_spike", "spike_factor", "spike_window", "spike_rewinds"),
             *("max_grad_norm", "max_bad_share", "cache_images", "cache_features", "max_cache_gb", "num_workers"),
-            *("log_steps", "eval_steps", "save_steps", "keep_checkpoints", "row_seconds", "rank_seconds", "trackers"),
+            *(
+                "log_steps",
+                "mfu",
+                "eval_steps",
+                "save_steps",
+                "keep_checkpoints",
+                "row_seconds",
+                "rank_seconds",
+                "trackers",
+            ),
             *("output_dir", "resume", "overwrite", "allow_change"),
         )
     )
@@ -166,6 +196,11 @@ class TrainConfig:
             (self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must not be negative"),
             (0 <= self.min_lr_ratio <= 1, f"min_lr_ratio={self.min_lr_ratio} must be in [0, 1]"),
             (self.max_grad_norm >= 0, f"max_grad_norm={self.max_grad_norm} must not be negative"),
+            (self.ema_decay is None or 0 < self.ema_decay < 1, f"ema_decay={self.ema_decay} must be between 0 and 1"),
+            (
+                0 <= self.neftune_alpha < math.inf,
+                f"neftune_alpha={self.neftune_alpha} must be finite and not negative",
+            ),
             (self.num_workers >= 0, f"num_workers={self.num_workers} must not be negative"),
             (self.log_steps > 0, f"log_steps={self.log_steps} must be positive"),
             (not (self.resume and self.overwrite), "resume and overwrite exclude each other"),
@@ -196,6 +231,7 @@ class TrainConfig:
             rules.append((value is None or value > 0, f"{name}={value} must be positive"))
         rules += self._rules_of_parts()
         rules += self._rules_of_going_on()
+        rules += self._rules_of_spikes()
         return [message for holds, message in rules if not holds]
 
     def _rules_of_micro_batches(self) -> list[tuple[bool, str]]:
@@ -229,6 +265,27 @@ class TrainConfig:
             part = flag.removesuffix("_lr")
             twice = getattr(self, flag) is not None and part in self.part_lr
             rules.append((not twice, f"{flag} and part_lr both name the {part}; leave one out"))
+        return rules
+
+    def _rules_of_spikes(self) -> list[tuple[bool, str]]:
+        least = 4  # fewer losses have no spread
+        rules = [
+            (0 <= self.spike_factor < math.inf, f"spike_factor={self.spike_factor} must be finite and not negative"),
+            (self.spike_window >= least, f"spike_window={self.spike_window} must be at least {least}"),
+            (self.spike_rewinds > 0, f"spike_rewinds={self.spike_rewinds} must be positive"),
+            (
+                self.on_spike == "warn" or self.spike_factor != 0,
+                f"on_spike={self.on_spike} has no effect with spike_factor=0",
+            ),
+            (
+                self.on_spike != "rewind" or self.save_steps is not None,
+                "on_spike=rewind has no checkpoint to go back to without save_steps",
+            ),
+        ]
+        for name in ("spike_window", "spike_rewinds"):
+            without = self.on_spike != "rewind" if name == "spike_rewinds" else self.spike_factor == 0
+            cause = "on_spike=rewind" if name == "spike_rewinds" else "a spike_factor"
+            rules.append((not without or name not in self.sources, f"{name} has no effect without {cause}"))
         return rules
 
     def _rules_of_going_on(self) -> list[tuple[bool, str]]:

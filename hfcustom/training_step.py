@@ -31,6 +31,7 @@ from hfcustom.offload import offloading
 from hfcustom.parts import part_table, unwrap
 from hfcustom.reduction import Reduction
 from hfcustom.sharding import is_sharded, no_sync
+from hfcustom.spikes import Share, shares_of
 from hfcustom.splitting import Progress, Splitter
 from hfcustom.step_plan import is_blank, plan_step
 from hfcustom.train_config import TrainConfig
@@ -50,6 +51,7 @@ class StepReport:
     source_tokens: dict[str, int] = field(default_factory=dict)  # of a mixture
     grad_norm: torch.Tensor | float = 0.0
     part_norms: dict[str, torch.Tensor] = field(default_factory=dict)
+    shares: list[Share] = field(default_factory=list)  # of each micro-batch in the loss
 
     def add_batch(self, batch: Mapping[str, Any]) -> None:
         """Count what a micro-batch holds."""
@@ -104,6 +106,7 @@ def train_step(
     if done is None:
         return None
     report = done.report
+    report.shares = shares_of(done.batches, done.losses)
     report.part_norms = part_norms(optimizer)
     report.grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     losses = {name: float(value) for name, value in report.losses.items()}
@@ -194,7 +197,7 @@ def _backward(loss: torch.Tensor, core: Any, batch: Mapping[str, Any], accelerat
             f"Nothing that is trained ({trained}) has a way to the loss of a batch with images. Train another part too, or "
             "look at what is overridden behind it; `hfcustom doctor` with --check gradients shows each part."
         )
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and not (isinstance(batch, Batch) and batch.idle):
         raise ValueError(
             f"A batch of rows without images has no gradient where only {trained} is trained, and other processes wait for it. "
             "Train on rows with images, or another part too."

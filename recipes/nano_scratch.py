@@ -3,7 +3,7 @@
     python recipes/nano_scratch.py
 
 Offline, about 80 seconds on one free CPU core: 400 steps on pictures of four digits each down to a loss of 0.02, then the saved
-model is loaded and reads scans it has never seen: 98 % of the digits right. Writes outputs/nano_scratch/report.html and
+model is loaded and reads scans it has never seen: 98 % of the digits right. Writes outputs/nano_scratch/result.html and
 result.png. The model has 0.6 M parameters; --width and --layers make it larger, everything else is as at full size.
 """
 
@@ -102,7 +102,7 @@ def build_model(
 
 
 def write_report(folder: Path, history: list, answers: list, accuracy: float, parts: list, stages: list) -> None:
-    """Write report.html and result.png: the curve, held-out rows with what was answered, parts, times."""
+    """Write result.html and result.png: the curve, held-out rows with what was answered, parts, times."""
     report = Report("NanoVLM from scratch")
     report.text(f"Share of digits read right on scans that no training row shows: {accuracy:.3f}.")
     report.curves({"reading": history}, ["loss"])
@@ -112,7 +112,7 @@ def write_report(folder: Path, history: list, answers: list, accuracy: float, pa
     report.parts(parts)
     report.heading("Time")
     report.table(("stage", "seconds"), stages)
-    report.write(folder / "report.html")
+    report.write(folder / "result.html")
     draw_result(folder / "result.png", {"reading": history}, {"read": answers})
 
 
@@ -143,7 +143,7 @@ def main(config: NanoScratchConfig) -> float:
     write_report(folder, result.history, answers, accuracy, hfcustom.part_table(model), stages.rows())
     console.show_table(("stage", "seconds"), stages.rows())
     print(
-        f"\nDigits read right: {accuracy:.3f}. The report is in {folder / 'report.html'}, the model in {result.model_dir}."
+        f"\nDigits read right: {accuracy:.3f}. The report is in {folder / 'result.html'}, the model in {result.model_dir}."
     )
     return accuracy
 

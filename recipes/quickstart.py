@@ -5,7 +5,7 @@
 Offline, on two CPU cores, in about 3 minutes: build a small InternVL with a token-reducing connector and a
 two-term loss (both below), train it on grids of scanned digits, score it by generation on scans it has never seen, load
 it in 8 bits, add LoRA to its language model and teach it to read backwards, merge the adapter into the full-precision
-weights, and load the result in a fresh process. Writes outputs/quickstart/report.html and result.png.
+weights, and load the result in a fresh process. Writes outputs/quickstart/result.html and result.png.
 """
 
 from __future__ import annotations
@@ -263,8 +263,8 @@ def main(config: QuickstartConfig) -> None:
     console.show_table(("share of digits right", "after training", "after LoRA on 8 bits", "merged"), accuracy)
     console.show_table(("stage", "seconds"), stages.rows())
     answers = {"read": before["read"], "backwards": final["backwards"]}
-    write_report(output_dir / "report.html", histories, tables, answers, accuracy, stages.rows())
-    print(f"\nThe model is in {output_dir / 'merged'}, the report in {output_dir / 'report.html'}.")
+    write_report(output_dir / "result.html", histories, tables, answers, accuracy, stages.rows())
+    print(f"\nThe model is in {output_dir / 'merged'}, the report in {output_dir / 'result.html'}.")
 
 
 if __name__ == "__main__":

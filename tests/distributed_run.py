@@ -8,6 +8,7 @@ Every rank writes what it ended with to FOLDER/<case>/rank-<rank>.pt.
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import Family, picture
+from conftest import KINDS, Family, picture
 from encoder_cases import WORDS, encoders
 from full_memory import Where, room_for
 from loss_cases import batch_of, cut, family_of, model_of
@@ -48,6 +49,7 @@ class Case:
     words: Sequence[int] = ANSWER_WORDS
     loss: Any = "cross_entropy"
     lora: bool = False
+    connector: bool = False  # is all that is trained
     pairs: bool = False  # rows with a chosen and a rejected answer
     sgd: bool = True  # weights after SGD differ as gradients do; Adam hides a wrong scale and magnifies rounding
     stop_at: int | None = None
@@ -60,7 +62,7 @@ class Case:
 
 CASES = {
     "unequal rows": Case(),
-    "unequal rows, micro-batches of 2": Case(options={"micro_batch_size": 2}),
+    "unequal rows, micro-batches of 2": Case(options={"micro_batch_size": 2, "mfu": True}),
     "AdamW with clipping": Case(sgd=False, options={"micro_batch_size": 2, "max_grad_norm": 0.1}),
     "no image on one rank": Case(images=[1, 1, 2, 1, 0, 0, 0, 0]),
     "no image on one rank in the last micro-batch": Case(
@@ -75,6 +77,13 @@ CASES = {
     "contrastive": Case(loss="contrastive", options={"micro_batch_size": 2}),
     "contrastive with all images on one rank": Case(images=[1, 1, 2, 1, 0, 0, 0, 0], loss="contrastive"),
     "gradient checkpointing": Case(options={"micro_batch_size": 2, "gradient_checkpointing": True}),
+    "the connector alone, no image on one rank": Case(images=[1, 1, 2, 1, 0, 0, 0, 0], connector=True),
+    "the connector alone, an image now and then": Case(
+        images=[0, 0, 1, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, *[1, 0, 0, 0, 0, 0, 0, 1]],
+        words=ANSWER_WORDS * STEPS,
+        connector=True,
+        options={"micro_batch_size": 2},
+    ),
     "packed rows": Case(options={"packing": True, "pack_tokens": 250}),
     "packed contrastive": Case(loss="contrastive", options={"packing": True, "pack_tokens": 250}),
     "LoRA": Case(lora=True, options={"micro_batch_size": 2}),
@@ -101,7 +110,8 @@ GROWN = Case(options={"schedule": "constant"})
 
 def case_rows(case: Case) -> list[dict[str, Any]]:
     """Return rows in such an order that every step sees the case's rows in the case's order."""
-    wanted = uneven_rows(list(case.images) * STEPS, list(case.words) * STEPS)
+    images, words = (list(given) * (STEPS if len(given) == ROWS else 1) for given in (case.images, case.words))
+    wanted = uneven_rows(images, words)
     if case.pairs:
         wanted = [as_pair(row) for row in wanted]
     for at in (ROWS * step + place for step in range(STEPS) for place in case.bad):
@@ -123,6 +133,8 @@ def build(case: Case) -> tuple[nn.Module, Family]:
     model = family.model(seed=0 if sharded else train.process_state().process_index, loss=case.loss)
     torch.manual_seed(0)  # of LoRA
     add_dropout(model, case.dropout)
+    if case.connector:
+        hfcustom.train_only(model, ["connector"])
     return (hfcustom.lora(model, rank=2) if case.lora else model), family
 
 
@@ -221,6 +233,27 @@ def too_large(folder: Path, on_bad_row: str) -> str:
     return f"{found['step']} steps, weights add up to {sum(float(value.double().sum()) for value in found['end'].values())}"
 
 
+MIXED = [name for name in KINDS if name != "aria"]  # its experts know nothing of images
+
+
+def mixed_steps() -> dict[str, list[float]]:
+    """Return loss and gradient norm of a step whose second half, another rank's or a micro-batch, is text alone."""
+    found: dict[str, list[float]] = {}
+    config = TrainConfig(precision="fp32", max_grad_norm=0.0)
+    accelerator = train.make_accelerator(config)
+    for name, lora in itertools.product(MIXED, (False, True)):
+        family = Family(name, load_family(name))
+        halves = [family.batch(images) for images in ([1, 2], [0, 0])]
+        own = halves if accelerator.num_processes == 1 else [halves[accelerator.process_index]]
+        model = hfcustom.lora(family.model(), rank=2) if lora else family.model()
+        model = accelerator.prepare(model.train())
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        report = train.train_step(model, own, optimizer, accelerator, config)
+        loss = accelerator.reduce(report.losses["cross_entropy"].detach(), "sum")
+        found[f"{name} {'with LoRA' if lora else 'in full'}"] = [float(loss), float(report.grad_norm)]
+    return found
+
+
 def forbid_writing() -> None:
     """Make every function that writes, but for a rank's own random state, an error."""
 
@@ -241,6 +274,7 @@ def main(folder: Path) -> None:
     torch.save(every_loss(), folder / f"every-loss-{rank}.pt")
     (folder / "evaluated").mkdir(exist_ok=True)
     torch.save(evaluated(), folder / "evaluated" / f"rank-{rank}.pt")
+    torch.save(mixed_steps(), folder / f"mixed-{rank}.pt")
     with user_losses():
         for name, case in CASES.items():
             torch.save(run(case, folder / name / "out"), folder / name / f"rank-{rank}.pt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,7 +57,9 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What a person at a terminal sees."""
     stream = io.StringIO()
-    monkeypatch.setattr(console, "out", Console(file=stream, force_terminal=True, width=140, markup=False))
+    monkeypatch.setattr(
+        console, "out", Console(file=stream, force_terminal=True, width=140, markup=False, soft_wrap=True)
+    )
     return stream
 
 
@@ -204,31 +207,17 @@ def test_other_metrics_are_recorded_and_printed(tmp_path: Path, screen: io.Strin
     assert log.history == [{"step": 5, "exact_match": 0.25}]
 
 
-def test_a_terminal_shows_a_bar_with_the_numbers(tmp_path: Path, clock: Clock, terminal: io.StringIO) -> None:
-    lines = run_log(tmp_path, clock, [report(1, cross_entropy=1.5)], log_steps=1)
-    assert lines[0]["loss"] == 1.5
-    assert "1/1" in terminal.getvalue() and "loss 1.5" in terminal.getvalue()
-
-
-def test_trackers_get_the_config_and_every_line(tmp_path: Path, clock: Clock, screen: Any) -> None:
-    told: dict[str, Any] = {"logged": []}
-    accelerator = SimpleNamespace(
-        is_main_process=True,
-        num_processes=1,
-        device=torch.device("cpu"),
-        init_trackers=lambda project, config: told.update(project=project, config=config),
-        log=lambda values, step: told["logged"].append((step, values)),
-        end_training=lambda: told.update(ended=True),
-    )
-    config = read(TrainConfig, None, ["--trackers", "tensorboard", "--output-dir", str(tmp_path), "--log-steps", "1"])
-    with console.TrainLog(config, accelerator, parse_losses("focal"), 0, 2) as log:  # type: ignore[arg-type]
-        for step in (1, 2):
-            clock.now += 1
-            log.step(step, report(step, focal=2.0), optimizer(language=0.1))
-    assert (told["project"], told["config"]["lr"], told["ended"]) == ("hfcustom", config.lr, True)
-    assert all(isinstance(value, int | float | str) for value in told["config"].values())
-    assert "sources" not in told["config"]
-    assert [(step, values["loss"]) for step, values in told["logged"]] == [(1, 2.0), (2, 2.0)]
+def test_a_terminal_shows_a_bar_with_time_left_and_the_numbers_below(
+    tmp_path: Path, clock: Clock, terminal: io.StringIO
+) -> None:
+    console.out.width = 80  # in which the numbers alone would not fit
+    losses = {"cross_entropy": 1.0, "focal": 0.5, "z_loss": 0.1}
+    reports = [report(step, cross_entropy=1.5, focal=2.0, z_loss=3.0) for step in (1, 2)]
+    lines = run_log(tmp_path, clock, reports, log_steps=1, losses=losses)
+    assert lines[0]["cross_entropy"] == 1.5
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue()).splitlines()
+    assert re.search(r"^training .* 2/2 \d:\d\d:\d\d \d:\d\d:\d\d left", shown[-3])
+    assert shown[-2].startswith("loss 2.8  cross_entropy 1.5  focal 2 ") and "images_per_s 4" in shown[-1]
 
 
 # ---- start-up facts -------------------------------------------------------------------------------------------------

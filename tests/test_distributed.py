@@ -17,7 +17,7 @@ import forked
 import pytest
 import torch
 from conftest import RECIPES, ROOT
-from distributed_run import CASES, EVALUATIONS, GROWN, evaluated, run
+from distributed_run import CASES, EVALUATIONS, GROWN, MIXED, evaluated, mixed_steps, run
 from loss_cases import assert_same_gradients, batch_of, family_of, gradients, model_of
 from training import TERMS, relative_distance, user_losses
 
@@ -60,6 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     with user_losses():
         alone = {name: run(case, folder / name / "alone") for name, case in CASES.items()}
     alone["evaluated"] = evaluated()
+    alone["mixed"] = mixed_steps()
     alone["grown"] = run(GROWN, folder / "grown" / "alone")
     run(GROWN, folder / "grown" / "out", max_steps=2)
     return folder, alone, torchrun(folder)
@@ -96,6 +97,24 @@ def test_what_is_evaluated_on_two_ranks_is_what_one_finds(runs: Folders, name: s
     assert first[name] == second[name] == runs[1]["evaluated"][name]
     worked = [found["worked on"] for found in (first, second)]
     assert worked == [[0, 2, 4], [1, 3]]  # a batch each, by turns
+
+
+@pytest.mark.parametrize("trained", ["in full", "with LoRA"])
+@pytest.mark.parametrize("name", MIXED)
+def test_a_rank_of_text_alone_waits_for_nobody_and_changes_nothing(runs: Folders, name: str, trained: str) -> None:
+    for rank in range(2):
+        found = torch.load(runs[0] / f"mixed-{rank}.pt")[f"{name} {trained}"]
+        assert found == pytest.approx(runs[1]["mixed"][f"{name} {trained}"], rel=1e-5)
+
+
+def test_mfu_is_that_of_all_ranks(runs: Folders) -> None:
+    """Each counts what it does itself, against its own device; all log the mean, over seconds of their own."""
+    shares = [
+        [line["mfu"] / line["tokens_per_s"] for line in result["history"] if "mfu" in line]
+        for result in ranks(runs, "unequal rows, micro-batches of 2")
+    ]
+    assert len(shares[0]) == 3 and min(shares[0]) > 0
+    assert shares[0] == pytest.approx(shares[1])
 
 
 def test_numbers_that_terms_record_are_means_over_all_ranks(runs: Folders) -> None:

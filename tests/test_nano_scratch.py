@@ -28,8 +28,8 @@ def test_a_short_run_writes_what_it_says(
     assert f"Digits read right: {accuracy:.3f}." in printed
     losses = [float(line.split("loss ")[1].split()[0]) for line in printed.splitlines() if line.startswith("step ")]
     assert len(losses) == 30 and losses[-1] < 0.8 * losses[0]
-    assert {path.name for path in tmp_path.iterdir()} >= {"model", "metrics.jsonl", "report.html", "result.png"}
-    assert f"{accuracy:.3f}" in (tmp_path / "report.html").read_text()
+    assert {path.name for path in tmp_path.iterdir()} >= {"model", "metrics.jsonl", "result.html", "result.png"}
+    assert f"{accuracy:.3f}" in (tmp_path / "result.html").read_text()
     saved = AutoConfig.from_pretrained(tmp_path / "model")
     assert (saved.model_type, saved.text_config.hidden_size, saved.text_config.num_hidden_layers) == (
         "custom_nano",

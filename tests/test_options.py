@@ -275,7 +275,18 @@ RULES = [
         for name in ("max_steps", "batch_size", "log_steps", "keep_checkpoints", "epochs", "lr", "max_cache_gb")
         for value in (0, -1)
     ),
-    *((name, value, "must be positive") for name in ("row_seconds", "rank_seconds") for value in (0, -1)),
+    *(
+        (name, value, "must be positive")
+        for name in ("row_seconds", "rank_seconds", "spike_rewinds")
+        for value in (0, -1)
+    ),
+    *(
+        (name, value, "must be finite and not negative")
+        for name in ("neftune_alpha", "spike_factor")
+        for value in (-1, float("inf"), float("nan"))
+    ),
+    ("spike_window", 3, "must be at least 4"),
+    *(("ema_decay", value, "must be between 0 and 1") for value in (0, 1, float("nan"))),
     *(
         (name, value, "must be positive")
         for name in ("micro_batch_size", "eval_steps", "save_steps", "max_length", "connector_lr", "vision_lr")

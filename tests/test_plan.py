@@ -14,6 +14,7 @@ import torch
 from conftest import KINDS, Family
 from test_recipes import stock_checkpoint
 
+from hfcustom.averaging import Average
 from hfcustom.parts import unwrap
 from hfcustom.plan.config import Recipe, read_plan
 from hfcustom.plan.measure import Measured, measure
@@ -24,8 +25,8 @@ WAYS = {
     "full": [],
     "recomputed": ["--gradient-checkpointing"],
     "accumulated": ["--micro-batch-size", "1"],
-    "bf16": ["--precision", "bf16"],
-    "lora": ["--lora"],
+    "bf16, averaged, with noise": ["--precision", "bf16", "--ema-decay", "0.9", "--neftune-alpha", "5"],
+    "lora, averaged": ["--lora", "--ema-decay", "0.9"],
     "lora, bf16, recomputed": ["--lora", "--dtype", "bfloat16", "--gradient-checkpointing"],
     "8 bits": ["--lora", "--load-in", "8bit"],
     "4 bits": ["--lora", "--load-in", "4bit"],
@@ -53,6 +54,7 @@ class RealRun:
         accelerator = make_accelerator(config)
         set_up(self.model, config, accelerator)
         model, self.optimizer = accelerator.prepare(self.model, make_optimizer(self.model, config))
+        self.average = Average(self.model, config.ema_decay, accelerator).values
         model.train()
         core.loss_step = 0
         batches = [batch] * min(2, split_batch(config, config.gpus)[1])
@@ -63,7 +65,7 @@ class RealRun:
         train_step(model, batches, self.optimizer, accelerator, config)
         held = [tensor for _, tensor in named_memory(core)] + list(batch.values())
         states = [value for state in self.optimizer.state.values() for value in state.values()]
-        held += [value for value in states if isinstance(value, torch.Tensor)]
+        held += [value for value in states if isinstance(value, torch.Tensor)] + list(self.average.values())
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
         with allocations() as sizes:
             train_step(model, batches, self.optimizer, accelerator, config)
@@ -97,7 +99,10 @@ def check(config: Any, recipe: Recipe) -> float:
     """Compare a plan with the real run; return the peak's error."""
     first = measure(config, recipe.build, lambda *given: recipe.batches(*given)[:1])
     plan, real = first, RealRun(config, recipe)
-    assert list(map(astuple, plan.parts)) == list(map(astuple, memory_by_part(real.model, real.optimizer)))
+    assert list(map(astuple, plan.parts)) == list(
+        map(astuple, memory_by_part(real.model, real.optimizer, real.average))
+    )
+    assert plan.total("average") == (4 * plan.trainable if config.ema_decay else 0)
     assert plan.total("gradients") == sum(real.gradients.values())
     assert plan.trainable == sum(parameter.numel() for parameter in real.model.parameters() if parameter.requires_grad)
     error = plan.peak / real.peak - 1

@@ -226,6 +226,10 @@ print(sum(sizes) / size)
         (["--gpus", "3"], "batch_size=2 rows cannot be shared by 3 processes"),
         (["--load-in", "4bit"], "load_in=4bit needs --lora"),
         (
+            ["--gpus", "2", "--shard", "fsdp", "--ema-decay", "0.9"],
+            "shard=fsdp: weights that FSDP or DeepSpeed shards",
+        ),
+        (
             ["--gpus", "2", "--shard", "fsdp", "--lora", "--load-in", "4bit"],
             "shard=fsdp cannot cut weights that bitsandbytes",
         ),

@@ -141,18 +141,17 @@ def test_the_part_table_shows_what_is_trained_and_frozen(internvl: Family, tmp_p
     assert shown[at + 1 : at + 5] == [f"{vision:,}", f"{vision:,}", "0", f"{4 * vision:,}"]
 
 
-def test_curves_are_one_picture_with_a_plot_for_each_name(tmp_path: Path) -> None:
+def test_curves_are_a_chart_a_name_with_a_line_a_history(tmp_path: Path) -> None:
     histories = {
         "first": [{"step": 1, "loss": 2.0, "lr": 0.1}, {"step": 2, "loss": 1.0}],
         "second": [{"step": 1, "lr": 0.2}],
     }
     report = Report("Curves")
-    report.curves(histories, ["loss"])
-    report.curves(histories, ["loss", "lr"])
+    report.curves(histories, ["loss", "lr", "missing"])
     page = written(report, tmp_path)
-    one, two = page.images()
-    assert two.width == pytest.approx(2 * one.width, abs=2) and two.height == one.height
-    assert page.values("alt") == ["curves of loss", "curves of loss, lr"]
+    assert page.values("aria-label") == ["loss", "lr"] and page.values("class").count("legend") == 2
+    assert (page.tags.count("polyline"), page.tags.count("circle"), page.tags.count("img")) == (1, 2, 0)
+    assert ["first 1" in words for words in page.words].count(True) == 1
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

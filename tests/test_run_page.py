@@ -18,8 +18,8 @@ from hfcustom.curves import MOST, chart, thin
 from hfcustom.data.messages import Example
 from hfcustom.evaluate import Answer
 from hfcustom.losses import NonFiniteError
-from hfcustom.run_files import keep_samples, read_lines, read_object
-from hfcustom.run_page import group_curves, write_run_page
+from hfcustom.run_files import keep_samples, note_fault, read_lines, read_object
+from hfcustom.run_page import SENTENCES, group_curves, tell_fault, write_run_page
 
 SPEED = ("tokens_per_s", "images_per_s")
 
@@ -103,6 +103,29 @@ def test_a_loss_that_is_no_number_is_on_the_page(internvl: Family, tmp_path: Pat
     with pytest.raises(NonFiniteError):
         hfcustom.fit(model, internvl.processor, uneven_rows(), short_config(tmp_path))
     assert "Ended by an error after step 0: NonFiniteError: The gradient's norm is nan" in words_of(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [*sorted(SENTENCES), "drifting labels"])
+def test_every_kind_of_fault_is_told_with_its_step_and_time(kind: str, tmp_path: Path) -> None:
+    note_fault(tmp_path, kind, step=7, text="step 8: 9.1", rows=["a, line 1", "a, line 2"], checkpoint="c", error="e")
+    write_run_page(tmp_path)
+    (entry,) = read_lines(tmp_path / "faults.jsonl")
+    words = words_of(tmp_path)
+    assert f"when after step what {entry['time']} 7 {tell_fault(entry)}" in words
+    if kind not in SENTENCES:
+        told = "Drifting labels. step 8: 9.1 rows: a, line 1, a, line 2; checkpoint: c; error: e"
+        assert tell_fault(entry) == told
+
+
+def test_a_checkpoint_that_was_set_aside_is_told_once(internvl: Family, tmp_path: Path) -> None:
+    for name in ("checkpoints/damaged-step-000004", "checkpoints/step-000003"):
+        (tmp_path / name).mkdir(parents=True)
+    for _ in range(2):
+        (tmp_path / "run.json").write_text('{"seconds": 1}')
+        files = run_files.RunFiles(short_config(tmp_path, resume=True), 3, 6)
+        files.begin(internvl.model(), ["cross_entropy"])
+        files.end(6, None)
+    assert words_of(tmp_path).count("damaged-step-000004 was found damaged and set aside.") == 1
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -42,6 +42,20 @@ def test_a_folder_of_runs_is_a_table_and_what_differs(two_runs: Path, capsys: py
     assert "seed" not in printed and "output_dir" not in printed
 
 
+def test_rows_left_out_speeds_and_the_peak_of_memory_are_compared(
+    two_runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (two_runs / "a" / "bad_rows.jsonl").write_text('{"row": "x"}\n' * 3)
+    with (two_runs / "a" / "metrics.jsonl").open("a") as log:
+        log.write(
+            '{"step": 4, "loss": 1.5, "mfu": 0.25, "peak_gib": 2.0}\n{"step": 5, "mfu": 0.75, "peak_gib": 3.0}\n'
+        )
+    assert main(["runs", str(two_runs)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert next(line for line in lines if line[:1] == ["a"])[3:5] == ["0", "3"]
+    assert next(line for line in lines if line[:1] == ["a"])[-2:] == ["0.5", "3"]
+
+
 def test_json_is_strict_and_holds_every_number(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(two_runs / "b"), str(two_runs / "a"), str(two_runs), "--json"]) == 0
     found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))

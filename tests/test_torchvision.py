@@ -32,6 +32,7 @@ FILES = [
     "adapt",
     "added_tower",
     "loading",
+    "noise",
     "parts",
     "patches",
     "pipeline",
@@ -46,6 +47,7 @@ FILES = [
     "serving",
     "video_rows",
     "videos",
+    "work",
 ]
 WITHOUT_IMAGES = (
     "adapt",
@@ -54,9 +56,11 @@ WITHOUT_IMAGES = (
     "export",
     "inspector",
     "loading",
+    "noise",
     "parts",
     "serving",
     "two_encoders",
+    "work",
 )
 NEED_IT = [name for name in family_names() if missing_packages(name)]
 OWN = ["labels", "doctor", *(name for name in NEED_IT if (ROOT / f"tests/test_{name}.py").is_file())]

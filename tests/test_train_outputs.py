@@ -193,6 +193,7 @@ def test_the_output_folder(internvl: Family, tmp_path: Path, options: dict[str, 
             "optimizer.json",
             "optimizer.safetensors",
             "rng-0.safetensors",
+            "spikes.json",
             "state.json",
         ]
     loaded = internvl.model_class.from_pretrained(result.model_dir)

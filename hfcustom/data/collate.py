@@ -45,6 +45,7 @@ class Batch(dict[str, torch.Tensor]):
     levels: torch.Tensor | None = None  # (3, 256), values of pixels that are bytes until they are on the device
     places: Sequence[int] = ()  # of its rows among those that the rank has in the step, pairs counted once
     blank: bool = False  # run only so that ranks stay together; counts for nothing
+    idle: bool = False  # no rank waits for its gradient, which it may not have
 
     def blank_copy(self) -> Batch:
         """Return the batch as one that counts for nothing."""

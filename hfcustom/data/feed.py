@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from hfcustom.data.messages import Example
 from hfcustom.data.mixtures import Mixture
 from hfcustom.data.order import StepLoader, step_loader
 from hfcustom.data.packing import Packer
+from hfcustom.data.sighted import Sighted
 from hfcustom.data.sources import Examples, RowsWithColumns, as_examples
 from hfcustom.data.steps import Attempts, BadRows, Lockstep, StepBatches, StepCollator, agree_on_batches
 from hfcustom.data.stream_loader import StepStream, StreamLoader
@@ -46,6 +47,7 @@ class Feed:
         self.config = config
         self.accelerator = accelerator
         self.caches: Caches | None = None  # whose images are not decoded
+        self.sighted: Sighted | None = None  # where a batch of text has no gradient
         self.positions: dict[int, State] = {}  # of this rank's loading processes, after the last step trained on
         self.epoch = 0
         self.watch = Watch(config.num_workers, config.row_seconds)
@@ -230,8 +232,39 @@ class Feed:
         bad_rows.tell(found.notes)
         if self.config.on_bad_row == "skip":
             bad_rows.take(found.skipped)
-        batches = agree_on_batches(self.cut_before(found.batches), self.accelerator)
-        return self.lockstep.align(batches) if uses_fsdp(self.accelerator) else batches
+        return self.agreed(self.cut_before(found.batches))
+
+    def agreed(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Return micro-batches that every rank can run beside those of the others; all of them have to ask."""
+        batches = agree_on_batches(batches, self.accelerator)
+        if uses_fsdp(self.accelerator):
+            return self.lockstep.align(batches)
+        return batches if self.sighted is None else self.sighted.align(batches)
+
+
+class Steps:
+    """The steps of a loader from one on, and from an earlier one again; to be closed."""
+
+    def __init__(self, loader: Callable[[int], Iterable[StepBatches]], start: int, watch: Watch) -> None:
+        self.loader = loader
+        self.watch = watch
+        self.items: Any = iter(loader(start))
+
+    def __iter__(self) -> Steps:
+        return self
+
+    def __next__(self) -> StepBatches:
+        return next(self.items)
+
+    def restart(self, step: int) -> None:
+        """Read again from a step on."""
+        self.items.close()
+        self.watch.forget()
+        self.items = iter(self.loader(step))
+
+    def close(self) -> None:
+        """End the loading processes."""
+        self.items.close()
 
 
 def as_rows(rows: Any) -> Rows:

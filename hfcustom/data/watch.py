@@ -61,6 +61,10 @@ class Watch:
         ticks = self.notes[first + TICKS] + 1
         self.notes[first : first + WORDS] = [float(os.getpid()), time.monotonic(), ticks, *words]
 
+    def forget(self) -> None:
+        """Forget what loading processes were at that have been ended."""
+        self.notes[:] = [0.0] * len(self.notes)
+
     def tick(self) -> None:
         """Show that the loading process moves, between two rows too."""
         if (info := get_worker_info()) is not None:

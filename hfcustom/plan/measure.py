@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from hfcustom.averaging import Average
 from hfcustom.data.collate import Batch
 from hfcustom.parts import unwrap
 from hfcustom.plan.batches import batch_tokens
@@ -60,7 +61,7 @@ class Measured:
     offloaded: int  # of them in the CPU's memory
 
     def total(self, what: str) -> int:
-        """Return weights, adapters, gradients or optimizer over all parts."""
+        """Return weights, adapters, gradients, optimizer or average over all parts."""
         return sum(int(vars(part)[what]) for part in self.parts)
 
 
@@ -82,11 +83,14 @@ def _run(model: Any, batches: list[Batch], config: Any, ledger: Ledger) -> Measu
     accelerator = make_accelerator(config)
     set_up(model, config, accelerator)
     prepared, optimizer = accelerator.prepare(model, make_optimizer(model, config))
+    average = Average(model, config.ema_decay, accelerator).values
     prepared.train()
     core.loss_step = 0
     kept = [tensor for model in (core, *core.companions.values()) for _, tensor in named_memory(model)]
     for tensor in kept:
         ledger.mark(tensor, "weights")
+    for value in average.values():
+        ledger.mark(value, "average")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda own: ledger.mark(own.grad, "gradients"))
@@ -99,7 +103,7 @@ def _run(model: Any, batches: list[Batch], config: Any, ledger: Ledger) -> Measu
         class_name=type(core).__name__,
         precision=config.precision,
         trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        parts=memory_by_part(model, optimizer),
+        parts=memory_by_part(model, optimizer, average),
         parameters=[_bytes_of(parameter, optimizer) for parameter in model.parameters()],
         largest_unit=_largest_unit(core, optimizer),
         batch=most.batch,

@@ -15,9 +15,9 @@ from hfcustom.plan.measure import Measured
 from hfcustom.plan.sharding import ALLOWANCE, FRAGMENTED, Share
 
 SIZES = (16, 24, 40, 48, 80, 141)  # GiB of the GPUs that there are
-COLUMNS = ("weights", "adapters", "gradients", "optimizer")
+COLUMNS = ("weights", "adapters", "gradients", "optimizer", "average")
 ESTIMATE = (
-    "Weights, adapters, gradients and optimizer state are exact. Activations are counted tensor by tensor in one step of this "
+    "Weights, adapters, gradients, optimizer state and average are exact. Activations are counted tensor by tensor in one step of this "
     "run's own code, without values, on this machine's CPU path; a GPU's kernels may take a little more or less, and the "
     f"allowance for CUDA ({ALLOWANCE / 2**30:.2f} GiB and {FRAGMENTED:.0%}) is an estimate."
 )
@@ -89,18 +89,20 @@ def _facts(config: Any, measured: Measured) -> str:
 
 def _parts(measured: Measured) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("part", *COLUMNS, "together", "dtypes"):
+    columns = [name for name in COLUMNS if name != "average" or measured.total(name)]
+    for name in ("part", *columns, "together", "dtypes"):
         table.add_column(name, justify="left" if name in ("part", "dtypes") else "right")
     for part in measured.parts:
-        values = [vars(part)[name] for name in COLUMNS]
+        values = [vars(part)[name] for name in columns]
         table.add_row(part.part, *map(_size, values), _size(part.total), part.dtypes or "tied")
-    totals = [measured.total(name) for name in COLUMNS]
+    totals = [measured.total(name) for name in columns]
     table.add_row("total", *map(_size, totals), _size(sum(totals)), "")
     return table
 
 
 def _peak(config: Any, measured: Measured, share: Share) -> str:
     kinds = {"weights": share.weights, "gradients": share.gradients, "optimizer": share.optimizer}
+    kinds["average"] = share.average
     kinds["DDP's buckets" if config.shard == "none" else "gathered for a moment"] = share.exchange
     kinds["activations, and the batch"] = share.activations
     if config.shard == "none":  # what is there when it is most

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hfcustom.averaging import UNSHARDED
 from hfcustom.plan.measure import Measured, share
 
 ALLOWANCE = 0.75 * 2**30  # of a GPU: CUDA's own context, cuBLAS; not measured here
@@ -23,6 +24,7 @@ class Share:
     weights: int
     gradients: int
     optimizer: int
+    average: int  # of ema_decay
     exchange: int  # DDP's buckets, or what is gathered for a moment
     activations: int
     peak: int
@@ -42,8 +44,9 @@ def share_of(measured: Measured, gpus: int, scheme: str) -> Share:
             gradients if gpus > 1 else 0
         )  # DistributedDataParallel copies gradients, unless they are views of them
         held = measured.at_peak.get("weights", 0) + measured.at_peak.get("optimizer", 0)
-        held += measured.at_peak.get("gradients", 0)
-        return Share(weights, gradients, optimizer, buckets, measured.peak - held, measured.peak + buckets)
+        held += measured.at_peak.get("gradients", 0) + measured.at_peak.get("average", 0)
+        average = measured.total("average")
+        return Share(weights, gradients, optimizer, average, buckets, measured.peak - held, measured.peak + buckets)
     unit = measured.largest_unit
     buffers = weights - sum(parameter.weights for parameter in measured.parameters)
 
@@ -57,11 +60,13 @@ def share_of(measured: Measured, gpus: int, scheme: str) -> Share:
     held_weights = weights if whole else cut("weights") + buffers
     other = measured.activations + measured.at_peak.get("batch", 0)
     peak = held_weights + cut("gradients") + cut("optimizer") + exchange + other
-    return Share(held_weights, cut("gradients"), cut("optimizer"), exchange, other, peak)
+    return Share(held_weights, cut("gradients"), cut("optimizer"), 0, exchange, other, peak)
 
 
 def check_sharding(measured: Measured, scheme: str) -> None:
-    """Raise ValueError for weights that cannot be cut: those that bitsandbytes has packed."""
+    """Raise ValueError for weights that cannot be cut: those that bitsandbytes has packed, and those of which there is an average."""
+    if scheme != "none" and measured.total("average"):
+        raise ValueError(f"shard={scheme}: {UNSHARDED}")
     packed = [part for part in measured.parts if "int8" in part.dtypes]  # uint8 of 4 bits, int8
     if packed and scheme in ("fsdp", "zero3"):
         raise ValueError(

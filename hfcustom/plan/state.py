@@ -6,7 +6,7 @@ bitsandbytes keeps beside a packed weight (scales, code books) belongs to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,23 +20,29 @@ QUANT_STATE = ("absmax", "code", "offset")
 
 @dataclass
 class PartMemory:
-    """Bytes of one part; `weights` include buffers and frozen copies, `adapters` are LoRA's matrices."""
+    """Bytes of one part; `weights` include buffers and frozen copies, `adapters` are LoRA's matrices, `average` that of ema_decay."""
 
     part: str
     weights: int = 0
     adapters: int = 0
     gradients: int = 0
     optimizer: int = 0
+    average: int = 0
     dtypes: str = ""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.adapters + self.gradients + self.optimizer
+        return self.weights + self.adapters + self.gradients + self.optimizer + self.average
 
 
-def memory_by_part(model: Any, optimizer: torch.optim.Optimizer | None = None) -> list[PartMemory]:
-    """Count a model as it is trained, after a step: the optimiser's state, and a gradient for whatever has such a state."""
+def memory_by_part(
+    model: Any, optimizer: torch.optim.Optimizer | None = None, average: Mapping[str, torch.Tensor] | None = None
+) -> list[PartMemory]:
+    """Count a model as it is trained, after a step: the optimiser's state, and a gradient for whatever has such a state.
+
+    `average` is that of the trained weights, by name (hfcustom/averaging.py).
+    """
     core = unwrap(model)
     part_map = find_parts(model)
     rows = {part: PartMemory(part) for part in part_map.present()}
@@ -58,6 +64,8 @@ def memory_by_part(model: Any, optimizer: torch.optim.Optimizer | None = None) -
     for parameter, values in optimizer.state.items() if optimizer is not None else ():
         row = rows[owners[id(parameter)]]
         row.optimizer += sum(_new_bytes(value, seen) for value in values.values() if isinstance(value, torch.Tensor))
+    for name, value in (average or {}).items():
+        rows[part_map.part_of(name)].average += _new_bytes(value, seen)
     for name, companion in core.companions.items():
         rows[name] = PartMemory(name, weights=sum(_new_bytes(tensor, seen) for _, tensor in named_memory(companion)))
     for part, found in dtypes.items():

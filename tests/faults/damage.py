@@ -105,6 +105,7 @@ def kinds_of_files() -> list[str]:
         "optimizer.json",
         "optimizer.safetensors",
         "rng-0.safetensors",
+        "spikes.json",
         "state.json",
     ]
 

@@ -72,8 +72,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_rank(rank: int, port: int, folder: Path, at: Callable[[int], None]) -> None:
-    """Train as one of two processes; `at(step)` is called after each step."""
+def take_part(rank: int, port: int) -> None:
+    """Let this process be one of two."""
     from accelerate import PartialState
     from accelerate.state import AcceleratorState, GradientState
 
@@ -82,6 +82,11 @@ def run_rank(rank: int, port: int, folder: Path, at: Callable[[int], None]) -> N
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+
+
+def run_rank(rank: int, port: int, folder: Path, at: Callable[[int], None]) -> None:
+    """Train as one of two processes; `at(step)` is called after each step."""
+    take_part(rank, port)
 
     def evaluate(model: Any, step: int) -> dict[str, float]:
         at(step)

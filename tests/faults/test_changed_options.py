@@ -38,6 +38,8 @@ UNSAFE: dict[str, Any] = {
     "min_pixels": 10,
     "on_bad_row": "skip",
     "exclude": "bad_rows.jsonl",
+    "ema_decay": 0.9,
+    "neftune_alpha": 5.0,
 }
 
 

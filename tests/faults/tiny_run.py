@@ -122,10 +122,12 @@ def end_of(folder: Path) -> dict[str, Any]:
     """Return what a run ended with: hashes of weights, optimizer and generators, and each step's loss to the last bit."""
     last = newest(folder)
     names = ["optimizer.safetensors", *sorted(f"model/{path.name}" for path in (last / "model").glob("*.safetensors"))]
-    names += sorted(path.name for path in last.glob("rng-*"))
+    names += sorted(path.name for pattern in ("rng-*", "ema.*", "spikes.*") for path in last.glob(pattern))
     found: dict[str, Any] = {name: hashlib.sha256((last / name).read_bytes()).hexdigest() for name in names}
     history = json.loads((last / "state.json").read_text())["history"]
-    found["losses"] = [(line["step"], line["loss"].hex(), line["grad_norm"].hex()) for line in history]
+    found["losses"] = [
+        (line["step"], line["loss"].hex(), line["grad_norm"].hex()) for line in history if "loss" in line
+    ]
     found["step"] = last.name
     published = folder / "model"
     found["published"] = {
