@@ -175,7 +175,8 @@ def test_each_line_is_printed_and_written_once(runs: Folders) -> None:
     lines = (folder / "unequal rows" / "out" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if "loss" in line] == [1, 2, 3]
     printed = [line for line in output.splitlines() if line.startswith("step 1/") and "loss" in line]
-    assert len(printed) == len(CASES) + 2  # the runs that begin; `forbid_writing` makes a write by rank 1 an error
+    # and the one with a row too large, `stopped` and `unbroken`; `forbid_writing` makes a write by rank 1 an error
+    assert len(printed) == len(CASES) + 3
     assert output.count("Resuming from") == 2
 
 
