@@ -24,6 +24,7 @@ from torch import nn
 from transformers.utils import logging
 
 from hfcustom import checkpoint, randomness, sharding
+from hfcustom.averaging import Average
 from hfcustom.cache.run import Caches, check_caches, open_caches, use_caches
 from hfcustom.connectors.added_tower import check_weights
 from hfcustom.console import TrainLog, out
@@ -116,10 +117,8 @@ def _run(
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, feed)
     start = state.resume() if config.resume else state.begin()
     run = begin_run(core, run_of(state.unwrapped, config, feed), config.resume) if accelerator.is_main_process else {}
-    feed.sighted = sighted(core, model, accelerator)
     spikes = state.spikes.record_in(run)
-    feed.caches = open_caches(model, processor, config, accelerator)
-    collate = make_collator(core, processor, config, feed.first_columns(weighted), feed.caches)
+    collate = make_ready(feed, model, processor, config, accelerator)
     trial = Trial(model, optimizer, feed, copy.copy(collate), accelerator, config)
     cut, packer = trial.settle(cut, make_packer(core, config))
     steps = Steps(lambda first: feed.loader(collate, range(first, max_steps), cut, packer), start, feed.watch)
@@ -154,8 +153,7 @@ def _run(
                 state.average.update()
             log.step(step, report, optimizer)
             if evaluate is not None and _due(step, config.eval_steps):
-                with state.average.in_place():
-                    log.metrics(step, run_evaluation(model, evaluate, step, run))
+                log.metrics(step, run_evaluation(model, evaluate, step, run, state.average))
             stopped = stop.agreed(accelerator)
             if _due(step, config.save_steps) or stopped or step == max_steps:
                 state.save(step, log.history, log.pending())
@@ -176,6 +174,16 @@ def set_up(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> N
         checkpoint_activations(core)
     for companion in core.companions.values():
         companion.to(accelerator.device)
+
+
+def make_ready(
+    feed: Feed, model: nn.Module, processor: Any, config: TrainConfig, accelerator: Accelerator
+) -> Collator | CaptionCollator:
+    """Open what a run's rows are read through, its caches included; return the collator."""
+    core = unwrap(model)
+    feed.sighted = sighted(core, model, accelerator)
+    feed.caches = open_caches(model, processor, config, accelerator)
+    return make_collator(core, processor, config, feed.first_columns(core.losses()), feed.caches)
 
 
 @contextmanager
@@ -306,11 +314,16 @@ def split_batch(config: TrainConfig, num_processes: int) -> tuple[int, int]:
     return micro, per_rank // micro
 
 
-def run_evaluation(model: nn.Module, evaluate: Evaluate, step: int, run: dict[str, Any]) -> dict[str, float]:
-    """Evaluate without gradients and without moving training's random state; the record of the run has the newest numbers."""
+def run_evaluation(
+    model: nn.Module, evaluate: Evaluate, step: int, run: dict[str, Any], average: Average
+) -> dict[str, float]:
+    """Evaluate a model, as the average of its weights if there is one; the record of the run has the newest numbers.
+
+    There are no gradients, and training's random state is not moved.
+    """
     model.eval()
     before = randomness.rng_state()
-    with torch.no_grad(), sharding.gathered(model), evaluating():
+    with average.in_place(), torch.no_grad(), sharding.gathered(model), evaluating():
         metrics = {name: float(value) for name, value in evaluate(unwrap(model), step).items()}
     randomness.set_rng_state(before)
     model.train()
