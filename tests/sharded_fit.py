@@ -39,7 +39,13 @@ TIED = Family("smolvlm", load_family("smolvlm"))
 ROWS = case_rows(Case(images=[1, 1, 2, 1, 0, 0, 0, 0]))  # a rank with images, one without
 HELD_OUT = [chat_row(images, seed) for seed, images in enumerate([1, 1, 0, 0, 2])]
 SAVING: dict[str, Any] = {"micro_batch_size": 4, "save_steps": 1, "max_steps": 2, "eval_steps": None}
-OPTIONS: dict[str, Any] = {"micro_batch_size": 2, "schedule": "constant", "save_steps": 2, "max_steps": STEPS}
+OPTIONS: dict[str, Any] = {
+    "ema_decay": 0.5,
+    "micro_batch_size": 2,
+    "schedule": "constant",
+    "save_steps": 2,
+    "max_steps": STEPS,
+}
 CASES = (
     "contrastive",
     "bad rows on both ranks, contrastive",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hfcustom.averaging import UNSHARDED
 from hfcustom.plan.measure import Measured, share
 
 ALLOWANCE = 0.75 * 2**30  # of a GPU: CUDA's own context, cuBLAS; not measured here
@@ -59,14 +58,13 @@ def share_of(measured: Measured, gpus: int, scheme: str) -> Share:
     exchange = unit.gradients + (0 if whole else 2 * unit.weights)
     held_weights = weights if whole else cut("weights") + buffers
     other = measured.activations + measured.at_peak.get("batch", 0)
-    peak = held_weights + cut("gradients") + cut("optimizer") + exchange + other
-    return Share(held_weights, cut("gradients"), cut("optimizer"), 0, exchange, other, peak)
+    average = cut("gradients") if measured.total("average") else 0  # as large, in float32 both
+    peak = held_weights + cut("gradients") + cut("optimizer") + average + exchange + other
+    return Share(held_weights, cut("gradients"), cut("optimizer"), average, exchange, other, peak)
 
 
 def check_sharding(measured: Measured, scheme: str) -> None:
-    """Raise ValueError for weights that cannot be cut: those that bitsandbytes has packed, and those of which there is an average."""
-    if scheme != "none" and measured.total("average"):
-        raise ValueError(f"shard={scheme}: {UNSHARDED}")
+    """Raise ValueError for weights that cannot be cut: those that bitsandbytes has packed."""
     packed = [part for part in measured.parts if "int8" in part.dtypes]  # uint8 of 4 bits, int8
     if packed and scheme in ("fsdp", "zero3"):
         raise ValueError(
