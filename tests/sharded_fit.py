@@ -206,7 +206,8 @@ def main(folder: Path) -> None:
     as_on_gpus("fsdp_zero2_8.yaml")
     found["contrastive"] = run(contrastive, folder / "contrastive", max_steps=1, **silent)
     as_on_gpus()
-    found["bf16"] = run(in_full, folder / "bf16", precision="bf16", max_steps=2, **silent)
+    tracked: dict[str, Any] = {"trackers": ["tensorboard"], **silent}
+    found["bf16"] = run(in_full, folder / "bf16", precision="bf16", max_steps=2, **tracked)
     for name in CASES:
         ended = distributed_run.run(distributed_run.CASES[name], folder / "cases" / name)
         found[name] = {"history": ended["history"]}
