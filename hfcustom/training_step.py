@@ -173,6 +173,8 @@ def accumulate(
         for name, sum_and_count in core.loss_metrics.items():
             report.metrics[name] = report.metrics.get(name, 0.0) + sum_and_count
     progress.reduction.ended()
+    for name in plan[0]["loss_counts"]:  # a rank of blank micro-batches alone has a share of 0
+        report.losses.setdefault(name, torch.zeros((), device=accelerator.device))
     return done
 
 
