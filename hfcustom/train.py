@@ -95,7 +95,7 @@ def fit(
     """
     config, rows = _checked(model, config, evaluate), as_rows(rows)
     accelerator = make_accelerator(config)
-    with run_folder(config, accelerator), explained(config.output_dir):
+    with run_folder(config, accelerator), explained(config.output_dir), counting_steps(unwrap(model)):
         return _run(model, processor, rows, config, evaluate, accelerator)
 
 
@@ -131,7 +131,6 @@ def _run(
         closing(steps),
         StopRequest() as stop,
         feed.watch.naming_deaths(),
-        counting_steps(core),
         every_part_learns(model, optimizer),
         use_caches(core, feed.caches, accelerator),
         watching_work(model, config, accelerator) as work,
