@@ -43,6 +43,7 @@ logger = logging.get_logger("hfcustom")
 class StepReport:
     """This rank's share of one step: each loss's sum / (count over the whole step), what terms recorded besides."""
 
+    at: int = 0  # the step, counted from 0, as weights are scheduled by
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # sum and count, (2,) each
     tokens: int = 0
@@ -50,7 +51,7 @@ class StepReport:
     images: int = 0
     source_tokens: dict[str, int] = field(default_factory=dict)  # of a mixture
     grad_norm: torch.Tensor | float = 0.0
-    part_norms: dict[str, torch.Tensor] = field(default_factory=dict)
+    part_norms: Mapping[str, torch.Tensor | float] = field(default_factory=dict)
     shares: list[Share] = field(default_factory=list)  # of each micro-batch in the loss
 
     def add_batch(self, batch: Mapping[str, Any]) -> None:
