@@ -187,7 +187,7 @@ def test_weights_that_an_earlier_step_has_thrown_are_gone_back_behind(
 
 
 def test_without_a_checkpoint_there_is_no_way_back(tmp_path: Path) -> None:
-    with pytest.raises(SpikeError, match=r"step 6: there is no checkpoint yet to go back to"):
+    with pytest.raises(SpikeError, match=r"step 6: save_steps=7 has left no checkpoint yet to go back to"):
         run(tmp_path, on_spike="rewind", save_steps=7)
 
 
