@@ -155,16 +155,12 @@ class TrainLog:
 
     def pending(self) -> list[dict[str, Any]]:
         """Return losses, metrics and norms of each step since the last log line, over all ranks; every rank has to ask."""
-        return [
-            {
-                "step": report.at + 1,
-                "losses": dict(zip(self.names, values, strict=True)),
-                "metrics": more,
-                "grad_norm": float(report.grad_norm),
-                "part_norms": {part: float(norm) for part, norm in report.part_norms.items()},
-            }
-            for report, values, more in zip(self.window, self._window_losses(), self._window_metrics(), strict=True)
-        ]
+        steps = []
+        for report, values, more in zip(self.window, self._window_losses(), self._window_metrics(), strict=True):
+            norms = {part: float(norm) for part, norm in report.part_norms.items()}
+            seen = {"losses": dict(zip(self.names, values, strict=True)), "metrics": more}
+            steps.append({**seen, "step": report.at + 1, "grad_norm": float(report.grad_norm), "part_norms": norms})
+        return steps
 
     def restore_window(self, pending: Sequence[Mapping[str, Any]]) -> None:
         """Take back what `pending` returned, so that the next log line of a resumed run is that of an unbroken one."""
@@ -178,9 +174,7 @@ class TrainLog:
                     name: share * torch.tensor([value, 1.0], dtype=torch.float64)
                     for name, value in step["metrics"].items()
                 }
-                report = StepReport(
-                    step.get("step", number) - 1, losses, metrics
-                )  # a checkpoint of before has no numbers
+                report = StepReport(step.get("step", number) - 1, losses, metrics)  # older checkpoints do not say
                 report.grad_norm, report.part_norms = step.get("grad_norm", 0.0), step.get("part_norms", {})
                 self.window.append(report)
 
