@@ -86,7 +86,7 @@ class Checkpoints:
         self.history: list[dict[str, float]] = []
         self.began, self.saving, self.saves = time.monotonic(), 0.0, 0
         self.bytes = checkpoint_bytes(unwrapped(model), optimizer)
-        self.pending: list[dict[str, dict[str, float]]] = []  # losses and metrics of the steps since the last log line
+        self.pending: list[dict[str, Any]] = []  # losses, metrics and norms of the steps since the last log line
         self.average = Average(self.unwrapped, config.ema_decay, accelerator)
         self.spikes = Spikes(config, accelerator, unwrap(model).losses())
         self.bytes += self.average.bytes
@@ -176,7 +176,7 @@ class Checkpoints:
         if self.accelerator.process_index < saved:
             load_rng(self.resumed / f"rng-{self.accelerator.process_index}.safetensors")
 
-    def save(self, step: int, history: list[dict[str, float]], pending: list[dict[str, dict[str, float]]]) -> Path:
+    def save(self, step: int, history: list[dict[str, float]], pending: list[dict[str, Any]]) -> Path:
         """Write the checkpoint of a step and delete those beyond `keep_checkpoints`; SaveError leaves those before it."""
         target, began = self.folder / f"step-{step:06d}", time.monotonic()
         try:

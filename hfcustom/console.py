@@ -119,6 +119,7 @@ class TrainLog:
             if report.positions:  # the rest is padding
                 share = [report.tokens, report.positions]
                 report.metrics["useful_tokens"] = torch.tensor(share, dtype=torch.float64)
+            report.at = step - 1
             self.window.append(report)
         self.last_step = step
         self.bar.update(self.task, completed=step)
@@ -152,28 +153,32 @@ class TrainLog:
         else:
             out.print("  ".join([f"step {step}/{self.max_steps}", *facts]))
 
-    def pending(self) -> list[dict[str, dict[str, float]]]:
-        """Return losses and metrics of each step since the last log line, over all ranks; every rank has to ask."""
-        steps = zip(self._window_losses(), self._window_metrics(), strict=True)
-        return [{"losses": dict(zip(self.names, values, strict=True)), "metrics": more} for values, more in steps]
+    def pending(self) -> list[dict[str, Any]]:
+        """Return losses, metrics and norms of each step since the last log line, over all ranks; every rank has to ask."""
+        steps = []
+        for report, values, more in zip(self.window, self._window_losses(), self._window_metrics(), strict=True):
+            norms = {part: float(norm) for part, norm in report.part_norms.items()}
+            seen = {"losses": dict(zip(self.names, values, strict=True)), "metrics": more}
+            steps.append({**seen, "step": report.at + 1, "grad_norm": float(report.grad_norm), "part_norms": norms})
+        return steps
 
-    def restore_window(self, pending: Iterable[Mapping[str, Mapping[str, float]]]) -> None:
+    def restore_window(self, pending: Sequence[Mapping[str, Any]]) -> None:
         """Take back what `pending` returned, so that the next log line of a resumed run is that of an unbroken one."""
         from hfcustom.train import StepReport
 
         share = torch.tensor(float(self.accelerator.is_main_process), dtype=torch.float64)  # the sum is over ranks
-        for step in pending:
+        for number, step in enumerate(pending, self.last_step - len(pending) + 1):
             if list(step["losses"]) == self.names:  # else the run goes on with another loss
                 losses = {name: share * value for name, value in step["losses"].items()}
                 metrics = {
                     name: share * torch.tensor([value, 1.0], dtype=torch.float64)
                     for name, value in step["metrics"].items()
                 }
-                self.window.append(StepReport(losses, metrics))
+                report = StepReport(step.get("step", number) - 1, losses, metrics)  # older checkpoints do not say
+                report.grad_norm, report.part_norms = step.get("grad_norm", 0.0), step.get("part_norms", {})
+                self.window.append(report)
 
-    def rewind(
-        self, step: int, history: Iterable[Mapping[str, float]], pending: Iterable[Mapping[str, Mapping[str, float]]]
-    ) -> None:
+    def rewind(self, step: int, history: Iterable[Mapping[str, float]], pending: Sequence[Mapping[str, Any]]) -> None:
         """Go back to what was logged up to a step, as a run does that is resumed there."""
         self.history, self.window, self.last_step = [dict(entry) for entry in history], [], step
         self.window_began, self.flop = time.perf_counter(), 0.0
@@ -221,7 +226,7 @@ class TrainLog:
 
         Between losses and rates stand the numbers that terms recorded.
         """
-        steps = range(step - len(self.window), step)
+        steps = [report.at for report in self.window]
         raw: dict[str, float] = dict.fromkeys(self.names, 0.0)
         weighted: dict[str, float] = dict.fromkeys(self.names, 0.0)
         for at, values in zip(steps, self._window_losses(), strict=True):

@@ -172,7 +172,9 @@ class Spikes:
         blamed = to_skip(step, skipped)
         start = state.go_back(blamed[0], step)  # these losses, too
         if start is None:
-            raise SpikeError(f"step {step}: there is no checkpoint yet to go back to; see --save-steps.")
+            raise SpikeError(
+                f"step {step}: save_steps={self.config.save_steps} has left no checkpoint yet to go back to."
+            )
         blamed = range(max(start + 1, blamed[0]), step + 1)
         self.skipped = dict(sorted({**skipped, **{at: [] for at in blamed}}.items()))
         self.rewinds = rewinds

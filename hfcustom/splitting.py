@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -34,6 +34,10 @@ from hfcustom.reduction import Reduction, meets_at_the_end
 from hfcustom.run_files import RunFiles
 from hfcustom.step_plan import NoRoomForSummaryError, is_blank
 from hfcustom.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from hfcustom.console import TrainLog
+    from hfcustom.work import Work
 
 Result = TypeVar("Result")
 SHOWN = 4  # rows in a message
@@ -86,6 +90,7 @@ class Splitter:
         self.cuts = 0
         self.files: RunFiles | None = None
         self.record: dict[str, Any] = {}
+        self.work: Work | None = None
         feed.cut_before = self.cut_before
 
     # ---- a step -----------------------------------------------------------------------------------------------------
@@ -112,6 +117,8 @@ class Splitter:
             before.restore()
             self._check(failures)
             batches = self.feed.agreed(self._smaller(batches, failed))
+            if self.work is not None:
+                self.work.begin(batches)
         return None
 
     def _attempt(
@@ -163,9 +170,9 @@ class Splitter:
             self.bad_rows.add([Finding(one.row, f"{one.row}: {reason} ({one.batch}).", "memory") for one in out])
 
     @contextmanager
-    def noting(self, files: RunFiles | None, record: dict[str, Any]) -> Iterator[None]:
+    def noting(self, log: TrainLog, record: dict[str, Any]) -> Iterator[None]:
         """Note what is cut in the run's files and in its record, both of them the main process's; say at the end how often."""
-        self.files, self.record = files, record
+        self.files, self.work, self.record = log.files, log.work, record
         yield
         if self.cuts > 1:
             self.accelerator.print(f"Memory ran out {self.cuts} times; the micro-batch was cut in two each time.")

@@ -95,7 +95,7 @@ def fit(
     """
     config, rows = _checked(model, config, evaluate), as_rows(rows)
     accelerator = make_accelerator(config)
-    with run_folder(config, accelerator), explained(config.output_dir):
+    with run_folder(config, accelerator), explained(config.output_dir), counting_steps(unwrap(model)):
         return _run(model, processor, rows, config, evaluate, accelerator)
 
 
@@ -131,12 +131,11 @@ def _run(
         closing(steps),
         StopRequest() as stop,
         feed.watch.naming_deaths(),
-        counting_steps(core),
         every_part_learns(model, optimizer),
         use_caches(core, feed.caches, accelerator),
         watching_work(model, config, accelerator) as work,
         TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names, core, work) as log,
-        splitter.noting(log.files, run),
+        splitter.noting(log, run),
     ):
         log.restore_window(state.pending)
         while step < max_steps and not stopped:

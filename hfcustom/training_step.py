@@ -43,6 +43,7 @@ logger = logging.get_logger("hfcustom")
 class StepReport:
     """This rank's share of one step: each loss's sum / (count over the whole step), what terms recorded besides."""
 
+    at: int = 0  # the step, counted from 0, as weights are scheduled by
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # sum and count, (2,) each
     tokens: int = 0
@@ -50,7 +51,7 @@ class StepReport:
     images: int = 0
     source_tokens: dict[str, int] = field(default_factory=dict)  # of a mixture
     grad_norm: torch.Tensor | float = 0.0
-    part_norms: dict[str, torch.Tensor] = field(default_factory=dict)
+    part_norms: Mapping[str, torch.Tensor | float] = field(default_factory=dict)
     shares: list[Share] = field(default_factory=list)  # of each micro-batch in the loss
 
     def add_batch(self, batch: Mapping[str, Any]) -> None:
@@ -173,6 +174,8 @@ def accumulate(
         for name, sum_and_count in core.loss_metrics.items():
             report.metrics[name] = report.metrics.get(name, 0.0) + sum_and_count
     progress.reduction.ended()
+    for name in plan[0]["loss_counts"]:  # a rank of blank micro-batches alone has a share of 0
+        report.losses.setdefault(name, torch.zeros((), device=accelerator.device))
     return done
 
 

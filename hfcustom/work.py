@@ -207,6 +207,7 @@ class Work:
         self.in_one_row = False  # whether the tower sees its images so
         self.inside = [""]  # the parts that run, the innermost last
         self.active = False
+        self.runs = True  # rather than having been left out, every row of it
         self.counted = 0  # steps
         self.count: Count | None = None
         self.flop = 0.0  # of the last step
@@ -234,15 +235,22 @@ class Work:
                 yield module.register_forward_pre_hook(enter, with_kwargs=True).remove
                 yield module.register_forward_hook(self._leaving, always_call=True).remove
 
-    @contextmanager
-    def step(self, batches: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-        """Follow one step over micro-batches; `flop` then has its cost."""
+    def begin(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Forget what was seen of a step, of which these micro-batches run now: an attempt without memory is no part of it."""
         self.seen, self.texts, self.lengths, self.active = Counter(), set(), set(), False
+        self.runs = bool(batches)
         self.seen["supervised"] = sum(
             int((batch["labels"][:, 1:] != IGNORE).sum())
             for batch in batches
             if "labels" in batch and not is_blank(batch)
         )
+        if self.count is not None:
+            self.count.operations.clear()
+
+    @contextmanager
+    def step(self, batches: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+        """Follow one step over micro-batches; `flop` then has its cost."""
+        self.begin(batches)
         shown = any(name.startswith("pixel_values") for batch in batches for name in batch)
         if self.blind:
             yield
@@ -259,7 +267,8 @@ class Work:
             with self.count.running():
                 yield
             self.flop = float(sum(operation.flop for operation in self.count.operations))
-            self._learn(shown)
+            if self.runs:
+                self._learn(shown)
         finally:
             self.count = None
 

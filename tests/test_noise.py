@@ -130,3 +130,7 @@ def test_fit_trains_with_it_and_leaves_nothing_behind(internvl: Family, tmp_path
         losses.append(result.history[0]["loss"])
         assert model.neftune_alpha == 0.0
     assert losses[0] == losses[1] != losses[2]
+    model = internvl.model()
+    with pytest.raises(ConfigError, match="already holds checkpoints"):  # a run that ends before its first step
+        train(model, internvl, tmp_path, max_steps=1, neftune_alpha=5.0)
+    assert model.neftune_alpha == 0.0

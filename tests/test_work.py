@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Family, chat_row, picture
+from full_memory import room_for
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -211,6 +213,27 @@ def test_mfu_is_the_share_of_the_rate_that_was_measured(
     flop, _ = Stepper(internvl.model()).step(batch)
     for line in result.history:
         assert line["mfu"] == pytest.approx(flop / 1e9 * line["tokens_per_s"] / int(batch["attention_mask"].sum()))
+
+
+def test_an_attempt_without_memory_is_no_arithmetic_of_the_step(internvl: Family, tmp_path: Path) -> None:
+    rows, options = uneven_rows(), {"max_steps": 4, "batch_size": 4, "mfu": True}
+    costs: list[float] = []
+    step = Work.step
+
+    @contextmanager
+    def noted(self: Work, batches: Any) -> Iterator[None]:
+        with step(self, batches):
+            yield
+        costs.append(self.flop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Work, "step", noted)
+        train(internvl.model(), internvl, tmp_path / "halves", rows=rows, micro_batch_size=2, **options)
+        with room_for(330) as room:
+            train(internvl.model(), internvl, tmp_path / "cut", rows=rows, **options)
+    halves, cut = costs[:4], costs[4:]
+    assert room.failures and cut[0] == halves[0]  # counted
+    assert cut[2:] == halves[2:]  # made of what each quantity costs; the second step fits whole
 
 
 def test_a_language_model_that_is_not_seen_costs_the_log_its_mfu_and_the_run_nothing(

@@ -74,7 +74,7 @@ def stream_rows(poison: float) -> Iterator[dict[str, Any]]:
 
 def run(folder: Path, rows: Any = None, **options: Any) -> TrainResult:
     evaluate = {name: options.pop(name) for name in ("evaluate",) if name in options}
-    model = tiny_run.FAMILY.model(loss="scaled")
+    model = tiny_run.FAMILY.model(loss=options.pop("loss", "scaled"))
     rows = rows_of() if rows is None else rows
     return fit(model, tiny_run.FAMILY.processor, rows, short_config(folder, **{**OPTIONS, **options}), **evaluate)
 
@@ -187,7 +187,7 @@ def test_weights_that_an_earlier_step_has_thrown_are_gone_back_behind(
 
 
 def test_without_a_checkpoint_there_is_no_way_back(tmp_path: Path) -> None:
-    with pytest.raises(SpikeError, match=r"step 6: there is no checkpoint yet to go back to"):
+    with pytest.raises(SpikeError, match=r"step 6: save_steps=7 has left no checkpoint yet to go back to"):
         run(tmp_path, on_spike="rewind", save_steps=7)
 
 
@@ -206,6 +206,24 @@ def test_two_processes_go_back_together(tmp_path: Path) -> None:
     assert f"Look at {poisoned()}." in printed and "Going back to step 4; step 6 is skipped" in printed
     (skipped,) = end_of(tmp_path / "run")["state"]["skipped"].values()
     assert len(skipped) == BATCH and poisoned() in skipped
+
+
+def test_what_a_run_that_goes_back_logs_is_that_of_the_steps_it_took(tmp_path: Path) -> None:
+    options = {"on_spike": "rewind", "save_steps": 4, "loss": {"scaled": {"weight": 1.0, "warmup_steps": STEPS}}}
+    each = run(tmp_path / "each", rows_of(1e6), log_steps=1, **options).history
+    (middle, last) = run(tmp_path / "all", rows_of(1e6), log_steps=6, **options).history
+    steps = [entry for entry in each if entry["step"] <= SPIKE]
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5]  # the sixth is skipped
+    assert middle["loss"] == pytest.approx(sum(entry["loss"] for entry in steps) / 5, rel=1e-6)
+    assert last["loss"] == pytest.approx(sum(entry["loss"] for entry in each[5:]) / 2, rel=1e-6)
+
+
+def test_a_step_that_is_skipped_after_a_checkpoint_does_not_hide_the_gradients_norm(tmp_path: Path) -> None:
+    options = {"on_spike": "rewind", "save_steps": SPIKE - 1, "log_steps": SPIKE}
+    before = run(tmp_path / "before", log_steps=1, max_steps=SPIKE - 1, schedule="constant").history[-1]
+    entry = run(tmp_path / "run", max_steps=SPIKE, schedule="constant", **options).history[-1]
+    norms = [name for name in before if name.startswith("grad_norm")]
+    assert len(norms) > 1 and {name: entry.get(name) for name in norms} == {name: before[name] for name in norms}
 
 
 def test_what_is_far_is_told_from_what_is_usual() -> None:
