@@ -39,6 +39,7 @@ from hfcustom.checkpoint_folders import DAMAGED, complete_checkpoints, last_good
 from hfcustom.commit import atomic_folder, every_rank, remove_folder, replace_folder, sweep, write_json
 from hfcustom.exits import CheckpointError, ConfigError, SaveError
 from hfcustom.parts import unwrap, wrapped_by_peft
+from hfcustom.quiet import without_bars
 from hfcustom.randomness import load_rng, save_rng
 from hfcustom.resume import (
     BASE_FILE,
@@ -179,7 +180,8 @@ class Checkpoints:
         """Write the checkpoint of a step and delete those beyond `keep_checkpoints`; SaveError leaves those before it."""
         target, began = self.folder / f"step-{step:06d}", time.monotonic()
         try:
-            self._write(target, step, history, pending)
+            with without_bars():
+                self._write(target, step, history, pending)
         except (OSError, SafetensorError) as error:  # safetensors writes by itself, and has an error of its own
             raise SaveError(self._failure(error, step)) from error
         if self.accelerator.is_main_process:
@@ -262,7 +264,8 @@ class Checkpoints:
         folder = self.output_dir / ".model.averaged"
         shutil.rmtree(folder, ignore_errors=True)
         unwrap(self.model).training_runs[-1].update(facts)
-        save_model(self.unwrapped, self.processor, folder)
+        with without_bars():
+            save_model(self.unwrapped, self.processor, folder)
         return folder
 
 

@@ -1,4 +1,4 @@
-"""quiet(): libraries keep what they print to themselves while the toolkit tries things out on small models."""
+"""Libraries keep what they print to themselves: quiet() while small models are tried out, without_bars() while training has a bar."""
 
 from __future__ import annotations
 
@@ -24,3 +24,13 @@ def quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(level)
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Let transformers draw no progress bar of its own, which would tear apart that of training."""
+    before = logging.set_tqdm_hook(lambda _, args, options: logging.EmptyTqdm(*args, **options))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)

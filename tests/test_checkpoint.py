@@ -17,6 +17,7 @@ from conftest import Family
 from safetensors.torch import load_file, save_file
 from torch import nn
 from training import add_dropout, curve, short_config, train, uneven_rows, weights
+from transformers.utils import logging
 
 import hfcustom
 from hfcustom import checkpoint, commit, randomness
@@ -424,3 +425,19 @@ def test_a_resumed_run_sees_the_rows_it_has_not_seen(
         ValueError, match=rf"was trained with .*, this run has .*'{next(iter(changed))}': .*--overwrite"
     ):
         train(internvl.model(), internvl, tmp_path, max_steps=2, resume=True, **changed)
+
+
+def test_saving_draws_no_bar_into_that_of_training(
+    internvl: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    active = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        train(internvl.model(), internvl, tmp_path, save_steps=1, max_steps=2, ema_decay=0.9)
+        printed = capsys.readouterr()
+        assert "Writing model shards" not in printed.out + printed.err
+        internvl.model().save_pretrained(tmp_path / "by hand")
+        assert "Writing model shards" in capsys.readouterr().err
+    finally:
+        if not active:
+            logging.disable_progress_bar()
