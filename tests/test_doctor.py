@@ -29,6 +29,7 @@ from hfcustom.testing import check_model
 
 SLOW = ("clean_process", "trainers", "compiled")  # run where they are what is tested
 QUICK = [name for name in CHECKS if name not in SLOW]
+COSTLY = ("parity", "accumulation", "checkpointing", "lora", "quantized")  # more than all the others: they take turns
 
 
 HEALTHY = '''
@@ -87,6 +88,7 @@ def failed(findings: Any) -> dict[str, str]:
 def test_each_broken_model_is_caught_by_its_check_and_by_no_other(
     check: str, internvl: Family, tmp_path: Path
 ) -> None:
+    """Of the costly checks, one beside its own: each of them meets three broken models or more that it must not find."""
     if check == "clean_process":
         (tmp_path / "drawn.py").write_text(DRAWN)
         target: Any = f"{tmp_path / 'drawn.py'}:Drawn"
@@ -96,7 +98,10 @@ def test_each_broken_model_is_caught_by_its_check_and_by_no_other(
         target = str(tmp_path)
     else:
         target = hfcustom.register(ZOO[check](internvl.model_class))
-    found = failed(examine(target, list(dict.fromkeys([check, *QUICK]))))
+    costly = [name for name in COSTLY if name != check]
+    in_turn = costly[list(CHECKS).index(check) % len(costly)]
+    others = [name for name in QUICK if name not in COSTLY]
+    found = failed(examine(target, list(dict.fromkeys([check, in_turn, *others]))))
     assert found.keys() == {check}, found
 
 

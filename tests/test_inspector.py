@@ -21,7 +21,7 @@ from hfcustom import cli
 from hfcustom.encoders import encoder_names
 from hfcustom.families import family_names, load_family
 from hfcustom.inspector import command, record
-from hfcustom.inspector.examine import Inspection, inspect_target
+from hfcustom.inspector.examine import LAYOUT_SIZES, Inspection, inspect_target
 from hfcustom.inspector.formula import SIZES, Count, find_formula, find_tile_rule, unpadded
 from hfcustom.inspector.markdown import family_book, overview_row, section_of, table
 from hfcustom.inspector.settings import own_settings
@@ -148,7 +148,13 @@ def folder(tmp_path: Path, internvl: Family) -> Path:
 
 
 @pytest.fixture
-def found(folder: Path) -> Inspection:
+def four_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Formulas are found from four sizes of pictures: that all are tried is tested with every family."""
+    monkeypatch.setattr("hfcustom.inspector.examine.SIZES", ((224, 224), *LAYOUT_SIZES))
+
+
+@pytest.fixture
+def found(folder: Path, four_sizes: None) -> Inspection:
     return inspect_target(str(folder))
 
 
@@ -277,7 +283,7 @@ def test_a_base_checkpoint_without_a_chat_template(folder: Path) -> None:
     assert "without a chat template" in found.source and found.layout.tensors
 
 
-def test_a_class_of_ones_own_is_looked_at_with_its_connector(tmp_path: Path) -> None:
+def test_a_class_of_ones_own_is_looked_at_with_its_connector(tmp_path: Path, four_sizes: None) -> None:
     (tmp_path / "one_per_tile.py").write_text(
         "from hfcustom.families.idefics3 import CustomIdefics3ForConditionalGeneration\n\n\n"
         "class OnePerTile(CustomIdefics3ForConditionalGeneration):\n"
@@ -288,7 +294,7 @@ def test_a_class_of_ones_own_is_looked_at_with_its_connector(tmp_path: Path) -> 
     assert any(part.name == "new" or part.name == "connector" for part in found.architecture.parts)
 
 
-def test_a_connector_of_ones_own_makes_queries_of_tokens(tmp_path: Path) -> None:
+def test_a_connector_of_ones_own_makes_queries_of_tokens(tmp_path: Path, four_sizes: None) -> None:
     (tmp_path / "queried.py").write_text(
         "from hfcustom.families.internvl import CustomInternVLForConditionalGeneration\n\n\n"
         "class Queried(CustomInternVLForConditionalGeneration):\n"
@@ -300,7 +306,7 @@ def test_a_connector_of_ones_own_makes_queries_of_tokens(tmp_path: Path) -> None
     assert found.switch is not None and found.switch.off[0].tokens == 64
 
 
-def test_a_class_that_cannot_be_built_small_is_looked_at_all_the_same(tmp_path: Path) -> None:
+def test_a_class_that_cannot_be_built_small_is_looked_at_all_the_same(tmp_path: Path, four_sizes: None) -> None:
     (tmp_path / "large.py").write_text(
         "from hfcustom.families.llava import CustomLlavaForConditionalGeneration\n\n\n"
         "class Large(CustomLlavaForConditionalGeneration):\n"
@@ -332,9 +338,8 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
 
 
 def test_everything_that_it_writes(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], four_sizes: None
 ) -> None:
-    monkeypatch.setattr("hfcustom.inspector.formula.SIZES", SIZES[:4])
     photo = tmp_path / "photo & co.jpg"
     Image.effect_noise((320, 200), 60).save(photo)
     page, drawing = tmp_path / "new" / "page.html", tmp_path / "drawing.png"
@@ -349,7 +354,9 @@ def test_everything_that_it_writes(
     assert run(capsys, str(folder), "--markdown", "--size", "320x200")[1].startswith(f"## {folder}")
 
 
-def test_two_are_compared(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_are_compared(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, four_sizes: None
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = run(capsys, str(folder), "paligemma", "--size", "320x200")
     assert code == 0 and "PaliGemmaForConditionalGeneration" in out and "InternVLForConditionalGeneration" in out
