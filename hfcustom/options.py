@@ -175,9 +175,11 @@ def wrong_types(config: TrainConfig) -> list[str]:
     names = [field.name for field in dataclasses.fields(config) if field.init]
     problems: list[str] = []
     hints = typing.get_type_hints(type(config), include_extras=True)
-    _typed(
-        {name: getattr(config, name) for name in names}, dict.fromkeys(names, type(config).__name__), hints, problems
-    )
+    values, owner = {name: getattr(config, name) for name in names}, type(config).__name__
+    typed = _typed(values, dict.fromkeys(names, owner), hints, problems)
+    for name, value in typed.items():  # what a flag spells is converted when it is read, what Python passes is not
+        if isinstance(values[name], str) and not isinstance(value, str):
+            problems.append(f"{owner}: {name}={values[name]!r} is text; pass {value!r}, without quotation marks.")
     return problems
 
 

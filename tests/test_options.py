@@ -341,6 +341,11 @@ def test_epochs_beside_max_steps_are_an_error(flags: list[str]) -> None:
     assert re.search(told, problems(*flags, config_class=TrainConfig))
 
 
+def test_a_number_passed_as_text_is_told() -> None:
+    (problem,) = TrainConfig(ema_decay="0.9").problems()  # type: ignore[arg-type]
+    assert problem == "TrainConfig: ema_decay='0.9' is text; pass 0.9, without quotation marks."
+
+
 def test_epochs_beside_max_steps_are_an_error_without_a_command_line_too() -> None:
     (problem,) = TrainConfig(max_steps=5, epochs=2).problems()
     assert "epochs=2 has no effect beside max_steps=5" in problem
