@@ -3,7 +3,7 @@
 trained parameters, decay -> Average. After each step that was applied, average = d * average + (1 - d) * weights, with
 d = min(decay, (1 + t) / (10 + t)) at the t-th one, so that the average forgets where it began however short the run is: the
 warm-up of TensorFlow's ExponentialMovingAverage(num_updates) and diffusers' EMAModel. What averaging weights is worth: Polyak
-and Juditsky 1992; Izmailov et al. 2018, https://arxiv.org/abs/1803.05407.
+and Juditsky 1992; Izmailov et al. 2018, https://arxiv.org/abs/1803.05407. Of weights that FSDP shards each rank averages its shards.
 """
 
 from __future__ import annotations
@@ -16,28 +16,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hfcustom.commit import write_json
-from hfcustom.exits import CheckpointError, ConfigError
+from hfcustom.exits import CheckpointError
 from hfcustom.run_folder import size
-from hfcustom.sharding import is_sharded
+from hfcustom.sharding import forget_whole, is_sharded, local_part
+from hfcustom.spread import Spread, write_spread
 
-FILE, FACTS = "ema.safetensors", "ema.json"
-UNSHARDED = (
-    "weights that FSDP or DeepSpeed shards have no average. Train with DDP or on one GPU, or leave ema_decay out."
-)
+STEM, FACTS = "ema", "ema.json"
 
 
 class Average:
     """The average of a model's trained weights, in float32 on their device; of none of them where `decay` is None."""
 
     def __init__(self, model: nn.Module, decay: float | None, accelerator: Accelerator) -> None:
-        if decay is not None and (is_sharded(model) or accelerator.distributed_type in ("FSDP", "DEEPSPEED")):
-            raise ConfigError(f"ema_decay={decay}: {UNSHARDED}")
-        self.decay, self.accelerator = decay, accelerator
+        self.model, self.decay, self.accelerator = model, decay, accelerator
         named = model.named_parameters() if decay is not None else ()
         self.trained = {name: p for name, p in named if p.requires_grad}
         self.values = {name: p.detach().clone() for name, p in self.trained.items()}
@@ -65,15 +61,18 @@ class Average:
             return
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        get_ema_multi_avg_fn(decay)(list(self.values.values()), list(self.trained.values()), self.updates)
+        pairs = [(local_part(self.values[name]), local_part(weight.detach())) for name, weight in self.trained.items()]
+        get_ema_multi_avg_fn(decay)([average for average, _ in pairs], [weight for _, weight in pairs], self.updates)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the weights and their average, one tensor at a time, to the last bit."""
         for name, parameter in self.trained.items():
-            weight = parameter.detach().clone()
-            parameter.copy_(self.values[name])
-            self.values[name].copy_(weight)
+            weight, average = local_part(parameter.detach()), local_part(self.values[name])
+            before = weight.clone()
+            weight.copy_(average)
+            average.copy_(before)
+        forget_whole(self.model)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -88,28 +87,37 @@ class Average:
         """Return what the record of a run says of published weights; nothing where they are those of the last step."""
         return {} if self.decay is None else {"averaged": {"decay": self.decay, "steps": self.updates}}
 
-    def save(self, folder: Path) -> None:
-        """Write the average into a checkpoint."""
-        if self.decay is not None and self.accelerator.is_main_process:
-            save_file({name: value.contiguous() for name, value in self.values.items()}, folder / FILE)
+    def save(self, folder: Path) -> dict[str, str]:
+        """Write the average into a checkpoint, a file a rank where it is sharded; return digests of what this rank has hashed."""
+        if self.decay is None:
+            return {}
+        main, digests = self.accelerator.is_main_process, dict[str, str]()
+        if is_sharded(self.model):
+            _, digests = write_spread(self.values, folder, STEM, self.accelerator)
+        elif main:
+            save_file(
+                {name: value.contiguous() for name, value in self.values.items()}, folder / f"{STEM}.safetensors"
+            )
+        if main:
             write_json(folder / FACTS, {"decay": self.decay, "updates": self.updates})
+        return digests
 
     def load(self, folder: Path) -> None:
         """Go on with the average of a checkpoint; one that has none lets it begin with the weights that were loaded."""
         if self.decay is None:
             return
-        if not (folder / FILE).is_file():
+        if not (folder / FACTS).is_file():
             self.accelerator.print(f"{folder} holds no average of the weights; it begins here.")
             self.updates = 0
             for name, parameter in self.trained.items():
-                self.values[name].copy_(parameter.detach())
+                local_part(self.values[name]).copy_(local_part(parameter.detach()))
             return
-        saved = load_file(folder / FILE)
-        if differing := sorted(self.values.keys() ^ saved.keys()):
+        saved = Spread(sorted(folder.glob(f"{STEM}*.safetensors")))
+        if differing := sorted(self.values.keys() ^ saved.homes.keys()):
             raise CheckpointError(
-                f"{folder / FILE}: the trained parameters have changed since ({differing[0]} first of {len(differing)}); "
+                f"{folder / FACTS}: the trained parameters have changed since ({differing[0]} first of {len(differing)}); "
                 "freeze and LoRA as then."
             )
         self.updates = json.loads((folder / FACTS).read_text())["updates"]
         for name, value in self.values.items():
-            value.copy_(saved[name])
+            local_part(value).copy_(local_part(saved.read_like(name, value)))

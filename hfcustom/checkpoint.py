@@ -6,7 +6,7 @@ output_dir/checkpoints/step-000100/
     rng-0.safetensors     one a rank: torch, CUDA, numpy and Python generators
     state.json            step, log, losses since the last log line, options, what decides the order of rows
     stream-0.json         one a rank, of rows that are a stream: where its loading processes stand
-    ema.safetensors, ema.json   the running average of the trained weights, where there is one (hfcustom/averaging.py)
+    ema.safetensors, ema.json   the running average of the trained weights, where there is one; sharded, a file a rank
     spikes.json           losses of the last steps, and which steps are skipped (hfcustom/spikes.py)
     manifest.json         SHA-256 of every other file; a folder without a true manifest is no checkpoint
 Weights are there once, whole, whether the model is sharded or not: each checkpoint loads anywhere, and with any number of ranks.
@@ -209,28 +209,35 @@ class Checkpoints:
                 state |= {"config": options_of(self.config), "format": FORMAT, "version": __version__}
                 write_json(partial / "state.json", state)
             self.feed.save(partial)
-            self.average.save(partial)
+            known |= self.average.save(partial)
             self.spikes.save(partial)
             save_rng(partial / f"rng-{self.accelerator.process_index}.safetensors")
 
     def _write_shards(self, partial: Path) -> dict[str, str]:
         """Write weights and moments, all ranks together; return this rank's digests."""
-        model, known, main = unwrapped(self.model), {}, self.accelerator.is_main_process
+        digests = self._write_sharded_model(partial / "model")
+        known = {f"model/{name}": digest for name, digest in digests.items()}
+        tensors, rest = optimizer_content(self.optimizer)
+        _, digests = write_spread(tensors, partial, "optimizer", self.accelerator)
+        with every_rank(self.accelerator):
+            if self.accelerator.is_main_process:
+                write_json(partial / "optimizer.json", rest)
+        return known | digests
+
+    def _write_sharded_model(self, folder: Path) -> dict[str, str]:
+        """Save the model as save_model() does, all ranks together; return this rank's digests."""
+        model, digests, main = unwrapped(self.model), dict[str, str](), self.accelerator.is_main_process
         if wrapped_by_peft(model):
             state, base = sharded_checkpoint.adapter_state(model, self.accelerator), base_fingerprint(unwrap(model))
             with every_rank(self.accelerator):
                 if main:
-                    save_adapter(model, partial / "model", base, state)
+                    save_adapter(model, folder, base, state)
         else:
-            digests = sharded_checkpoint.write_weights(model, partial / "model", self.accelerator)
-            known = {f"model/{name}": digest for name, digest in digests.items()}
-        tensors, rest = optimizer_content(self.optimizer)
-        _, digests = write_spread(tensors, partial, "optimizer", self.accelerator)
+            digests = sharded_checkpoint.write_weights(model, folder, self.accelerator)
         with every_rank(self.accelerator):
             if main:
-                write_json(partial / "optimizer.json", rest)
-                self.processor.save_pretrained(partial / "model")
-        return known | digests
+                self.processor.save_pretrained(folder)
+        return digests
 
     def _failure(self, error: BaseException, step: int) -> str:
         """Say what kept a checkpoint from being written, and what there is to go on from."""
@@ -256,8 +263,8 @@ class Checkpoints:
         averaged = self.average.facts()
         if averaged:  # for good: the model in memory is what is published
             self.average.swap()
+        source = self._averaged(averaged) if averaged else self.model_dir()
         if self.accelerator.is_main_process:
-            source = self._averaged(averaged) if averaged else self.model_dir()
             replace_folder(source, model_dir)
             if averaged:
                 shutil.rmtree(source)
@@ -265,12 +272,17 @@ class Checkpoints:
         return model_dir
 
     def _averaged(self, facts: dict[str, Any]) -> Path:
-        """Save the model as it is in memory, beside its place; return where."""
-        folder = self.output_dir / ".model.averaged"
-        shutil.rmtree(folder, ignore_errors=True)
-        unwrap(self.model).training_runs[-1].update(facts)
+        """Save the model as it is in memory, beside its place; return where. Every rank has to call it."""
+        folder, main = self.output_dir / ".model.averaged", self.accelerator.is_main_process
+        with every_rank(self.accelerator):
+            if main:
+                shutil.rmtree(folder, ignore_errors=True)
+                unwrap(self.model).training_runs[-1].update(facts)
         with without_bars():
-            save_model(self.unwrapped, self.processor, folder)
+            if is_sharded(self.model):
+                self._write_sharded_model(folder)
+            elif main:
+                save_model(self.unwrapped, self.processor, folder)
         return folder
 
 

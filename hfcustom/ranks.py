@@ -6,8 +6,11 @@ ranks are gone and end with exit code 8, upon which the launcher ends the rest.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
+import sys
 import threading
 import time
 import traceback
@@ -40,7 +43,24 @@ SIGNS = (
 
 def process_state() -> PartialState:
     """Return Accelerate's process state; the first bare PartialState() overlooks ACCELERATE_USE_CPU, for good."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if dist.is_initialized():
+        atexit.unregister(disconnect)
+        atexit.register(disconnect)
+    return state
+
+
+def disconnect() -> None:
+    """Leave the other processes at the end of the program,, while the interpreter that their threads may ask for is there.
+
+    Not after an error: NCCL would wait for an answer of processes that are gone.
+    """
+    if dist.is_initialized() and not UNDER_WAY and "last_value" not in vars(sys):
+        gc.collect()  # models in circles, which hold on to the group
+        dist.destroy_process_group()
+
+
+UNDER_WAY: list[str] = []  # the run that has begun last, until it ends without an error
 
 
 def check_processes(accelerator: Accelerator) -> None:
@@ -64,8 +84,10 @@ def wait_at_most(seconds: float) -> None:
 def explained(output_dir: str) -> Iterator[None]:
     """Say with what ends a run from where it can go on, and which ranks are gone if it is for them."""
     folder = Path(output_dir) / "checkpoints"
+    UNDER_WAY[:] = [output_dir]
     try:
         yield
+        UNDER_WAY.clear()
     except (NonFiniteError, SpikeError, WorkerError) as error:
         raise type(error)(f"{error} {last_good(folder)}") from error
     except RunError:

@@ -173,6 +173,15 @@ def gathered(model: nn.Module) -> Iterator[None]:
 GATHERED: list[nn.Module] = []
 
 
+def forget_whole(model: nn.Module) -> None:
+    """Drop whole weights that a sharded model still holds after a forward pass: its shards have been changed since."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in unwrap(model).modules() if is_sharded(model) else ():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 # ---- which modules --------------------------------------------------------------------------------------------------
 
 

@@ -74,9 +74,10 @@ class Trackers:
                 tracker.log(dict(values), step=step)
 
     def end(self) -> None:
-        """Let the trackers finish what they send."""
+        """Let the trackers finish what they send; end_training() would part the processes too, before the model is published."""
         if self.config.trackers:
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
 
 def _new_name(tracker: str, folder: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ Every rank writes what it ended with to FOLDER/<case>/rank-<rank>.pt.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import itertools
 import os
@@ -25,7 +26,7 @@ from encoder_cases import WORDS, encoders
 from full_memory import Where, room_for
 from loss_cases import batch_of, cut, family_of, model_of
 from loss_cases import gradients as gradients_of
-from torch import nn
+from torch import distributed, nn
 from training import ANSWER_WORDS, IMAGES, TERMS, add_dropout, short_config, uneven_rows, user_losses, weights
 
 import hfcustom
@@ -62,7 +63,9 @@ class Case:
 
 CASES = {
     "unequal rows": Case(),
-    "unequal rows, micro-batches of 2": Case(options={"micro_batch_size": 2, "mfu": True}),
+    "unequal rows, micro-batches of 2": Case(
+        options={"micro_batch_size": 2, "mfu": True, "trackers": ["tensorboard"]}
+    ),
     "AdamW with clipping": Case(sgd=False, options={"micro_batch_size": 2, "max_grad_norm": 0.1}),
     "no image on one rank": Case(images=[1, 1, 2, 1, 0, 0, 0, 0]),
     "no image on one rank in the last micro-batch": Case(
@@ -266,8 +269,15 @@ def forbid_writing() -> None:
     Path.write_text = refuse  # type: ignore[method-assign]
 
 
+def note_what_is_left(folder: Path) -> None:
+    """Write down whether the processes are still connected when the interpreter goes; called before they are."""
+    path = folder / f"connected-{os.environ['RANK']}.pt"
+    atexit.register(lambda: torch.save(distributed.is_initialized(), path))
+
+
 def main(folder: Path) -> None:
     gc.freeze()
+    note_what_is_left(folder)
     rank = train.process_state().process_index
     if rank:
         forbid_writing()

@@ -39,7 +39,13 @@ TIED = Family("smolvlm", load_family("smolvlm"))
 ROWS = case_rows(Case(images=[1, 1, 2, 1, 0, 0, 0, 0]))  # a rank with images, one without
 HELD_OUT = [chat_row(images, seed) for seed, images in enumerate([1, 1, 0, 0, 2])]
 SAVING: dict[str, Any] = {"micro_batch_size": 4, "save_steps": 1, "max_steps": 2, "eval_steps": None}
-OPTIONS: dict[str, Any] = {"micro_batch_size": 2, "schedule": "constant", "save_steps": 2, "max_steps": STEPS}
+OPTIONS: dict[str, Any] = {
+    "ema_decay": 0.5,
+    "micro_batch_size": 2,
+    "schedule": "constant",
+    "save_steps": 2,
+    "max_steps": STEPS,
+}
 CASES = (
     "contrastive",
     "bad rows on both ranks, contrastive",
@@ -205,7 +211,8 @@ def main(folder: Path) -> None:
     as_on_gpus("fsdp_zero2_8.yaml")
     found["contrastive"] = run(contrastive, folder / "contrastive", max_steps=1, **silent)
     as_on_gpus()
-    found["bf16"] = run(in_full, folder / "bf16", precision="bf16", max_steps=2, **silent)
+    tracked: dict[str, Any] = {"trackers": ["tensorboard"], **silent}
+    found["bf16"] = run(in_full, folder / "bf16", precision="bf16", max_steps=2, **tracked)
     for name in CASES:
         ended = distributed_run.run(distributed_run.CASES[name], folder / "cases" / name)
         found[name] = {"history": ended["history"]}

@@ -107,6 +107,11 @@ def test_a_rank_of_text_alone_waits_for_nobody_and_changes_nothing(runs: Folders
         assert found == pytest.approx(runs[1]["mixed"][f"{name} {trained}"], rel=1e-5)
 
 
+def test_processes_leave_each_other_before_the_interpreter_goes(runs: Folders) -> None:
+    """What torch's threads do after that ends in a crash now and then."""
+    assert [torch.load(runs[0] / f"connected-{rank}.pt") for rank in range(2)] == [False, False]
+
+
 def test_mfu_is_that_of_all_ranks(runs: Folders) -> None:
     """Each counts what it does itself, against its own device; all log the mean, over seconds of their own."""
     shares = [

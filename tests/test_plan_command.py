@@ -170,7 +170,7 @@ def test_every_family_has_a_batch_of_the_shape_that_is_asked_for(family: Family,
 
 
 def test_shards_are_those_of_torch_and_their_sum(folder: Path) -> None:
-    config, recipe = read_plan(options(folder), "")
+    config, recipe = read_plan(options(folder, "--ema-decay", "0.9"), "")
     measured = measure(config, recipe.build, recipe.batches)
     model = recipe.build(config)[0]
     for gpus in (2, 3, 8):
@@ -179,6 +179,7 @@ def test_shards_are_those_of_torch_and_their_sum(folder: Path) -> None:
         buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
         assert share.weights == buffers + sum(part.numel() * part.element_size() for part in first)
         assert share.gradients <= share.weights
+        assert share.average == sum(part.numel() * 4 for part in first)
         zero = share_of(measured, gpus, "zero3")
         assert zero.optimizer == -(-measured.total("optimizer") // gpus)
         assert share_of(measured, gpus, "zero2").weights == measured.total("weights")
@@ -225,10 +226,6 @@ print(sum(sizes) / size)
         ),
         (["--gpus", "3"], "batch_size=2 rows cannot be shared by 3 processes"),
         (["--load-in", "4bit"], "load_in=4bit needs --lora"),
-        (
-            ["--gpus", "2", "--shard", "fsdp", "--ema-decay", "0.9"],
-            "shard=fsdp: weights that FSDP or DeepSpeed shards",
-        ),
         (
             ["--gpus", "2", "--shard", "fsdp", "--lora", "--load-in", "4bit"],
             "shard=fsdp cannot cut weights that bitsandbytes",

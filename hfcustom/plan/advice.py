@@ -70,7 +70,7 @@ def advise(config: Any, measured: Measured, measure: Measure, tell: Callable[[st
         flags[next(iter(fact)) if len(fact) == 1 else "lora"] = flag
     if len(flags) > 1:
         found.append(_tried(config, "all of it", " ".join(flags.values()), together, measure, tell))
-    if not measured.total("average") and not any("int8" in part.dtypes for part in measured.parts):
+    if not any("int8" in part.dtypes for part in measured.parts):
         for gpus in SHARDED:
             if gpus > config.gpus:
                 share = share_of(measured, gpus, "fsdp")

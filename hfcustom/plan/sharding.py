@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hfcustom.averaging import UNSHARDED
 from hfcustom.plan.measure import Measured, share
 from hfcustom.zero import BUCKET
 
@@ -57,22 +56,21 @@ def share_of(measured: Measured, gpus: int, scheme: str) -> Share:
         return sum(share(vars(parameter)[what], parameter.rows, gpus) for parameter in measured.parameters)
 
     other = measured.activations + measured.at_peak.get("batch", 0)
-    if (
-        scheme == "zero2"
-    ):  # as hfcustom/zero.py runs it: a step's gradients are whole until they are exchanged at its end
+    if scheme == "zero2":  # as hfcustom/zero.py runs it: gradients are whole until the end of a step
         updated = math.ceil(sum(p.weights for p in measured.parameters if p.gradients) / gpus)  # DeepSpeed's own copy
         state, exchange = cut("optimizer") + updated, cut("gradients") + min(4 * BUCKET, gradients)
-        return Share(weights, gradients, state, 0, exchange, other, weights + gradients + state + exchange + other)
+        average = measured.total("average")
+        peak = weights + gradients + state + average + exchange + other
+        return Share(weights, gradients, state, average, exchange, other, peak)
     exchange = unit.gradients + 2 * unit.weights
     held_weights = cut("weights") + buffers
-    peak = held_weights + cut("gradients") + cut("optimizer") + exchange + other
-    return Share(held_weights, cut("gradients"), cut("optimizer"), 0, exchange, other, peak)
+    average = cut("gradients") if measured.total("average") else 0  # as large, in float32 both
+    peak = held_weights + cut("gradients") + cut("optimizer") + average + exchange + other
+    return Share(held_weights, cut("gradients"), cut("optimizer"), average, exchange, other, peak)
 
 
 def check_sharding(measured: Measured, scheme: str) -> None:
-    """Raise ValueError for weights that cannot be cut: those that bitsandbytes has packed, and those of which there is an average."""
-    if scheme != "none" and measured.total("average"):
-        raise ValueError(f"shard={scheme}: {UNSHARDED}")
+    """Raise ValueError for weights that cannot be cut: those that bitsandbytes has packed."""
     packed = [part for part in measured.parts if "int8" in part.dtypes]  # uint8 of 4 bits, int8
     if packed and scheme in ("fsdp", "zero3"):
         raise ValueError(

@@ -65,7 +65,7 @@ def test_it_is_evaluated_and_published_while_the_weights_themselves_are_trained(
         now = saved_names(raw, start)
         decay = min(DECAY, (1 + step) / (10 + step))
         expected = {name: decay * expected[name] + (1 - decay) * now[name] for name in start}
-        kept = load_file(checkpoint(tmp_path / "ema", step) / averaging.FILE)
+        kept = load_file(checkpoint(tmp_path / "ema", step) / f"{averaging.STEM}.safetensors")
         assert kept.keys() == start.keys() == seen[step - 1].keys()
         for name in start:
             torch.testing.assert_close(kept[name], expected[name], rtol=1e-6, atol=1e-7)
@@ -96,7 +96,7 @@ def test_a_run_with_average_and_noise_resumes_bit_equal(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "cut" / "model")
     tiny_run.train(run, tmp_path / "cut", keep_checkpoints=4, resume=True, **options)
     ends = [tiny_run.end_of(tmp_path / name) for name in ("unbroken", "cut")]
-    assert ends[0] == ends[1] and averaging.FILE in ends[0]
+    assert ends[0] == ends[1] and f"{averaging.STEM}.safetensors" in ends[0]
     tiny_run.train(run, tmp_path / "cut", keep_checkpoints=4, resume=True, **options)  # finished: published anew
     assert tiny_run.end_of(tmp_path / "cut") == ends[0]
 
@@ -109,12 +109,15 @@ def test_it_may_begin_or_end_at_a_resume_that_accepts_it(tmp_path: Path, capsys:
     tiny_run.train(run, tmp_path, max_steps=2, ema_decay=0.9, **accepted)
     told = capsys.readouterr().out
     assert "ema_decay: None -> 0.9" in told and "holds no average of the weights; it begins here" in told
-    now, kept = trained_in(checkpoint(tmp_path, 2) / "model"), load_file(checkpoint(tmp_path, 2) / averaging.FILE)
+    now, kept = (
+        trained_in(checkpoint(tmp_path, 2) / "model"),
+        load_file(checkpoint(tmp_path, 2) / f"{averaging.STEM}.safetensors"),
+    )
     for name, value in saved_names(began, kept).items():
         expected = 2 / 11 * value + 9 / 11 * saved_names(now, kept)[name]
         torch.testing.assert_close(kept[name], expected, rtol=1e-6, atol=1e-7)
     tiny_run.train(run, tmp_path, max_steps=3, **accepted)
-    assert not (checkpoint(tmp_path, 3) / averaging.FILE).exists()
+    assert not (checkpoint(tmp_path, 3) / f"{averaging.STEM}.safetensors").exists()
     raw, published = (trained_in(folder) for folder in (checkpoint(tmp_path, 3) / "model", tmp_path / "model"))
     assert all(torch.equal(raw[name], published[name]) for name in raw)
 
