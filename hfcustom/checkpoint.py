@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hfcustom import __version__, sharded_checkpoint
+from hfcustom import __version__, sharded_checkpoint, zero
 from hfcustom.averaging import Average
 from hfcustom.card import write_beside
 from hfcustom.checkpoint_folders import DAMAGED, complete_checkpoints, last_good, set_damaged_aside, to_go_back_to
@@ -56,6 +56,7 @@ from hfcustom.sharding import is_sharded
 from hfcustom.spikes import Spikes
 from hfcustom.spread import Spread, write_spread
 from hfcustom.train_config import TrainConfig
+from hfcustom.zero import is_engine
 
 if TYPE_CHECKING:
     from hfcustom.data.feed import Feed
@@ -149,6 +150,8 @@ class Checkpoints:
         self.resumed = folder
         self.feed.load(folder)
         load_model(unwrapped(self.model), folder / "model")
+        if is_engine(self.model):
+            zero.refresh(self.model)
         load_optimizer(self.optimizer, folder)
         self.average.load(folder)
         self.spikes.load(folder)
@@ -196,9 +199,11 @@ class Checkpoints:
         with atomic_folder(target, self.accelerator, known) as partial:
             if is_sharded(self.model):
                 known |= self._write_shards(partial)
-            elif self.accelerator.is_main_process:
-                save_model(unwrapped(self.model), self.processor, partial / "model")
-                save_optimizer(self.optimizer, partial)
+            else:
+                content = optimizer_content(self.optimizer) if is_engine(self.model) else None  # of all ranks
+                if self.accelerator.is_main_process:
+                    save_model(unwrapped(self.model), self.processor, partial / "model")
+                    save_optimizer(self.optimizer, partial, content)
             if self.accelerator.is_main_process:
                 state = {"step": step, "history": history, "pending": pending, "order": self.feed.order()}
                 state |= {"config": options_of(self.config), "format": FORMAT, "version": __version__}
@@ -285,8 +290,8 @@ class Checkpoints:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """Return the model without DDP, keeping peft's wrapper, whose save and load are its own."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    """Return the model without DDP or DeepSpeed, keeping peft's wrapper, whose save and load are its own."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) or is_engine(model) else model
 
 
 def save_model(model: Any, processor: Any, folder: Path) -> None:
@@ -351,16 +356,22 @@ def _fitting(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder} does not fit the model: {error}") from error
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+Content = tuple[dict[str, torch.Tensor], dict[str, Any]]
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path, content: Content | None = None) -> None:
     """Write an optimizer's state: tensors to safetensors, the rest to JSON."""
-    tensors, rest = optimizer_content(optimizer)
+    tensors, rest = content or optimizer_content(optimizer)
     tensors = {path: tensor.clone().contiguous() for path, tensor in tensors.items()}  # bitsandbytes shares some
     save_file(tensors, folder / "optimizer.safetensors")
     write_json(folder / "optimizer.json", rest)
 
 
-def optimizer_content(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def optimizer_content(optimizer: torch.optim.Optimizer) -> Content:
     """Return the tensors of an optimizer's state, as they are held, and what JSON can say."""
+    if (shared := zero.inside(optimizer)) is not None:
+        gathered, groups = zero.optimizer_content(shared)
+        return gathered, {"kind": _kind(optimizer), "param_groups": groups, "state": {}}
     content = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     rest: dict[str, Any] = {}
@@ -377,7 +388,9 @@ def optimizer_content(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch
 
 
 def _kind(optimizer: Any) -> str:
-    return type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate's wrapper has the real one inside
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:  # wrappers have the real one inside
+        optimizer = inner
+    return type(optimizer).__name__
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -387,7 +400,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
         raise CheckpointError(
             f"{folder} holds the state of {saved['kind']}, which {_kind(optimizer)} cannot go on with; resume with that optimizer."
         )
-    present = optimizer.state_dict()["param_groups"]
+    shared = zero.inside(optimizer)
+    present = optimizer.state_dict()["param_groups"] if shared is None else zero.named_groups(shared)
     then = _names_by_index(saved["param_groups"])
     now = {name: index for index, name in _names_by_index(present).items()}
     if differing := sorted(now.keys() ^ set(then.values())):
@@ -395,8 +409,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
             f"{folder}: the trained parameters have changed since this checkpoint ({differing[0]} first of "
             f"{len(differing)}); freeze and LoRA as then."
         )
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     spread = Spread(sorted(folder.glob("optimizer*.safetensors")))
+    if shared is not None:
+        numbers = {name: number for number, name in then.items()}
+
+        def of(name: str, key: str) -> torch.Tensor | None:
+            path = f"{numbers[name]}.{key}"
+            return spread.read(path) if path in spread.homes else None
+
+        zero.load_state(shared, of)
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for key in (*spread.homes, *saved["state"]):
         number, _, name = key.partition(".")

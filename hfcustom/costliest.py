@@ -38,6 +38,7 @@ from hfcustom.parts import unwrap
 from hfcustom.sharding import no_sync
 from hfcustom.step_plan import plan_step
 from hfcustom.train_config import TrainConfig
+from hfcustom.zero import is_engine
 
 ROWS_READ = 256  # evenly spread over the data
 ROWS_TRIED = 128  # of those, before a run
@@ -129,6 +130,9 @@ class Trial:
         Raises NoMemoryError, with advice, for one that does not fit.
         """
         if not self.wanted():
+            return cut, packer
+        if is_engine(self.model):
+            self.accelerator.print("try_costliest: under DeepSpeed the costliest batch is not tried.")
             return cut, packer
         if not isinstance(self.feed.rows, Examples):
             self.accelerator.print(
@@ -255,6 +259,7 @@ def plan_command(trial: Trial) -> list[str] | None:
     if accelerator.num_processes > 1:
         command += ["--gpus", str(accelerator.num_processes)]
         command += ["--shard", "fsdp"] if accelerator.distributed_type == "FSDP" else []
+        command += ["--shard", "zero2"] if accelerator.distributed_type == "DEEPSPEED" else []
     if accelerator.device.type == "cuda":
         command += ["--memory", f"{torch.cuda.get_device_properties(accelerator.device).total_memory / 2**30:.1f}"]
     return command

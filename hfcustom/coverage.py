@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from hfcustom import zero
 from hfcustom.exits import ConfigError
 from hfcustom.parts import find_parts, unwrap
 from hfcustom.sharding import is_sharded, local_part
@@ -33,7 +34,10 @@ def every_part_learns(model: nn.Module, optimizer: Any) -> Iterator[None]:
     watched = _Watch(model)
     hooks = watched.hooks()
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks
-    hooks.append(inner.register_step_pre_hook(lambda *_: watched.look()))
+    if zero.is_engine(model):
+        hooks.append(zero.LookHook(watched.look))
+    else:
+        hooks.append(inner.register_step_pre_hook(lambda *_: watched.look()))
     try:
         yield
     finally:
@@ -94,7 +98,7 @@ class _Watch:
             seen[f"ran {part}"] = part in self.ran
             seen[f"reached {part}"] = any(p.grad is not None for _, p in parameters)
             seen[f"learning {part}"] = any(_has_gradient(p) for _, p in parameters)
-        if is_sharded(self.model):
+        if is_sharded(self.model) or zero.is_engine(self.model):
             device = next(unwrap(self.model).parameters()).device
             flags = torch.tensor([float(flag) for flag in seen.values()], device=device)
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)

@@ -17,12 +17,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfcustom.naming import PARTS
+from hfcustom.zero import is_engine
 
 
 def unwrap(model: Any) -> Any:
-    """Return the model below any PEFT, DDP or compile wrapper."""
+    """Return the model below any PEFT, DDP, DeepSpeed or compile wrapper."""
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        if isinstance(model, nn.parallel.DistributedDataParallel) or is_engine(model):
             model = model.module
         elif "_orig_mod" in model._modules:  # torch.compile
             model = model._modules["_orig_mod"]

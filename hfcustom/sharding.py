@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
+from hfcustom import zero
 from hfcustom.exits import ConfigError
 from hfcustom.parts import unwrap
 from hfcustom.train_config import TrainConfig
@@ -28,13 +29,13 @@ from hfcustom.train_config import TrainConfig
 def check_launcher() -> None:
     """Raise ConfigError where the launcher asks for a kind of training in shards that fit() does not do, naming one that it does."""
     asked = {name: value for name, value in os.environ.items() if value.lower() not in ("", "false", "0")}
-    for name, library in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
-        if name in asked:
-            raise ConfigError(
-                f"The launcher's config asks for {library}, whose engine steps, clips and saves by itself, so that fit() could "
-                "neither divide losses over the step nor resume exactly. Launch with recipes/accelerate/fsdp_8.yaml, which "
-                "shares out the same as ZeRO-3, or fsdp_zero2_8.yaml, which sends around less."
-            )
+    if "ACCELERATE_USE_MEGATRON_LM" in asked:
+        raise ConfigError(
+            "The launcher's config asks for Megatron-LM, whose engine steps, clips and saves by itself, so that fit() could "
+            "neither divide losses over the step nor resume exactly. Launch with recipes/accelerate/fsdp_8.yaml."
+        )
+    if zero.is_asked_for():
+        zero.check_launcher()
     if "ACCELERATE_USE_FSDP" not in asked:
         return
     version = os.environ.get("FSDP_VERSION", "1")
@@ -108,12 +109,14 @@ def forget_precision() -> None:
         shared["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def prepare(model: Any, optimizer: Any, accelerator: Any) -> tuple[Any, Any]:
+def prepare(model: Any, optimizer: Any, accelerator: Any, config: TrainConfig) -> tuple[Any, Any]:
     """Do as accelerator.prepare(); a model that FSDP shards computes under autocast and adds up its gradients in float32.
 
     That is what one process does. Accelerate's own policy casts all inputs to 16 bits, what losses are divided by among them,
     and would make the head a unit of its own, whose gradient were sent around once for each chunk of a loss.
     """
+    if zero.uses_zero(accelerator):
+        return zero.prepare(model, unwrap(model), optimizer, accelerator, config)
     if not uses_fsdp(accelerator):
         prepared: tuple[Any, Any] = accelerator.prepare(model, optimizer)
         return prepared
@@ -138,7 +141,9 @@ def prepare(model: Any, optimizer: Any, accelerator: Any) -> tuple[Any, Any]:
 
 def no_sync(model: nn.Module, accelerator: Any) -> AbstractContextManager[Any]:
     """Return a context in which gradients stay on their rank, but for a sharded model: whole ones would need its whole size."""
-    return nullcontext() if uses_fsdp(accelerator) else accelerator.no_sync(model)
+    if uses_fsdp(accelerator) or zero.uses_zero(accelerator):
+        return nullcontext()
+    return accelerator.no_sync(model)
 
 
 @contextmanager

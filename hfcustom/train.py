@@ -23,7 +23,7 @@ from accelerate.utils import LoggerType, set_seed
 from torch import nn
 from transformers.utils import logging
 
-from hfcustom import checkpoint, randomness, sharding
+from hfcustom import checkpoint, randomness, sharding, zero
 from hfcustom.averaging import Average
 from hfcustom.cache.run import Caches, check_caches, open_caches, use_caches
 from hfcustom.connectors.added_tower import check_weights
@@ -113,7 +113,7 @@ def _run(
     weighted = core.losses()  # an unknown loss is an error now, not after the first batch
     set_seed(config.seed, device_specific=True)
     set_up(model, config, accelerator)
-    model, optimizer = sharding.prepare(model, make_optimizer(model, config), accelerator)
+    model, optimizer = sharding.prepare(model, make_optimizer(model, config), accelerator, config)
     state = checkpoint.Checkpoints(config, accelerator, model, optimizer, processor, feed)
     start = state.resume() if config.resume else state.begin()
     run = begin_run(core, run_of(state.unwrapped, config, feed), config.resume) if accelerator.is_main_process else {}
@@ -167,6 +167,8 @@ def set_up(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> N
     if sharding.uses_fsdp(accelerator):
         sharding.check_shardable(model, config)
         sharding.name_blocks(model, accelerator)
+    if zero.uses_zero(accelerator):
+        zero.check_model(model, config)
     set_precision(model, config)
     set_noise(core, config.neftune_alpha)
     if config.gradient_checkpointing:
@@ -247,11 +249,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if missing := known.intersection(config.trackers):  # Accelerate would go on without them
         names = " ".join(sorted(missing))
         raise ValueError(f"trackers={config.trackers}: {names} not installed; pip install it, or leave it out.")
-    mixed_precision = "bf16" if config.precision == "bf16" else "no"
-    if AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
+    deepspeed = zero.plugin(config) if zero.is_asked_for() else None
+    mixed_precision = "bf16" if config.precision == "bf16" and deepspeed is None else "no"
+    before = AcceleratorState._shared_state.get("_mixed_precision", mixed_precision)
+    if before != mixed_precision or deepspeed is not None:
         sharding.forget_precision()  # an earlier run of this process had another one
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
+        deepspeed_plugin=deepspeed,
         log_with=config.trackers or None,
         project_dir=config.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers.utils import logging
 
-from hfcustom import randomness
+from hfcustom import randomness, zero
 from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import serving
 from hfcustom.checkpoint import last_good
@@ -103,24 +103,39 @@ def train_step(
     A `splitter` cuts those that memory is not enough for. None where it has left out every row of the step.
     """
     attempt = partial(accumulate, model, accelerator, config)
-    done = attempt(batches) if splitter is None else splitter.run(attempt, batches)
+    with zero.one_exchange(model):
+        done = attempt(batches) if splitter is None else splitter.run(attempt, batches)
     if done is None:
         return None
     report = done.report
     report.shares = shares_of(done.batches, done.losses)
-    report.part_norms = part_norms(optimizer)
-    report.grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+    report.part_norms, norm_of_all = _norms(model, optimizer, accelerator, config)
+    report.grad_norm = norm_of_all
     losses = {name: float(value) for name, value in report.losses.items()}
-    if not all(map(math.isfinite, (report.grad_norm, *losses.values()))):
-        norm = float(report.grad_norm)
+    norm = float(norm_of_all)
+    if not all(map(math.isfinite, (norm, *losses.values()))):
         raise NonFiniteError(
             f"The gradient's norm is {norm}, the losses are {losses}; the step was not applied."
             f"{_suspects(done.batches, done.losses)}"
         )
     with _naming_the_optimizer(config):
-        optimizer.step()
+        if zero.is_engine(model):
+            zero.step(model)
+        else:
+            optimizer.step()
     optimizer.zero_grad()
     return report
+
+
+def _norms(
+    model: Any, optimizer: Any, accelerator: Accelerator, config: TrainConfig
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return the gradient's norms by part and as a whole, and clip it, which DeepSpeed does in its step."""
+    if zero.is_engine(model):
+        norms = zero.part_norms(model)
+        return norms if len(norms) > 1 else {}, torch.linalg.vector_norm(torch.stack([*norms.values()]))
+    parts = part_norms(optimizer)
+    return parts, accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
 
 
 @contextmanager
@@ -191,7 +206,7 @@ def _check_losses(core: Any, asked: Mapping[str, float]) -> None:
 def _backward(loss: torch.Tensor, core: Any, batch: Mapping[str, Any], accelerator: Accelerator) -> None:
     """Run the backward pass; a batch of text alone has none where only what sees images is trained."""
     if loss.requires_grad:
-        accelerator.backward(loss)
+        zero.backward(loss, accelerator)
         return
     trained = ", ".join(row.part for row in part_table(core) if row.trainable)
     text_alone = isinstance(batch, Batch) and not batch.images

@@ -80,6 +80,11 @@ def with_lora(seed: int = 0) -> nn.Module:
     return model
 
 
+def on_bf16(seed: int = 0) -> nn.Module:
+    """LoRA on a base held in 16 bits, which must stay so."""
+    return hfcustom.lora(in_full(seed).to(torch.bfloat16), "language", rank=2)
+
+
 def contrastive(seed: int = 0) -> nn.Module:
     """A term across the rows of a step, for which images are looked at outside of forward()."""
     return TIED.model(seed=seed, loss={"cross_entropy": 1.0, "contrastive": 0.5})  # type: ignore[no-any-return]

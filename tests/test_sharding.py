@@ -200,7 +200,6 @@ def test_a_save_that_fails_on_one_rank_or_kills_it_leaves_the_checkpoint_before(
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed.*Launch with recipes/accelerate/fsdp_8.yaml"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM"),
         ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 1; set it to 2"),
         (

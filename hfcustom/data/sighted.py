@@ -16,6 +16,7 @@ from torch import nn
 
 from hfcustom.data.collate import Batch
 from hfcustom.parts import part_table
+from hfcustom.zero import is_engine
 
 SEEING = {"vision", "connector", "new"}  # parts that text alone may not reach
 
@@ -57,6 +58,6 @@ def _idle(batch: Batch) -> Batch:
 
 def sighted(core: Any, model: nn.Module, accelerator: Accelerator) -> Sighted | None:
     """Return what a run needs where ranks hold the whole model each and train only what sees images."""
-    whole = isinstance(model, nn.parallel.DistributedDataParallel)
+    whole = isinstance(model, nn.parallel.DistributedDataParallel) or is_engine(model)
     trained = {row.part for row in part_table(core) if row.trainable}
     return Sighted(accelerator) if whole and trained <= SEEING else None

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from hfcustom.plan.measure import Measured, share
+from hfcustom.zero import BUCKET
 
 ALLOWANCE = 0.75 * 2**30  # of a GPU: CUDA's own context, cuBLAS; not measured here
 FRAGMENTED = 0.03  # of what is allocated, which the allocator cannot use; not measured here
@@ -35,7 +36,7 @@ class Share:
 
 
 def share_of(measured: Measured, gpus: int, scheme: str) -> Share:
-    """Return what one of several GPUs holds under DDP ("none"), "fsdp", "zero2" or "zero3"."""
+    """Return what one of several GPUs holds under DDP ("none"), "fsdp", "zero2" or "zero3", which fit() launches as fsdp."""
     weights = measured.total("weights") + measured.total("adapters")
     gradients, optimizer = measured.total("gradients"), measured.total("optimizer")
     if scheme == "none":
@@ -54,10 +55,15 @@ def share_of(measured: Measured, gpus: int, scheme: str) -> Share:
             return math.ceil(sum(vars(parameter)[what] for parameter in measured.parameters) / gpus)
         return sum(share(vars(parameter)[what], parameter.rows, gpus) for parameter in measured.parameters)
 
-    whole = scheme == "zero2"
-    exchange = unit.gradients + (0 if whole else 2 * unit.weights)
-    held_weights = weights if whole else cut("weights") + buffers
     other = measured.activations + measured.at_peak.get("batch", 0)
+    if scheme == "zero2":  # as hfcustom/zero.py runs it: gradients are whole until the end of a step
+        updated = math.ceil(sum(p.weights for p in measured.parameters if p.gradients) / gpus)  # DeepSpeed's own copy
+        state, exchange = cut("optimizer") + updated, cut("gradients") + min(4 * BUCKET, gradients)
+        average = measured.total("average")
+        peak = weights + gradients + state + average + exchange + other
+        return Share(weights, gradients, state, average, exchange, other, peak)
+    exchange = unit.gradients + 2 * unit.weights
+    held_weights = cut("weights") + buffers
     average = cut("gradients") if measured.total("average") else 0  # as large, in float32 both
     peak = held_weights + cut("gradients") + cut("optimizer") + average + exchange + other
     return Share(held_weights, cut("gradients"), cut("optimizer"), average, exchange, other, peak)
