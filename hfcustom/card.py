@@ -22,7 +22,7 @@ from yaml import YAMLError
 from hfcustom import changes, sentinel
 from hfcustom.card_text import as_dict, as_list, plain, render
 from hfcustom.files import write_text
-from hfcustom.parts import find_parts, part_table, unwrap
+from hfcustom.parts import class_of_model, find_parts, part_table, unwrap
 from hfcustom.record import is_hub_name, public, versions, write_record
 
 logger = logging.get_logger("hfcustom")
@@ -165,7 +165,7 @@ def add_results(
 
 def card_facts(core: Any, *, adapter: bool = False) -> dict[str, Any]:
     """Return everything that a card says, in plain values."""
-    model_class, config = changes.class_of_model(core), core.config
+    model_class, config = class_of_model(core), core.config
     own, part_map = changes.own_classes(model_class), find_parts(core)
     return {
         "class": model_class.__name__,

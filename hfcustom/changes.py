@@ -62,11 +62,6 @@ class LossFact:
     source: str = ""
 
 
-def class_of_model(core: Any) -> Any:
-    """Return a model's class, also where torch has put one of its own before it (FSDP)."""
-    return next(cls for cls in type(core).__mro__ if not cls.__module__.startswith("torch."))
-
-
 def own_classes(model_class: Any) -> list[type]:
     """Return the classes that a user wrote, the most derived first: neither hfcustom's nor the stock class's ancestors."""
     stock = model_class.stock_class()

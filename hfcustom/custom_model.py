@@ -149,10 +149,9 @@ class CustomModel(PreTrainedModel):
 
 def check_registered(model: CustomModel) -> None:
     """Raise ValueError when the Auto classes would load what this model saves as another class."""
-    from hfcustom.changes import class_of_model
     from hfcustom.registry import REGISTERED
 
-    owner, own = REGISTERED.get(model.config.model_type), class_of_model(model)
+    owner, own = REGISTERED.get(model.config.model_type), parts.class_of_model(model)
     if owner is None or (owner.__module__, owner.__qualname__) != (own.__module__, own.__qualname__):
         becomes = f"{owner.__name__}" if owner else "nothing"
         raise ValueError(

@@ -33,6 +33,11 @@ def unwrap(model: Any) -> Any:
             return model
 
 
+def class_of_model(core: Any) -> Any:
+    """Return a model's class, also where torch has put one of its own before it (FSDP)."""
+    return next(cls for cls in type(core).__mro__ if not cls.__module__.startswith("torch."))
+
+
 def wrapped_by_peft(model: nn.Module) -> bool:
     """Whether a model is a peft.PeftModel, asked without importing peft, which may not be installed."""
     return any(base.__name__ == "PeftModel" for base in type(model).__mro__)

@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from transformers.utils import logging
 
-from hfcustom.changes import class_of_model
 from hfcustom.files import write_text, written_whole
-from hfcustom.parts import part_table, unwrap
+from hfcustom.parts import class_of_model, part_table, unwrap
 from hfcustom.record import SECRET
 from hfcustom.train_config import TrainConfig
 

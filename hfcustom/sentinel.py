@@ -23,9 +23,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hfcustom.changes import class_of_model, inherited_function, mentioned, own_classes, own_functions
+from hfcustom.changes import inherited_function, mentioned, own_classes, own_functions
 from hfcustom.naming import printable
-from hfcustom.parts import find_parts, is_adapter, is_trained_copy, unwrap
+from hfcustom.parts import class_of_model, find_parts, is_adapter, is_trained_copy, unwrap
 from hfcustom.record import versions
 
 logger = logging.get_logger("hfcustom")

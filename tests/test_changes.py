@@ -15,6 +15,7 @@ from hfcustom.adapt import lora
 from hfcustom.card import card_facts
 from hfcustom.encoders import encoder_names, load_encoder
 from hfcustom.losses import LOSSES
+from hfcustom.parts import class_of_model
 from hfcustom.registry import REGISTERED
 from hfcustom.sentinel import relies_on
 
@@ -161,5 +162,5 @@ def test_what_the_code_mentions(mine: Any) -> None:
 def test_a_class_that_torch_puts_before_a_model_s_own_is_passed_over(mine: Any, internvl: Family) -> None:
     model = internvl.model(mine)
     model.__class__ = type("FSDPMine", (mine,), {"__module__": "torch.distributed.fsdp"})
-    assert changes.class_of_model(model) is mine
+    assert class_of_model(model) is mine
     assert card_facts(model)["class"] == relies_on(model)["class"] == "Mine"
