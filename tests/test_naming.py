@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +67,16 @@ def test_an_object_is_loaded_from_a_file_once(file: Path) -> None:
     assert load_object(f"{file}:Reader") is reader
     assert load_object(f"{file}:NUMBER") == 3
     assert import_file(file) is sys.modules["naming_subject"]
+
+
+def test_a_module_that_is_no_longer_known_by_its_name_is_not_taken(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """multiprocessing keeps as __mp_main__ what runpy ran as __main__."""
+    stale = types.ModuleType("__main__")
+    stale.__file__ = str(file)
+    monkeypatch.setitem(sys.modules, "__mp_main__", stale)
+    assert import_file(file).__name__ == "naming_subject"
 
 
 def test_another_spelling_of_the_path_is_the_same_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
