@@ -37,7 +37,7 @@ _HOME = {
     "freeze": "hfcustom.freezing",
     "generate_answers": "hfcustom.evaluate",
     "honour_model": "hfcustom.trl_adapter",
-    "keep_samples": "hfcustom.run_files",
+    "keep_samples": "hfcustom.runs.files",
     "linear_table": "hfcustom.adapt",
     "load_adapter": "hfcustom.adapt",
     "load_encoder": "hfcustom.encoders",
@@ -45,8 +45,8 @@ _HOME = {
     "load_rows": "hfcustom.data.sources",
     "lora": "hfcustom.adapt",
     "merge_adapter": "hfcustom.adapt",
-    "note_fault": "hfcustom.run_files",
-    "over_ranks": "hfcustom.shared_work",
+    "note_fault": "hfcustom.runs.files",
+    "over_ranks": "hfcustom.distributed.shared_work",
     "pair_loss": "hfcustom.losses.pairs",
     "part_table": "hfcustom.parts",
     "quantization_config": "hfcustom.adapt",
@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from hfcustom.data.packing import PackingCollator
     from hfcustom.data.reference import cache_reference
     from hfcustom.data.sources import Examples, load_rows
+    from hfcustom.distributed.shared_work import over_ranks
     from hfcustom.dual_encoder import CustomDualEncoder
     from hfcustom.encoders import encoder_names, load_encoder
     from hfcustom.evaluate import character_accuracy, exact_match, generate_answers
@@ -96,8 +97,7 @@ if TYPE_CHECKING:
     from hfcustom.registry import register
     from hfcustom.resize import resize_images
     from hfcustom.retrieval import retrieval_recall
-    from hfcustom.run_files import keep_samples, note_fault
-    from hfcustom.shared_work import over_ranks
+    from hfcustom.runs.files import keep_samples, note_fault
     from hfcustom.train import fit
     from hfcustom.train_config import TrainConfig
     from hfcustom.trainer_callback import LossCallback

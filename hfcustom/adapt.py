@@ -38,7 +38,7 @@ from hfcustom.parts import (
     wrapped_by_peft,
 )
 from hfcustom.record import read_record
-from hfcustom.resume import BASE_FILE, check_base
+from hfcustom.training.resume import BASE_FILE, check_base
 
 Bits = Literal["8bit", "4bit"]
 

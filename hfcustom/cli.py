@@ -318,7 +318,7 @@ def runs(argv: Sequence[str]) -> int:
     parser.add_argument("--html", metavar="FILE", help="write a page with every curve, too")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
-    from hfcustom.runs_command import run_runs
+    from hfcustom.runs.command import run_runs
 
     return run_runs(options)
 

@@ -25,17 +25,17 @@ from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.losses import IGNORE, LOSSES, WeightedLoss, count_all_tokens
 from hfcustom.losses.chunked import product_dtype
 from hfcustom.losses.kernels import DESCRIPTIONS, choose_kernel
-from hfcustom.optimizers import rate_and_decay
 from hfcustom.parts import expert_matrices, part_table, unwrap
-from hfcustom.run_files import RunFiles
-from hfcustom.trackers import Trackers
+from hfcustom.runs.files import RunFiles
+from hfcustom.runs.trackers import Trackers
 from hfcustom.train_config import TrainConfig
+from hfcustom.training.optimizers import rate_and_decay
 
 if TYPE_CHECKING:
     from hfcustom.data.collate import Batch
     from hfcustom.data.packing import Cut
     from hfcustom.train import StepReport
-    from hfcustom.work import Work
+    from hfcustom.training.work import Work
 
 logger = logging.get_logger("hfcustom")
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # brackets in a path are no style

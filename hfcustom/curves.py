@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hfcustom.run_files import step_of
+from hfcustom.runs.files import step_of
 
 Points = Sequence[tuple[float, float]]
 

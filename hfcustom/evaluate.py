@@ -14,8 +14,8 @@ from hfcustom.data.control import ControlTokens
 from hfcustom.data.messages import Example, split_answer
 from hfcustom.data.mixtures import Mixture
 from hfcustom.data.sources import Examples
-from hfcustom.sharding import gathered, is_sharded
-from hfcustom.shared_work import over_ranks
+from hfcustom.distributed.sharding import gathered, is_sharded
+from hfcustom.distributed.shared_work import over_ranks
 
 
 @dataclass(frozen=True)

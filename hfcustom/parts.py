@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hfcustom.distributed.zero import is_engine
 from hfcustom.naming import PARTS
-from hfcustom.zero import is_engine
 
 
 def unwrap(model: Any) -> Any:

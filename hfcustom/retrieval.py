@@ -14,10 +14,10 @@ import torch
 
 from hfcustom.data.captions import caption
 from hfcustom.data.sources import Examples
+from hfcustom.distributed.sharding import gathered
+from hfcustom.distributed.shared_work import over_ranks
 from hfcustom.losses.chunked import chunks
 from hfcustom.parts import unwrap
-from hfcustom.sharding import gathered
-from hfcustom.shared_work import over_ranks
 
 
 def retrieval_recall(

@@ -1,6 +1,6 @@
 """fit(): the training loop, an Accelerate loop to read and to change.
 
-rows -> batches (hfcustom/data/) -> train_step -> log (hfcustom/console.py), checkpoints (hfcustom/checkpoint.py).
+rows -> batches (hfcustom/data/) -> train_step -> log (hfcustom/console.py), checkpoints (hfcustom/training/checkpoint.py).
 One optimiser step sees `batch_size` rows, whatever the number of processes and micro-batches they are cut into, and each
 loss is divided by its count over all of them, so that the cut changes neither loss nor gradient.
 """
@@ -23,37 +23,39 @@ from accelerate.utils import LoggerType, set_seed
 from torch import nn
 from transformers.utils import logging
 
-from hfcustom import checkpoint, randomness, sharding, zero
-from hfcustom.averaging import Average
+from hfcustom import randomness
 from hfcustom.cache.run import Caches, check_caches, open_caches, use_caches
 from hfcustom.connectors.added_tower import check_weights
 from hfcustom.console import TrainLog, out
-from hfcustom.costliest import Trial
-from hfcustom.coverage import every_part_learns
 from hfcustom.custom_model import CustomModel, check_registered
 from hfcustom.data.captions import CaptionCollator
 from hfcustom.data.collate import Collator
 from hfcustom.data.feed import Feed, Steps, as_rows
 from hfcustom.data.packing import make_packer
 from hfcustom.data.sighted import sighted
+from hfcustom.distributed import sharding, zero
+from hfcustom.distributed.ranks import check_processes, explained, process_state, wait_at_most
+from hfcustom.distributed.shared_work import evaluating
 from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.exits import EXIT_PREEMPTED, ConfigError
 from hfcustom.losses import loss_columns, token_columns
 from hfcustom.naming import unknown
 from hfcustom.noise import set_noise
-from hfcustom.offload import check_offloading
-from hfcustom.optimizers import make_optimizer, set_lr
 from hfcustom.parts import unwrap
-from hfcustom.ranks import check_processes, explained, process_state, wait_at_most
 from hfcustom.record import begin_run, run_of
-from hfcustom.run_folder import run_folder
-from hfcustom.shared_work import evaluating
-from hfcustom.signals import StopRequest
-from hfcustom.splitting import Splitter
+from hfcustom.runs.folder import run_folder
 from hfcustom.train_config import TrainConfig
-from hfcustom.training_step import StepReport as StepReport
-from hfcustom.training_step import train_step
-from hfcustom.work import watching_work
+from hfcustom.training import checkpoint
+from hfcustom.training.averaging import Average
+from hfcustom.training.costliest import Trial
+from hfcustom.training.coverage import every_part_learns
+from hfcustom.training.offload import check_offloading
+from hfcustom.training.optimizers import make_optimizer, set_lr
+from hfcustom.training.signals import StopRequest
+from hfcustom.training.splitting import Splitter
+from hfcustom.training.step import StepReport as StepReport
+from hfcustom.training.step import train_step
+from hfcustom.training.work import watching_work
 
 logger = logging.get_logger("hfcustom")
 Evaluate = Callable[[Any, int], Mapping[str, float]]

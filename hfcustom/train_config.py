@@ -138,7 +138,7 @@ class TrainConfig:
         default_factory=list
     )
 
-    # options that may change when a run is resumed; any other is refused, see hfcustom/resume.py
+    # options that may change when a run is resumed; any other is refused, see hfcustom/training/resume.py
     may_change: ClassVar[frozenset[str]] = frozenset(
         (
             *(

@@ -19,7 +19,7 @@ from hfcustom.base import CustomVLM
 from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.losses import LossValue
 from hfcustom.parts import unwrap
-from hfcustom.step_plan import plan_step
+from hfcustom.training.step_plan import plan_step
 
 PLANNED: WeakSet[Trainer] = WeakSet()  # trainers that show their model each step whole
 

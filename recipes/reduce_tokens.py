@@ -62,9 +62,9 @@ from accelerate.utils import set_seed
 import hfcustom
 import quickstart
 from hfcustom import console
-from hfcustom.checkpoint import write_json
 from hfcustom.data.digits import digit_rows
 from hfcustom.families.internvl import CustomInternVLForConditionalGeneration
+from hfcustom.training.checkpoint import write_json
 
 
 @dataclass(frozen=True)

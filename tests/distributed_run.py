@@ -30,13 +30,14 @@ from torch import distributed, nn
 from training import ANSWER_WORDS, IMAGES, TERMS, add_dropout, short_config, uneven_rows, user_losses, weights
 
 import hfcustom
-from hfcustom import checkpoint, commit, train
+from hfcustom import commit, train
 from hfcustom.data.order import step_rows
 from hfcustom.families import load_family
 from hfcustom.losses import LOSSES
-from hfcustom.memory import NoMemoryError
 from hfcustom.parts import unwrap
 from hfcustom.train_config import TrainConfig
+from hfcustom.training import checkpoint
+from hfcustom.training.memory import NoMemoryError
 
 STEPS, ROWS = 3, 8
 SKIPPING: dict[str, Any] = {"on_bad_row": "skip", "max_bad_share": 1.0}

@@ -28,11 +28,12 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from training import add_dropout, short_config
 
 import hfcustom
-from hfcustom import spread, train
+from hfcustom import train
+from hfcustom.distributed import spread
+from hfcustom.distributed.sharding import is_sharded, whole
 from hfcustom.exits import ConfigError, SaveError
 from hfcustom.families import load_family
 from hfcustom.losses import chunked
-from hfcustom.sharding import is_sharded, whole
 
 STEPS = 4
 TIED = Family("smolvlm", load_family("smolvlm"))

@@ -23,12 +23,12 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import hfcustom
+from hfcustom.distributed.sharding import shard, whole, whole_state
 from hfcustom.families import load_family
-from hfcustom.norms import part_norms
 from hfcustom.parts import unwrap
-from hfcustom.sharding import shard, whole, whole_state
 from hfcustom.train import checkpoint_activations, make_accelerator, make_optimizer, train_step
 from hfcustom.train_config import TrainConfig
+from hfcustom.training.norms import part_norms
 
 
 def plain(model: Any) -> Any:

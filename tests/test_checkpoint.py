@@ -20,10 +20,11 @@ from training import add_dropout, curve, short_config, train, uneven_rows, weigh
 from transformers.utils import logging
 
 import hfcustom
-from hfcustom import checkpoint, commit, randomness
+from hfcustom import commit, randomness
 from hfcustom.data.feed import Feed
 from hfcustom.exits import SaveError
 from hfcustom.train_config import TrainConfig
+from hfcustom.training import checkpoint
 
 PERCEIVER = {"name": "perceiver_resampler", "num_queries": 4, "num_heads": 4}
 

@@ -13,7 +13,6 @@ from conftest import Family, chat_row
 from safetensors.torch import load_file
 
 import hfcustom
-from hfcustom.costliest import NoMemoryError, batch_size, costliest_batches
 from hfcustom.custom_model import CustomModel
 from hfcustom.data.collate import Collator
 from hfcustom.data.packing import Packer
@@ -21,6 +20,7 @@ from hfcustom.data.sources import as_examples
 from hfcustom.data.steps import Attempts
 from hfcustom.data.turns import RowError
 from hfcustom.train_config import TrainConfig
+from hfcustom.training.costliest import NoMemoryError, batch_size, costliest_batches
 
 ROWS = [
     chat_row(images, at, turns) for at, (images, turns) in enumerate([(1, 1), (0, 9), (3, 2), (1, 2), (0, 1), (2, 1)])

@@ -13,8 +13,8 @@ from torch import nn
 from training import train, uneven_rows, user_losses
 
 import hfcustom
-from hfcustom import coverage
 from hfcustom.parts import find_parts
+from hfcustom.training import coverage
 
 
 def test_healthy_training_is_not_stopped_and_soon_not_looked_at(

@@ -18,10 +18,10 @@ from transformers import AutoModelForImageTextToText, AutoModelForZeroShotImageC
 
 import hfcustom
 from hfcustom import adapt, cli
-from hfcustom.checkpoint import save_model
 from hfcustom.export import verify
 from hfcustom.export.departures import find_departures
 from hfcustom.export.write import NotStock, export_checkpoint
+from hfcustom.training.checkpoint import save_model
 
 ENCODERS = encoders()
 OTHER_TOKENS = {"chameleon", "paligemma"}  # a separator, a newline: what hfcustom's processors leave to the template

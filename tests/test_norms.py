@@ -10,8 +10,8 @@ from conftest import Family
 from training import short_config
 
 import hfcustom
-from hfcustom.norms import part_norms
 from hfcustom.train import make_accelerator, make_optimizer, train_step
+from hfcustom.training.norms import part_norms
 
 
 def test_norms_are_of_the_accumulated_gradient_before_clipping(family: Family, tmp_path: Path) -> None:

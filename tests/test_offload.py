@@ -18,11 +18,11 @@ from torch import nn
 from training import add_dropout, curve, train, uneven_rows, weights
 
 import hfcustom
-from hfcustom import offload
 from hfcustom.exits import ConfigError
-from hfcustom.offload import Offloaded, check_offloading
 from hfcustom.train import checkpoint_activations
 from hfcustom.train_config import TrainConfig
+from hfcustom.training import offload
+from hfcustom.training.offload import Offloaded, check_offloading
 
 
 def step(model: Any, batch: dict[str, torch.Tensor], around: Any = None) -> dict[str, torch.Tensor]:

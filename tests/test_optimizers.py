@@ -14,9 +14,9 @@ from training import curve, short_config, train, uneven_rows
 
 import hfcustom
 from hfcustom.exits import ConfigError
-from hfcustom.optimizers import make_optimizer, set_lr
 from hfcustom.parts import find_parts
-from hfcustom.run_folder import checkpoint_bytes
+from hfcustom.runs.folder import checkpoint_bytes
+from hfcustom.training.optimizers import make_optimizer, set_lr
 
 
 def rates_of(optimizer: Any) -> dict[str, set[tuple[float, float]]]:

@@ -14,12 +14,12 @@ import torch
 from conftest import KINDS, Family
 from test_recipes import stock_checkpoint
 
-from hfcustom.averaging import Average
 from hfcustom.parts import unwrap
 from hfcustom.plan.config import Recipe, read_plan
 from hfcustom.plan.measure import Measured, measure
 from hfcustom.plan.state import memory_by_part, named_memory
 from hfcustom.train import choose_precision, make_accelerator, make_optimizer, set_up, split_batch, train_step
+from hfcustom.training.averaging import Average
 
 WAYS = {
     "full": [],

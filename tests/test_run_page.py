@@ -13,13 +13,14 @@ from test_report import HOSTILE, Page
 from training import short_config, uneven_rows
 
 import hfcustom
-from hfcustom import evaluate, run_files
+from hfcustom import evaluate
 from hfcustom.curves import MOST, chart, thin
 from hfcustom.data.messages import Example
 from hfcustom.evaluate import Answer
 from hfcustom.losses import NonFiniteError
-from hfcustom.run_files import keep_samples, note_fault, read_lines, read_object
-from hfcustom.run_page import SENTENCES, group_curves, tell_fault, write_run_page
+from hfcustom.runs import files as run_files
+from hfcustom.runs.files import keep_samples, note_fault, read_lines, read_object
+from hfcustom.runs.page import SENTENCES, group_curves, tell_fault, write_run_page
 
 SPEED = ("tokens_per_s", "images_per_s")
 
@@ -169,7 +170,7 @@ def test_a_page_that_cannot_be_written_does_not_end_the_run(
         raise OSError("No space left on device")
 
     monkeypatch.setattr(run_files, "write_text", full)
-    monkeypatch.setattr("hfcustom.run_page.Report.write", full)
+    monkeypatch.setattr("hfcustom.runs.page.Report.write", full)
     assert run(internvl, tmp_path).step == 4
 
 

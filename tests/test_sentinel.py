@@ -298,7 +298,7 @@ def test_nothing_that_a_record_can_hold_breaks_loading(key: str, value: Any, sav
 
 
 def test_an_adapter_is_watched_too(internvl: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hfcustom.checkpoint import save_model
+    from hfcustom.training.checkpoint import save_model
 
     internvl.model().save_pretrained(tmp_path / "base")
     wrapped = hfcustom.lora(internvl.model_class.from_pretrained(tmp_path / "base"), rank=2)

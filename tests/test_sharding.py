@@ -30,12 +30,12 @@ from torch import nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from training import short_config
 
-from hfcustom import sharding
-from hfcustom.checkpoint import complete_checkpoints
 from hfcustom.commit import damage
+from hfcustom.distributed import sharding
+from hfcustom.distributed.sharding import block_classes, check_shardable, is_sharded, name_blocks, whole
 from hfcustom.exits import ConfigError
-from hfcustom.sharding import block_classes, check_shardable, is_sharded, name_blocks, whole
 from hfcustom.train import make_accelerator
+from hfcustom.training.checkpoint import complete_checkpoints
 
 CONFIGS = sorted(path.name for path in (RECIPES / "accelerate").glob("*.yaml"))
 SHARDED = [

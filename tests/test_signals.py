@@ -21,8 +21,8 @@ from torch import nn
 from training import curve, train, weights
 
 from hfcustom.exits import EXIT_PREEMPTED
-from hfcustom.signals import STOP_SIGNALS, StopRequest
 from hfcustom.train import TrainResult
+from hfcustom.training.signals import STOP_SIGNALS, StopRequest
 
 Process = subprocess.Popen[str]
 

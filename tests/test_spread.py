@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hfcustom import spread
 from hfcustom.commit import sha256
-from hfcustom.spread import Spread, plan_files, write_spread
+from hfcustom.distributed import spread
+from hfcustom.distributed.spread import Spread, plan_files, write_spread
 
 TENSORS = {f"layer.{at}": torch.arange(float(100 * (at % 3) + 1)) for at in range(9)} | {"step": torch.tensor(3.0)}
 

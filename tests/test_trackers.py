@@ -139,7 +139,7 @@ def test_a_run_that_starts_afresh_is_another_and_a_tracker_added_at_resume_misse
 
 
 def test_names_given_to_wandb_from_outside_are_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from hfcustom.trackers import _new_name
+    from hfcustom.runs.trackers import _new_name
 
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
     monkeypatch.setenv("WANDB_NAME", "again")

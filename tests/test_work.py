@@ -23,7 +23,7 @@ from hfcustom.data.collate import Batch, Collator
 from hfcustom.data.packing import pack_rows
 from hfcustom.train import checkpoint_activations, make_accelerator, train_step
 from hfcustom.train_config import TrainConfig
-from hfcustom.work import FORMULAS, Count, Work, device_rate
+from hfcustom.training.work import FORMULAS, Count, Work, device_rate
 
 OTHER_SIZES = ((90, 40), (40, 120))
 STEPS: list[
@@ -206,7 +206,7 @@ def test_a_run_with_mfu_is_bit_equal_to_one_without(internvl: Family, tmp_path: 
 def test_mfu_is_the_share_of_the_rate_that_was_measured(
     internvl: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("hfcustom.work.device_rate", lambda device, precision: 1e9)
+    monkeypatch.setattr("hfcustom.training.work.device_rate", lambda device, precision: 1e9)
     result = train(internvl.model(), internvl, tmp_path, mfu=True)
     assert "mfu: share of 0.001 TFLOP/s, what a matrix product in fp32 reaches here" in capsys.readouterr().out
     batch = Collator(internvl.processor)(uneven_rows())  # a step has them all
@@ -239,7 +239,9 @@ def test_an_attempt_without_memory_is_no_arithmetic_of_the_step(internvl: Family
 def test_a_language_model_that_is_not_seen_costs_the_log_its_mfu_and_the_run_nothing(
     internvl: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hfcustom.work.find_parts", lambda model: SimpleNamespace(paths={}))  # as where FSDP hides it
+    monkeypatch.setattr(
+        "hfcustom.training.work.find_parts", lambda model: SimpleNamespace(paths={})
+    )  # as where FSDP hides it
     result = train(internvl.model(), internvl, tmp_path, mfu=True)
     assert result.step == 3 and not any("mfu" in line for line in result.history)
 

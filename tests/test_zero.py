@@ -21,7 +21,7 @@ from test_sharding import LOGGED, curve
 from torch import nn
 from training import short_config
 
-from hfcustom import zero
+from hfcustom.distributed import zero
 from hfcustom.exits import ConfigError
 from hfcustom.train import make_accelerator
 

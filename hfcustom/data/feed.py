@@ -31,9 +31,9 @@ from hfcustom.data.steps import Attempts, BadRows, Lockstep, StepBatches, StepCo
 from hfcustom.data.stream_loader import StepStream, StreamLoader
 from hfcustom.data.streams import State, Stream, StreamMixture, check_shards, first_row
 from hfcustom.data.watch import Watch
+from hfcustom.distributed.sharding import uses_fsdp
 from hfcustom.losses import WeightedLoss, loss_columns, token_columns
 from hfcustom.randomness import row_random
-from hfcustom.sharding import uses_fsdp
 from hfcustom.train_config import TrainConfig
 
 Rows = Examples | Stream | StreamMixture

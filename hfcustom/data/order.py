@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from hfcustom.data.watch import Watch, Watched
 from hfcustom.randomness import row_random
-from hfcustom.signals import ignore_stop_signals
+from hfcustom.training.signals import ignore_stop_signals
 
 
 @lru_cache(maxsize=2)

@@ -15,8 +15,8 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from hfcustom.data.collate import Batch
+from hfcustom.distributed.zero import is_engine
 from hfcustom.parts import part_table
-from hfcustom.zero import is_engine
 
 SEEING = {"vision", "connector", "new"}  # parts that text alone may not reach
 

@@ -23,7 +23,7 @@ from hfcustom.data.steps import StepBatches
 from hfcustom.data.streams import Share, State, Stream, StreamMixture
 from hfcustom.data.watch import Watch, Watched
 from hfcustom.randomness import row_random
-from hfcustom.signals import ignore_stop_signals
+from hfcustom.training.signals import ignore_stop_signals
 
 UNWATCHED = Watch(64, math.inf)
 

@@ -16,8 +16,8 @@ from hfcustom.doctor.finding import Failed, check
 from hfcustom.doctor.patient import ROUNDING, Patient, shorten
 from hfcustom.losses import IGNORE
 from hfcustom.parts import find_parts
-from hfcustom.step_plan import plan_step
 from hfcustom.train import checkpoint_activations
+from hfcustom.training.step_plan import plan_step
 
 Step = tuple[float, dict[str, torch.Tensor]]  # the loss, and the gradients by name
 CUTS = (4, 2, 1)  # rows of a micro-batch

@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hfcustom.checkpoint import write_json
 from hfcustom.export.departures import Departure, build_skeletons, find_departures
 from hfcustom.export.source import Source, check_dtype, find_source
 from hfcustom.export.verify import Verdict, verify
 from hfcustom.parts import unwrap
+from hfcustom.training.checkpoint import write_json
 
 SHARD = "5GB"
 SAMPLE = "What is in this picture?"

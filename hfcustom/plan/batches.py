@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from hfcustom.costliest import batch_size, costliest_batches
 from hfcustom.data.collate import Batch
 from hfcustom.data.feed import first_example
 from hfcustom.data.packing import make_packer
 from hfcustom.data.sources import Examples
 from hfcustom.data.steps import Attempts
 from hfcustom.train import make_collator, split_batch
+from hfcustom.training.costliest import batch_size, costliest_batches
 
 FILLER = "seven red balloons "
 MOST_IMAGES = 64

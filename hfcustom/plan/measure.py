@@ -17,15 +17,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from hfcustom.averaging import Average
 from hfcustom.data.collate import Batch
+from hfcustom.distributed.sharding import block_classes
 from hfcustom.parts import unwrap
 from hfcustom.plan.batches import batch_tokens
 from hfcustom.plan.simulation import ELSEWHERE, Ledger, simulate
 from hfcustom.plan.state import PartMemory, memory_by_part, named_memory
 from hfcustom.plan.weights import without_weights
-from hfcustom.sharding import block_classes
 from hfcustom.train import choose_precision, make_accelerator, make_optimizer, set_up, split_batch, train_step
+from hfcustom.training.averaging import Average
 
 Build = Callable[[Any], tuple[Any, Any]]  # config -> model, processor
 MakeBatches = Callable[

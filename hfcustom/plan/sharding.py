@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hfcustom.distributed.zero import BUCKET
 from hfcustom.plan.measure import Measured, share
-from hfcustom.zero import BUCKET
 
 ALLOWANCE = 0.75 * 2**30  # of a GPU: CUDA's own context, cuBLAS; not measured here
 FRAGMENTED = 0.03  # of what is allocated, which the allocator cannot use; not measured here
@@ -56,7 +56,7 @@ def share_of(measured: Measured, gpus: int, scheme: str) -> Share:
         return sum(share(vars(parameter)[what], parameter.rows, gpus) for parameter in measured.parameters)
 
     other = measured.activations + measured.at_peak.get("batch", 0)
-    if scheme == "zero2":  # as hfcustom/zero.py runs it: gradients are whole until the end of a step
+    if scheme == "zero2":  # as hfcustom/distributed/zero.py runs it: gradients are whole until the end of a step
         updated = math.ceil(sum(p.weights for p in measured.parameters if p.gradients) / gpus)  # DeepSpeed's own copy
         state, exchange = cut("optimizer") + updated, cut("gradients") + min(4 * BUCKET, gradients)
         average = measured.total("average")

@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hfcustom import offload
 from hfcustom.losses import chunked
+from hfcustom.training import offload
 
 aten = torch.ops.aten
 

@@ -41,7 +41,7 @@ def memory_by_part(
 ) -> list[PartMemory]:
     """Count a model as it is trained, after a step: the optimiser's state, and a gradient for whatever has such a state.
 
-    `average` is that of the trained weights, by name (hfcustom/averaging.py).
+    `average` is that of the trained weights, by name (hfcustom/training/averaging.py).
     """
     core = unwrap(model)
     part_map = find_parts(model)

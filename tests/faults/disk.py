@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from hfcustom import checkpoint, randomness
+from hfcustom import randomness
+from hfcustom.training import checkpoint
 
 CHANGES = ("rename", "unlink", "rmdir", "mkdir", "link", "fsync")
 WRITES = ("mkdir", "link", "open", "save_file")

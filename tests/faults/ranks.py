@@ -24,7 +24,8 @@ from kills import ended, start, wait
 from tiny_run import Run
 from training import short_config, uneven_rows
 
-from hfcustom import ranks, train
+from hfcustom import train
+from hfcustom.distributed import ranks
 from hfcustom.exits import exit_codes
 
 RANK_SECONDS = 3.0

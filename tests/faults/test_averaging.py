@@ -17,10 +17,10 @@ from tiny_run import Run
 from training import train, weights
 
 import hfcustom
-from hfcustom import averaging
-from hfcustom.averaging import Average
 from hfcustom.exits import CheckpointError
-from hfcustom.run_folder import model_bytes
+from hfcustom.runs.folder import model_bytes
+from hfcustom.training import averaging
+from hfcustom.training.averaging import Average
 
 DECAY = 0.25  # beyond what the warm-up allows after the first step
 STEPS = 3
@@ -148,7 +148,7 @@ def test_other_weights_are_refused_and_coarse_ones_too(internvl: Family, tmp_pat
 
 def test_room_for_it_is_looked_for(internvl: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("hfcustom.checkpoint.check_room", lambda *values: asked.append(values))
+    monkeypatch.setattr("hfcustom.training.checkpoint.check_room", lambda *values: asked.append(values))
     for decay in (None, 0.9):
         train(internvl.model(), internvl, tmp_path / str(decay), max_steps=1, ema_decay=decay)
     size = sum(p.numel() * 4 for p in internvl.model().parameters())

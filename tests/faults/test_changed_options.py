@@ -22,8 +22,8 @@ import hfcustom
 from hfcustom import adapt
 from hfcustom.commit import MANIFEST, write_manifest
 from hfcustom.exits import CheckpointError, ConfigError
-from hfcustom.resume import changed_options, options_of
 from hfcustom.train_config import TrainConfig
+from hfcustom.training.resume import changed_options, options_of
 
 RUN = Run(workers=0, source=None)
 # another value for each option that decides what is trained

@@ -16,10 +16,12 @@ from disk import Faulty, Killed, no_space
 from torch import nn
 from training import short_config, uneven_rows
 
-from hfcustom import checkpoint, commit, run_folder
+from hfcustom import commit
 from hfcustom.data.feed import Feed
 from hfcustom.exits import ConfigError, SaveError
+from hfcustom.runs import folder as run_folder
 from hfcustom.train import make_optimizer
+from hfcustom.training import checkpoint
 
 
 class Saves:

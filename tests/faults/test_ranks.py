@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ranks import is_right, outcome
 
-from hfcustom.ranks import explained
+from hfcustom.distributed.ranks import explained
 
 ALIVE = ("leaves out a step",)  # the rank is there, and says so
 QUICK = ("is killed", "is stopped", "leaves out a step")  # tests/faults/ranks.py has all, of either rank

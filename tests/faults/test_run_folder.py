@@ -20,7 +20,7 @@ from tiny_run import Run, end_of
 from training import curve, short_config, train
 
 from hfcustom.exits import EXIT_CONFIG, ConfigError, exit_codes
-from hfcustom.run_folder import LOCK, run_folder
+from hfcustom.runs.folder import LOCK, run_folder
 
 RUN = Run(workers=0, lora=True)
 

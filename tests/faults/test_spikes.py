@@ -19,9 +19,9 @@ from training import short_config, uneven_rows, user_losses
 import hfcustom
 from hfcustom.data.order import step_rows
 from hfcustom.exits import EXIT_NUMERIC, exit_codes
-from hfcustom.spikes import SpikeError, Spikes, limit_of, to_skip
 from hfcustom.train import TrainResult, fit
 from hfcustom.train_config import TrainConfig
+from hfcustom.training.spikes import SpikeError, Spikes, limit_of, to_skip
 
 STEPS, BATCH = 8, 2
 SPIKE = 6  # the step in which the poisoned row is

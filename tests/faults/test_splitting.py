@@ -20,10 +20,10 @@ from training import add_dropout, curve, relative_distance, train, uneven_rows, 
 
 import hfcustom
 from hfcustom.data.steps import TooManyBadRows
+from hfcustom.distributed.reduction import meets_at_the_end
 from hfcustom.exits import EXIT_CONFIG
-from hfcustom.memory import NoMemoryError, out_of_memory
-from hfcustom.reduction import meets_at_the_end
-from hfcustom.run_files import read_lines
+from hfcustom.runs.files import read_lines
+from hfcustom.training.memory import NoMemoryError, out_of_memory
 
 LONG = 700  # tokens of a forward, with padding, that there is memory for; the longest of the eight rows has 162
 ROWS = uneven_rows()
@@ -139,8 +139,8 @@ def test_a_failed_attempt_leaves_nothing_behind(internvl: Family, tmp_path: Path
     add_dropout(model, 0.1)
     with room_for(LONG) as room, pytest.MonkeyPatch.context() as patch:
         patch.setattr("hfcustom.train.check_registered", lambda core: None)
-        patch.setattr("hfcustom.checkpoint.Checkpoints.save", lambda *_: None)
-        patch.setattr("hfcustom.checkpoint.Checkpoints.publish", lambda self: tmp_path)
+        patch.setattr("hfcustom.training.checkpoint.Checkpoints.save", lambda *_: None)
+        patch.setattr("hfcustom.training.checkpoint.Checkpoints.publish", lambda self: tmp_path)
         train(model, internvl, tmp_path, max_steps=1)
     assert room.sizes[0] > LONG and torch.equal(room.random[0], room.random[1])
     assert int(model.seen) == len(room.sizes) - room.failures == 2
@@ -225,7 +225,7 @@ def test_ranks_that_share_weights_cannot_try_again(
 ) -> None:
     shared: Any = SimpleNamespace(num_processes=2)
     assert not meets_at_the_end(torch.nn.Linear(1, 1), shared)
-    monkeypatch.setattr("hfcustom.splitting.meets_at_the_end", lambda *_: False)
+    monkeypatch.setattr("hfcustom.training.splitting.meets_at_the_end", lambda *_: False)
     with (
         room_for(LONG),
         pytest.raises(NoMemoryError, match=r"8 x 162 tokens.*FSDP, ZeRO\) wait for each other in every"),

@@ -3,7 +3,7 @@
 model/model-00001-of-0000N.safetensors, its index.json    whole weights, which from_pretrained loads; under peft the adapter, by rank 0
 optimizer-00001-of-0000N.safetensors, optimizer.json      whole moments
 
-The files are as one process would write them, but for their number (hfcustom/spread.py), so that a run goes on with another
+The files are as one process would write them, but for their number (hfcustom/distributed/spread.py), so that a run goes on with another
 number of processes, or with one, from the same files. Every rank has to call each function.
 """
 
@@ -17,10 +17,10 @@ import torch
 from accelerate import Accelerator
 
 from hfcustom.commit import every_rank, write_json
+from hfcustom.distributed.sharding import whole_state
+from hfcustom.distributed.spread import Spread, write_spread
 from hfcustom.parts import wrapped_by_peft
 from hfcustom.quiet import quiet
-from hfcustom.sharding import whole_state
-from hfcustom.spread import Spread, write_spread
 
 INDEX = "model.safetensors.index.json"
 

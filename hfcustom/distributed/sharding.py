@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from hfcustom import zero
+from hfcustom.distributed import zero
 from hfcustom.exits import ConfigError
 from hfcustom.parts import unwrap
 from hfcustom.train_config import TrainConfig

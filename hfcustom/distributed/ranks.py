@@ -24,10 +24,10 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 from torch.distributed.distributed_c10d import _set_pg_timeout  # the public way is to begin anew
 
-from hfcustom.checkpoint_folders import last_good
 from hfcustom.exits import RankError, RunError, WorkerError
 from hfcustom.losses import NonFiniteError
-from hfcustom.spikes import SpikeError
+from hfcustom.training.checkpoint_folders import last_good
+from hfcustom.training.spikes import SpikeError
 
 ANSWER_SECONDS = 5.0  # in which another rank that is alive finds out as well
 SIGNS = (

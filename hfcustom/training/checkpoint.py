@@ -2,12 +2,12 @@
 
 output_dir/checkpoints/step-000100/
     model/                what from_pretrained (or PeftModel.from_pretrained) loads, with its processor
-    optimizer.safetensors, optimizer.json     of a model that FSDP has sharded a file a rank (hfcustom/sharded_checkpoint.py)
+    optimizer.safetensors, optimizer.json     of a model that FSDP has sharded a file a rank (hfcustom/distributed/sharded_checkpoint.py)
     rng-0.safetensors     one a rank: torch, CUDA, numpy and Python generators
     state.json            step, log, losses since the last log line, options, what decides the order of rows
     stream-0.json         one a rank, of rows that are a stream: where its loading processes stand
     ema.safetensors, ema.json   the running average of the trained weights, where there is one; sharded, a file a rank
-    spikes.json           losses of the last steps, and which steps are skipped (hfcustom/spikes.py)
+    spikes.json           losses of the last steps, and which steps are skipped (hfcustom/training/spikes.py)
     manifest.json         SHA-256 of every other file; a folder without a true manifest is no checkpoint
 Weights are there once, whole, whether the model is sharded or not: each checkpoint loads anywhere, and with any number of ranks.
 A folder is committed as hfcustom/commit.py does; the newest valid one is resumed from, and an old one is deleted only after
@@ -32,16 +32,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hfcustom import __version__, sharded_checkpoint, zero
-from hfcustom.averaging import Average
+from hfcustom import __version__
 from hfcustom.card import write_beside
-from hfcustom.checkpoint_folders import DAMAGED, complete_checkpoints, last_good, set_damaged_aside, to_go_back_to
 from hfcustom.commit import atomic_folder, every_rank, remove_folder, replace_folder, sweep, write_json
+from hfcustom.distributed import sharded_checkpoint, zero
+from hfcustom.distributed.sharding import is_sharded
+from hfcustom.distributed.spread import Spread, write_spread
+from hfcustom.distributed.zero import is_engine
 from hfcustom.exits import CheckpointError, ConfigError, SaveError
 from hfcustom.parts import unwrap, wrapped_by_peft
 from hfcustom.quiet import without_bars
 from hfcustom.randomness import load_rng, save_rng
-from hfcustom.resume import (
+from hfcustom.runs.folder import check_room, checkpoint_bytes, free_bytes, is_disk_full, model_bytes, size
+from hfcustom.train_config import TrainConfig
+from hfcustom.training.averaging import Average
+from hfcustom.training.checkpoint_folders import (
+    DAMAGED,
+    complete_checkpoints,
+    last_good,
+    set_damaged_aside,
+    to_go_back_to,
+)
+from hfcustom.training.resume import (
     BASE_FILE,
     FORMAT,
     base_fingerprint,
@@ -51,12 +63,7 @@ from hfcustom.resume import (
     check_order,
     options_of,
 )
-from hfcustom.run_folder import check_room, checkpoint_bytes, free_bytes, is_disk_full, model_bytes, size
-from hfcustom.sharding import is_sharded
-from hfcustom.spikes import Spikes
-from hfcustom.spread import Spread, write_spread
-from hfcustom.train_config import TrainConfig
-from hfcustom.zero import is_engine
+from hfcustom.training.spikes import Spikes
 
 if TYPE_CHECKING:
     from hfcustom.data.feed import Feed

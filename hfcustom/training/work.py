@@ -33,8 +33,8 @@ from transformers.utils import logging
 from hfcustom import seams
 from hfcustom.losses import IGNORE
 from hfcustom.parts import find_parts, unwrap
-from hfcustom.step_plan import is_blank
 from hfcustom.train_config import TrainConfig
+from hfcustom.training.step_plan import is_blank
 
 logger = logging.get_logger("hfcustom")
 aten = torch.ops.aten

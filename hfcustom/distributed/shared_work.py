@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from rich.progress import track
 
 from hfcustom.console import out
-from hfcustom.ranks import process_state
+from hfcustom.distributed.ranks import process_state
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -21,10 +21,10 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hfcustom.commit import write_json
+from hfcustom.distributed.sharding import forget_whole, is_sharded, local_part
+from hfcustom.distributed.spread import Spread, write_spread
 from hfcustom.exits import CheckpointError
-from hfcustom.run_folder import size
-from hfcustom.sharding import forget_whole, is_sharded, local_part
-from hfcustom.spread import Spread, write_spread
+from hfcustom.runs.folder import size
 
 STEM, FACTS = "ema", "ema.json"
 

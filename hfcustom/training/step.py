@@ -1,6 +1,6 @@
 """One optimiser step: micro-batches -> forward and backward each, their gradients together clipped, the weights updated.
 
-Each loss is divided by its count over the whole step (hfcustom/step_plan.py), however the step is cut.
+Each loss is divided by its count over the whole step (hfcustom/training/step_plan.py), however the step is cut.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from accelerate import Accelerator
 from torch import nn
 from transformers.utils import logging
 
-from hfcustom import randomness, zero
+from hfcustom import randomness
 from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import serving
-from hfcustom.checkpoint import last_good
 from hfcustom.data.collate import Batch
+from hfcustom.distributed import zero
+from hfcustom.distributed.reduction import Reduction
+from hfcustom.distributed.sharding import is_sharded, no_sync
 from hfcustom.dual_encoder import CustomDualEncoder
 from hfcustom.losses import NonFiniteError, count_all_tokens, real_tokens
-from hfcustom.memory import NoMemoryError, out_of_memory
-from hfcustom.norms import part_norms
-from hfcustom.offload import offloading
 from hfcustom.parts import part_table, unwrap
-from hfcustom.reduction import Reduction
-from hfcustom.sharding import is_sharded, no_sync
-from hfcustom.spikes import Share, shares_of
-from hfcustom.splitting import Progress, Splitter
-from hfcustom.step_plan import is_blank, plan_step
 from hfcustom.train_config import TrainConfig
+from hfcustom.training.checkpoint import last_good
+from hfcustom.training.memory import NoMemoryError, out_of_memory
+from hfcustom.training.norms import part_norms
+from hfcustom.training.offload import offloading
+from hfcustom.training.spikes import Share, shares_of
+from hfcustom.training.splitting import Progress, Splitter
+from hfcustom.training.step_plan import is_blank, plan_step
 
 logger = logging.get_logger("hfcustom")
 

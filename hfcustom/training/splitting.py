@@ -21,23 +21,23 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
-from hfcustom.checkpoint import last_good
-from hfcustom.costliest import batch_size, describe_batch
 from hfcustom.data.collate import Batch
 from hfcustom.data.feed import Feed
 from hfcustom.data.findings import Finding
 from hfcustom.data.packing import Size
 from hfcustom.data.steps import BadRows
-from hfcustom.memory import NoMemoryError, StateBefore, out_of_memory
+from hfcustom.distributed.reduction import Reduction, meets_at_the_end
 from hfcustom.parts import unwrap
-from hfcustom.reduction import Reduction, meets_at_the_end
-from hfcustom.run_files import RunFiles
-from hfcustom.step_plan import NoRoomForSummaryError, is_blank
+from hfcustom.runs.files import RunFiles
 from hfcustom.train_config import TrainConfig
+from hfcustom.training.checkpoint import last_good
+from hfcustom.training.costliest import batch_size, describe_batch
+from hfcustom.training.memory import NoMemoryError, StateBefore, out_of_memory
+from hfcustom.training.step_plan import NoRoomForSummaryError, is_blank
 
 if TYPE_CHECKING:
     from hfcustom.console import TrainLog
-    from hfcustom.work import Work
+    from hfcustom.training.work import Work
 
 Result = TypeVar("Result")
 SHOWN = 4  # rows in a message

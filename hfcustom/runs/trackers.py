@@ -21,7 +21,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from hfcustom.files import write_text
-from hfcustom.run_files import read_lines, read_object, step_of
+from hfcustom.runs.files import read_lines, read_object, step_of
 from hfcustom.train_config import TrainConfig
 
 PROJECT = "hfcustom"

@@ -32,13 +32,13 @@ from hfcustom.data.messages import RowError
 from hfcustom.data.packing import Packer, Size, size_of
 from hfcustom.data.sources import Examples
 from hfcustom.data.steps import Attempts
-from hfcustom.memory import NoMemoryError, StateBefore, out_of_memory
-from hfcustom.offload import offloading
+from hfcustom.distributed.sharding import no_sync
+from hfcustom.distributed.zero import is_engine
 from hfcustom.parts import unwrap
-from hfcustom.sharding import no_sync
-from hfcustom.step_plan import plan_step
 from hfcustom.train_config import TrainConfig
-from hfcustom.zero import is_engine
+from hfcustom.training.memory import NoMemoryError, StateBefore, out_of_memory
+from hfcustom.training.offload import offloading
+from hfcustom.training.step_plan import plan_step
 
 ROWS_READ = 256  # evenly spread over the data
 ROWS_TRIED = 128  # of those, before a run

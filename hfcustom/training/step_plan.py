@@ -16,9 +16,9 @@ from hfcustom import randomness
 from hfcustom.cache.levels import on_device
 from hfcustom.cache.run import serving
 from hfcustom.data.collate import Batch
+from hfcustom.distributed.sharding import gathered, is_sharded
 from hfcustom.losses import StepSummary
-from hfcustom.memory import out_of_memory
-from hfcustom.sharding import gathered, is_sharded
+from hfcustom.training.memory import out_of_memory
 
 
 class NoRoomForSummaryError(MemoryError):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfcustom.run_files import FAULTS, read_lines, read_object, step_of
+from hfcustom.runs.files import FAULTS, read_lines, read_object, step_of
 
 SPEEDS = ("tokens_per_s", "images_per_s", "useful_tokens", "mfu")  # of which the mean is told
 NOT_COMPARED = ("output_dir", "trackers")

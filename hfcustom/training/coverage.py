@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from hfcustom import zero
+from hfcustom.distributed import zero
+from hfcustom.distributed.sharding import is_sharded, local_part
 from hfcustom.exits import ConfigError
 from hfcustom.parts import find_parts, unwrap
-from hfcustom.sharding import is_sharded, local_part
 
 logger = logging.get_logger("hfcustom")
 PATIENCE = 3  # steps of zeros: behind a gate that starts at zero, the gradient is zero until the gate has moved

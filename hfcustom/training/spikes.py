@@ -25,15 +25,15 @@ from hfcustom.data.collate import Batch
 from hfcustom.exits import EXIT_NUMERIC, RunError
 from hfcustom.losses import IGNORE, WeightedLoss
 from hfcustom.record import public
-from hfcustom.step_plan import is_blank
 from hfcustom.train_config import TrainConfig
+from hfcustom.training.step_plan import is_blank
 
 if TYPE_CHECKING:
-    from hfcustom.checkpoint import Checkpoints
     from hfcustom.console import TrainLog
     from hfcustom.data.feed import Steps
     from hfcustom.data.steps import BadRows
     from hfcustom.train import StepReport
+    from hfcustom.training.checkpoint import Checkpoints
 
 logger = logging.get_logger("hfcustom")
 FILE = "spikes.json"

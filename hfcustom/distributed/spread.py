@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hfcustom.commit import every_rank, flush_file, sha256
-from hfcustom.sharding import whole_state
+from hfcustom.distributed.sharding import whole_state
 
 FILE_BYTES = 2**31
 

@@ -6,7 +6,7 @@ output_dir/
     samples.jsonl   one line an evaluation: what the model answered to the first held-out rows
     samples/        their pictures, small, named by their content
     faults.jsonl    resumes, interruptions, errors, damaged checkpoints and whatever else is told to note_fault()
-    report.html     made of all these and of bad_rows.jsonl (hfcustom/run_page.py)
+    report.html     made of all these and of bad_rows.jsonl (hfcustom/runs/page.py)
 A resumed run drops what was written after its checkpoint, so that its page is that of a run that was never interrupted, but for
 its faults and its speed.
 """
@@ -109,7 +109,7 @@ class RunFiles:
 
 def refresh_page(folder: Path) -> None:
     """Make the page of a run again; a warning says so where it cannot be written."""
-    from hfcustom.run_page import write_run_page
+    from hfcustom.runs.page import write_run_page
 
     try:
         write_run_page(folder)
@@ -120,7 +120,7 @@ def refresh_page(folder: Path) -> None:
 def note_fault(output_dir: str | Path, kind: str, *, step: int, **facts: Any) -> None:
     """Note something that went wrong in a run, or was put right, for its page; every rank may call this, the first one writes.
 
-    A `kind` that has a sentence of its own in hfcustom/run_page.py is told by it, any other by `text` and the rest of `facts`,
+    A `kind` that has a sentence of its own in hfcustom/runs/page.py is told by it, any other by `text` and the rest of `facts`,
     which have to be what JSON holds.
     """
     from hfcustom.train import process_state

@@ -14,7 +14,7 @@ from PIL import Image
 
 from hfcustom.parts import PartRow
 from hfcustom.report import Report, picture_source
-from hfcustom.run_files import FAULTS, read_lines, read_object, step_of
+from hfcustom.runs.files import FAULTS, read_lines, read_object, step_of
 
 MOST_ANSWERS = 12  # of one row: beyond, the first and the newest
 MOST_BAD_ROWS = 20

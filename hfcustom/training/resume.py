@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hfcustom.distributed.sharding import whole
 from hfcustom.exits import CheckpointError, ConfigError
-from hfcustom.sharding import whole
 from hfcustom.train_config import TrainConfig
 
 FORMAT = 1  # of a checkpoint; a later one may be unreadable for this version

@@ -1,0 +1,1 @@
+"""Several processes: how long one waits for another, shards of a model (FSDP2, ZeRO), and work that ranks share."""
