@@ -32,6 +32,9 @@ class Reduction:
     def share_buffers(self) -> None:
         """Do now what DDP would do in the step's first forward."""
         if self.ddp is not None:
+            self.ddp.require_forward_param_sync = (
+                True  # also where an attempt before has failed before its first forward
+            )
             if self.ddp.will_sync_module_buffers():
                 self.ddp._sync_buffers()
             self.ddp.require_forward_param_sync = False
@@ -59,7 +62,6 @@ class Reduction:
         """Take this rank's part in what other ranks still wait for."""
         if self.ddp is None:
             return
-        self.ddp.require_forward_param_sync = True
         if not self.versions:  # no backward has begun: one parameter stands for all, which count as unused
             missing = [min(self._parameters(), key=lambda parameter: parameter.numel())]
             self.ddp.reducer.prepare_for_backward([missing[0].sum() * 0])

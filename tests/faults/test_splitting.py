@@ -16,11 +16,12 @@ from conftest import Family
 from distributed_run import as_pair
 from encoder_cases import encoders
 from full_memory import Room, Where, room_for
+from torch.nn.parallel import DistributedDataParallel
 from training import add_dropout, curve, relative_distance, train, uneven_rows, weights
 
 import hfcustom
 from hfcustom.data.steps import TooManyBadRows
-from hfcustom.distributed.reduction import meets_at_the_end
+from hfcustom.distributed.reduction import Reduction, meets_at_the_end
 from hfcustom.exits import EXIT_CONFIG
 from hfcustom.runs.files import read_lines
 from hfcustom.training.memory import NoMemoryError, out_of_memory
@@ -150,6 +151,22 @@ def test_what_is_as_large_is_cut_beforehand_from_then_on(internvl: Family, tmp_p
     with room_for(LONG) as room:
         train(internvl.model(), internvl, tmp_path, max_steps=4)
     assert room.failures == 1 and len(room.sizes) == 1 + 4 * 2
+
+
+def test_each_attempt_at_a_step_shares_buffers_once(tmp_path: Path) -> None:
+    """Also where the attempt before has failed before its first forward, in the first look at a step."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ddp: Any = DistributedDataParallel(torch.nn.BatchNorm1d(2))
+        shared: list[int] = []
+        ddp._sync_buffers = lambda: shared.append(1)
+        for attempt in (1, 2):
+            Reduction(ddp).share_buffers()
+            assert len(shared) == attempt
+        ddp(torch.ones(3, 2))
+        assert len(shared) == 2
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # ---- what is said ---------------------------------------------------------------------------------------------------
