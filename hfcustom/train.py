@@ -137,7 +137,7 @@ def _run(
         use_caches(core, feed.caches, accelerator),
         watching_work(model, config, accelerator) as work,
         TrainLog(config, accelerator, weighted, start, max_steps, state.history, feed.source_names, core, work) as log,
-        splitter.noting(log, run),
+        splitter.noting(log, run, trial.halved),
     ):
         log.restore_window(state.pending)
         while step < max_steps and not stopped:

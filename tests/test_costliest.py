@@ -19,6 +19,7 @@ from hfcustom.data.packing import Packer
 from hfcustom.data.sources import as_examples
 from hfcustom.data.steps import Attempts
 from hfcustom.data.turns import RowError
+from hfcustom.runs.files import read_lines
 from hfcustom.train_config import TrainConfig
 from hfcustom.training.costliest import NoMemoryError, batch_size, costliest_batches
 
@@ -130,6 +131,11 @@ def test_micro_batches_are_halved_until_they_fit(
     assert max(sizes[2:]) <= 300
     said = capsys.readouterr().out
     assert said.count("auto_micro_batch: ") == 2
+    noted = [line for line in read_lines(tmp_path / "halved" / "faults.jsonl") if line["kind"] == "halved"]
+    assert len(noted) == 2 and all(f"going on with {line['size']}." in said for line in noted)
+    assert f"did not fit into memory; since step 0 with {noted[0]['size']}." in (
+        tmp_path / "halved" / "report.html"
+    ).read_text().replace("\n", " ")
     assert "costliest batch tried: " in said
 
 

@@ -5,7 +5,7 @@ output_dir/
     run.json        model, parts, options, steps, seconds
     samples.jsonl   one line an evaluation: what the model answered to the first held-out rows
     samples/        their pictures, small, named by their content
-    faults.jsonl    resumes, interruptions, errors, damaged checkpoints and whatever else is told to note_fault()
+    faults.jsonl    resumes, interruptions, errors, damaged checkpoints, what memory ran out for, and whatever else is told to note_fault()
     report.html     made of all these and of bad_rows.jsonl (hfcustom/runs/page.py)
 A resumed run drops what was written after its checkpoint, so that its page is that of a run that was never interrupted, but for
 its faults and its speed.

@@ -203,6 +203,9 @@ def _rewound(entry: Mapping[str, Any]) -> str:
 
 SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "damaged": lambda entry: f"{entry.get('checkpoint')} was found damaged and set aside.",
+    "halved": lambda entry: (
+        f"{entry.get('batch')} did not fit into memory; since step {step_of(entry)} with {entry.get('size')}."
+    ),
     "interrupted": lambda entry: f"Stopped by a signal after step {step_of(entry)}, which was saved.",
     "memory": _memory,
     "resumed": _resumed,

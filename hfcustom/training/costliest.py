@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,7 @@ class Trial:
     collate: Any
     accelerator: Accelerator
     config: TrainConfig
+    halved: list[tuple[str, str]] = field(default_factory=list)  # what did not fit, and what the run goes on with
 
     def wanted(self) -> bool:
         """Whether the run asks for one; by default where memory is a GPU's, of rows that can be looked up."""
@@ -152,9 +153,8 @@ class Trial:
                 raise NoMemoryError(self._message(batch))
             cut, packer = smaller
             size = f"{cut[0]} x {cut[1]} rows" if packer is None else f"packs of {packer.tokens:,} tokens"
-            self.accelerator.print(
-                f"auto_micro_batch: {describe_batch(batch)} do not fit; going on with {size} a step and process."
-            )
+            self.halved.append((describe_batch(batch), f"{size} a step and process"))
+            self.accelerator.print("auto_micro_batch: {} do not fit; going on with {}.".format(*self.halved[-1]))
 
     def _rows(self) -> Attempts:
         assert isinstance(self.feed.rows, Examples)

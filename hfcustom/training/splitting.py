@@ -170,9 +170,14 @@ class Splitter:
             self.bad_rows.add([Finding(one.row, f"{one.row}: {reason} ({one.batch}).", "memory") for one in out])
 
     @contextmanager
-    def noting(self, log: TrainLog, record: dict[str, Any]) -> Iterator[None]:
-        """Note what is cut in the run's files and in its record, both of them the main process's; say at the end how often."""
+    def noting(self, log: TrainLog, record: dict[str, Any], halved: Sequence[tuple[str, str]] = ()) -> Iterator[None]:
+        """Note what is cut in the run's files and in its record, both of them the main process's; say at the end how often.
+
+        `halved` are what a trial of the costliest batch has found not to fit, and what the run goes on with.
+        """
         self.files, self.work, self.record = log.files, log.work, record
+        for batch, size in halved:
+            log.fault("halved", step=log.start, batch=batch, size=size)
         yield
         if self.cuts > 1:
             self.accelerator.print(f"Memory ran out {self.cuts} times; the micro-batch was cut in two each time.")
