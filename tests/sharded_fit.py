@@ -11,8 +11,9 @@ import shutil
 import signal
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import distributed_run
 import torch
@@ -84,6 +85,32 @@ def with_lora(seed: int = 0) -> nn.Module:
 def on_bf16(seed: int = 0) -> nn.Module:
     """LoRA on a base held in 16 bits, which must stay so."""
     return hfcustom.lora(in_full(seed).to(torch.bfloat16), "language", rank=2)
+
+
+def on_quantised(folder: Path, bits: Literal["8bit", "4bit"]) -> nn.Module:
+    """LoRA on a base whose matrices bitsandbytes has packed."""
+    state = train.process_state()
+    if state.is_main_process:
+        in_full().save_pretrained(folder)
+    state.wait_for_everyone()
+    plan = hfcustom.quantization_config(folder, bits)
+    return hfcustom.lora(TIED.model_class.from_pretrained(folder, quantization_config=plan), "language", rank=2)
+
+
+def by_adamw(name: str) -> Case:
+    """Return a case of tests/distributed_run.py with the optimizer that DeepSpeed shares out."""
+    return replace(distributed_run.CASES[name], sgd=False)
+
+
+def with_caches(folder: Path) -> dict[str, Any]:
+    """Return the options that keep images and the features of a frozen tower."""
+    return {"cache_images": str(folder / "images"), "cache_features": str(folder / "features")}
+
+
+def of_frozen_tower(seed: int = 0) -> nn.Module:
+    model = in_full(seed)
+    hfcustom.train_only(model, ["language"])
+    return model
 
 
 def contrastive(seed: int = 0) -> nn.Module:

@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
+import distributed_run
 import pytest
 import sharded_fit
 import torch
@@ -28,6 +30,7 @@ from hfcustom.train import make_accelerator
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install deepspeed"
 )
+BITS: tuple[Literal["8bit", "4bit"], ...] = ("8bit", "4bit")
 Results = tuple[Path, list[dict[str, Any]], dict[str, Any]]
 
 
@@ -45,6 +48,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         ),
     }
     alone["lora bf16"] = sharded_fit.run(sharded_fit.on_bf16, folder / "one lora bf16", max_steps=2, eval_steps=None)
+    for bits in BITS:
+        build = partial(sharded_fit.on_quantised, folder / f"base {bits} one", bits)
+        alone[bits] = sharded_fit.run(build, folder / f"one {bits}", max_steps=2, eval_steps=None)
+    alone["caches"] = sharded_fit.run(sharded_fit.of_frozen_tower, folder / "one caches", eval_steps=None)
+    for name in sharded_fit.CASES:
+        alone[name] = distributed_run.run(sharded_fit.by_adamw(name), folder / "one case" / name)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master-port", free_port()]
     command += [ROOT / "tests/zero_run.py", folder]
     own = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -73,6 +82,16 @@ def test_zero_trains_as_one_process(results: Results) -> None:
     )
     for case in ("bf16", "lora bf16"):
         assert curve(ranks[0][case], "loss") == pytest.approx(curve(alone[case], "loss"), rel=2e-3)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("case", [*sharded_fit.CASES, *BITS, "caches"])
+def test_what_fit_can_do_it_does_under_zero(results: Results, case: str) -> None:
+    """Packing, preferences, bad rows, packed weights, cached features; the average of the weights is in all runs above."""
+    _, ranks, alone = results
+    expected = curve(alone[case], "loss", "grad_norm")
+    assert len(expected) >= 4
+    assert curve(ranks[0][case], "loss", "grad_norm") == pytest.approx(expected, rel=1e-5)
 
 
 @needs_deepspeed

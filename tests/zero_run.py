@@ -10,23 +10,38 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
+import distributed_run
 import torch
 from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from conftest import RECIPES
-from sharded_fit import contrastive, from_step_two, in_full, on_bf16, run, with_lora
+from sharded_fit import (
+    CASES,
+    by_adamw,
+    contrastive,
+    from_step_two,
+    in_full,
+    of_frozen_tower,
+    on_bf16,
+    on_quantised,
+    run,
+    with_caches,
+    with_lora,
+)
 
 from hfcustom import train
 from hfcustom.exits import ConfigError
 from hfcustom.losses import NonFiniteError
 
+BITS: tuple[Literal["8bit", "4bit"], ...] = ("8bit", "4bit")
 SILENT: dict[str, Any] = {"eval_steps": None}
 
 
@@ -83,6 +98,13 @@ def main(folder: Path) -> None:
     }
     found["lora resumed"] = run(with_lora, from_step_two(folder / "lora", folder / "lora2"), resume=True, **SILENT)
     found["lora bf16"] = run(on_bf16, folder / "lora bf16", max_steps=2, **SILENT)
+    for bits in BITS:
+        build = partial(on_quantised, folder / f"base {bits}", bits)
+        found[bits] = run(build, folder / bits, max_steps=2, **SILENT)
+    found["caches"] = run(of_frozen_tower, folder / "caches", **with_caches(folder / "cached"), **SILENT)
+    for name in CASES:
+        ended = distributed_run.run(by_adamw(name), folder / "cases" / name)
+        found[name] = {"history": ended["history"]}
     os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = "1"
     found["stage 1"] = run(in_full, folder / "stage 1")
     torch.save(found, folder / f"fit-{rank}.pt")
