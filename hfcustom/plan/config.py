@@ -47,7 +47,9 @@ class PlanFields:
     image_size: Annotated[str, "width x height of their images in pixels"] = "448x448"
     scan_rows: Annotated[int, "rows of data that are read for the longest, evenly spread; 0 for all"] = 256
     gpus: Annotated[int, "GPUs that share batch_size"] = 1
-    shard: Annotated[Literal["none", "fsdp", "zero2", "zero3"], "what the GPUs share besides"] = "none"
+    shard: Annotated[
+        Literal["none", "fsdp", "zero2", "zero3"], "what the GPUs share besides; fit() does fsdp in place of zero3"
+    ] = "none"
     memory: Annotated[float | None, "GiB of a GPU"] = None
     gpu: Annotated[str, f"a GPU by name: {', '.join(GPUS)}"] = ""
     advice: Annotated[
