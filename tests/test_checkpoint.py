@@ -24,7 +24,7 @@ from hfcustom import commit, randomness
 from hfcustom.data.feed import Feed
 from hfcustom.exits import SaveError
 from hfcustom.train_config import TrainConfig
-from hfcustom.training import checkpoint
+from hfcustom.training import checkpoint, optimizer_state
 
 PERCEIVER = {"name": "perceiver_resampler", "num_queries": 4, "num_heads": 4}
 
@@ -273,7 +273,8 @@ def test_the_newest_is_found_by_number_not_by_spelling(tmp_path: Path) -> None:
 def test_a_failure_while_saving_leaves_the_checkpoint_before(
     internvl: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    home = commit if failing == "write_manifest" else checkpoint
+    homes: dict[str, Any] = {"save_file": optimizer_state, "write_json": checkpoint, "write_manifest": commit}
+    home = homes[failing]
     working = getattr(home, failing)
 
     def full_disk(*args: Any, **kwargs: Any) -> None:
@@ -393,8 +394,8 @@ def test_an_optimizer_comes_back(tmp_path: Path, make: Callable[[list[nn.Paramet
     for _ in range(2):
         step(first, optimizers[0])
     second.load_state_dict(first.state_dict())
-    checkpoint.save_optimizer(optimizers[0], tmp_path)
-    checkpoint.load_optimizer(optimizers[1], tmp_path)
+    optimizer_state.save_optimizer(optimizers[0], tmp_path)
+    optimizer_state.load_optimizer(optimizers[1], tmp_path)
     for _ in range(2):
         step(first, optimizers[0])
         step(second, optimizers[1])

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from hfcustom import randomness
-from hfcustom.training import checkpoint
+from hfcustom.training import optimizer_state
 
 CHANGES = ("rename", "unlink", "rmdir", "mkdir", "link", "fsync")
 WRITES = ("mkdir", "link", "open", "save_file")
@@ -85,7 +85,7 @@ class Faulty:
         patch.setattr(os, "open", os_open)
         patch.setattr(io, "open", any_open)
         patch.setattr("builtins.open", any_open)
-        for module in (checkpoint, randomness):
+        for module in (optimizer_state, randomness):
             self._wrap_save_file(module, patch)
 
     def _wrap_save_file(self, module: Any, patch: pytest.MonkeyPatch) -> None:
