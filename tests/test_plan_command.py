@@ -120,6 +120,18 @@ def test_stages_are_planned_one_by_one(folder: Path, capsys: pytest.CaptureFixtu
     assert trained == {"align": {"connector"}, "instruct": {"vision", "connector", "language", "head"}}
 
 
+def test_stages_may_each_name_the_data_that_they_train_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = folder / "staged.json"
+    rows = {"data": str(folder / "rows.jsonl")}
+    stages = [{"name": "align", **rows, "train": ["connector"]}, {"name": "instruct", **rows}]
+    config.write_text(json.dumps({"model": str(folder / "stock"), "batch_size": 2, "stages": stages}))
+    code, found = plan(capsys, "--config", str(config))
+    assert code == 0 and list(found) == ["align", "instruct"]
+    del stages[1]["data"]
+    config.write_text(json.dumps({"model": str(folder / "stock"), "batch_size": 2, "stages": stages}))
+    assert "stage 'instruct': data is missing: --data rows.jsonl" in refused(capsys, "--config", str(config))
+
+
 def test_a_teacher_and_modules_of_ones_own_are_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "mine_to_plan.py").write_text(MINE)
     teacher = ["--teacher", str(folder / "stock"), "--loss", '{"cross_entropy": 1, "kl_distillation": 1}']

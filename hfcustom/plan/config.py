@@ -61,6 +61,7 @@ class PlanFields:
     def plan_problems(self) -> list[str]:
         """Return what is wrong with the plan's own options, in words."""
         given: Any = self
+        in_stages = bool(vars(given).get("stages"))  # each of which is asked for its data
         rules = [
             (self.tokens is None or self.tokens > 0, f"tokens={self.tokens} must be positive"),
             (self.crops >= 0, f"crops={self.crops} must not be negative"),
@@ -74,7 +75,10 @@ class PlanFields:
             (self.memory is None or self.memory > 0, f"memory={self.memory} must be positive"),
             (self.memory is None or not self.gpu, "memory and gpu exclude each other"),
             (not self.gpu or self.gpu.lower() in GPUS, unknown("gpu", self.gpu, GPUS)),
-            (given.data != PLANNED or self.tokens is not None, "data is missing: --data rows.jsonl, or --tokens 2048"),
+            (
+                in_stages or given.data != PLANNED or self.tokens is not None,
+                "data is missing: --data rows.jsonl, or --tokens 2048",
+            ),
             (
                 given.data == PLANNED or self.tokens is None,
                 f"data={given.data!r} and tokens={self.tokens} exclude each other",
