@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from hfcustom.losses import IGNORE, LOSSES, WeightedLoss, count_all_tokens
 from hfcustom.losses.chunked import product_dtype
 from hfcustom.losses.kernels import DESCRIPTIONS, choose_kernel
 from hfcustom.parts import expert_matrices, part_table, unwrap
-from hfcustom.runs.files import RunFiles
+from hfcustom.runs.files import MetricsFile, RunFiles
 from hfcustom.runs.trackers import Trackers
 from hfcustom.train_config import TrainConfig
 from hfcustom.training.optimizers import rate_and_decay
@@ -79,13 +78,12 @@ class TrainLog:
     def __enter__(self) -> TrainLog:
         self.trackers.begin()
         if self.accelerator.is_main_process:
-            path = Path(self.config.output_dir) / "metrics.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(self.config.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
             if self.model is not None:
                 self.files = RunFiles(self.config, self.start, self.max_steps)
                 self.files.begin(self.model, self.names)
-            path.write_text("".join(json.dumps(entry) + "\n" for entry in self.history))
-            self.file = path.open("a")
+            self.file = MetricsFile(folder, self.history)
         self.bar.start()
         self.task = self.bar.add_task("training", total=self.max_steps, completed=self.start)
         return self
@@ -94,8 +92,6 @@ class TrainLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.stop()
-        if self.accelerator.is_main_process:
-            self.file.close()
         if self.files is not None:
             self.files.end(self.last_step, error)
         self.trackers.end()
@@ -131,16 +127,14 @@ class TrainLog:
 
     def metrics(self, step: int, values: Mapping[str, float], progress: bool = False) -> None:
         """Record named numbers of a step; `progress` keeps them in the bar where there is one."""
-        entry = {"step": step, **values}
-        self.history.append(entry)
+        self.history.append({"step": step, **values})
         if not progress:  # an evaluation, whose time is none of training
             self.window_began += time.perf_counter() - self.stepped
             self.stepped = time.perf_counter()
         self.trackers.log(values, step)
         if not self.accelerator.is_main_process:
             return
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
+        self.file.add_last(self.history)
         shown = {
             name: value for name, value in values.items() if not name.startswith("grad_norm_")
         }  # by part: in the file
@@ -185,9 +179,7 @@ class TrainLog:
         self.restore_window(pending)
         self.bar.update(self.task, completed=step)
         if self.accelerator.is_main_process:
-            self.file.truncate(0)
-            self.file.write("".join(json.dumps(entry) + "\n" for entry in self.history))
-            self.file.flush()
+            self.file.rewrite(self.history)
         if self.files is not None:
             self.files.drop_samples(step)
 

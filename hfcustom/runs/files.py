@@ -107,6 +107,34 @@ class RunFiles:
         _write(self.folder / "run.json", json.dumps({**self.facts, "seconds": seconds}, indent=1) + "\n")
 
 
+class MetricsFile:
+    """metrics.jsonl; lines that a full disk refuses are written with a later one, and stand in checkpoints too."""
+
+    def __init__(self, folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.rewrite(history)
+
+    def rewrite(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Have the file hold these lines and no others."""
+        self.behind = True
+        self.add_last(history)
+
+    def add_last(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Add the newest of all lines, and those that could not be written before."""
+        behind, self.behind = self.behind, True
+        try:
+            if behind:
+                write_text(self.path, _as_lines(history))
+            else:
+                with self.path.open("a") as file:
+                    file.write(_as_lines(history[-1:]))
+            self.behind = False
+        except OSError as error:
+            logger.warning_once(
+                f"{self.path}: {error.strerror}; the run goes on, and what is missing there is written with a later line."
+            )
+
+
 def refresh_page(folder: Path) -> None:
     """Make the page of a run again; a warning says so where it cannot be written."""
     from hfcustom.runs.page import write_run_page
@@ -236,9 +264,13 @@ def _last_step(path: Path) -> int:
 
 
 def _write_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    text = "".join(json.dumps(entry) + "\n" for entry in entries)
+    text = _as_lines(entries)
     if text or path.exists():
         _write(path, text)
+
+
+def _as_lines(entries: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
 def _write(path: Path, text: str) -> None:

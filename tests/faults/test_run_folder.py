@@ -15,6 +15,7 @@ import pytest
 import tiny_run
 from accelerate import Accelerator
 from conftest import Family
+from disk import no_space
 from kills import LOG, start, wait
 from tiny_run import Run, end_of
 from training import curve, short_config, train
@@ -140,6 +141,26 @@ def test_a_folder_that_vanishes_is_made_again_with_the_next_checkpoint(internvl:
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000003"]
     again = train(internvl.model(), internvl, folder, resume=True)
     assert curve(again) == curve(result)
+
+
+def test_log_lines_that_a_full_disk_refuses_are_written_later_and_end_no_run(
+    internvl: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, refused = tmp_path / "run", []
+    metrics, opened = folder / "metrics.jsonl", Path.open
+
+    def full(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if path == metrics and mode == "a" and not refused:
+            refused.append(path)
+            raise no_space()
+        return opened(path, mode, *rest, **more)
+
+    monkeypatch.setattr(Path, "open", full)
+    result = train(internvl.model(), internvl, folder, log_steps=1, evaluate=lambda *_: {"score": 1.0}, eval_steps=1)
+    assert refused
+    assert [json.loads(line) for line in metrics.read_text().splitlines()] == result.history
+    assert len(result.history) == 6
+    assert f"{folder / 'metrics.jsonl'}: No space left on device" in caplog.text
 
 
 def test_a_run_that_has_moved_resumes_where_it_is(tmp_path: Path) -> None:
