@@ -26,6 +26,7 @@ from transformers.utils import cached_file
 
 from hfcustom import sentinel
 from hfcustom.custom_model import CustomModel
+from hfcustom.exits import ConfigError
 from hfcustom.parts import (
     PartMap,
     check_parts,
@@ -76,7 +77,7 @@ def lora(
     part_map = find_parts(model)
     parts, full = _adapted_and_full(model, part_map, parts, train)
     if experts and dora:
-        raise ValueError("dora=True and experts=True exclude each other in peft; choose one.")
+        raise ConfigError("dora=True and experts=True exclude each other in peft; choose one.")
     ranks = _by_part("rank", rank, parts)
     alphas = {part: 2 * ranks[part] for part in parts} if alpha is None else _by_part("alpha", alpha, parts)
     targets = _linear_names(model, part_map, parts)
@@ -108,13 +109,13 @@ def _adapted_and_full(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return which parts get LoRA and which are trained in full beside them; ValueError where that cannot be."""
     if wrapped_by_peft(model):
-        raise ValueError("This model has an adapter already; merge it (merge_adapter), or train that one further.")
+        raise ConfigError("This model has an adapter already; merge it (merge_adapter), or train that one further.")
     parts = check_parts(parts, part_map.present())
     if not parts:
-        raise ValueError(f"lora() names no part; this model has {', '.join(part_map.present())}.")
+        raise ConfigError(f"lora() names no part; this model has {', '.join(part_map.present())}.")
     full = (*check_parts(train, part_map.present()), *(["new"] if "new" in part_map.present() else []))
     if both := set(parts) & set(full):
-        raise ValueError(
+        raise ConfigError(
             f"{', '.join(sorted(both))} cannot have LoRA and be trained in full at once; name it in one place."
         )
     return parts, full
@@ -124,13 +125,13 @@ def _by_part(name: str, given: int | Mapping[str, int], parts: tuple[str, ...]) 
     """Return one number for each part that gets LoRA; ValueError for others than those, and for what is no positive number."""
     numbers: dict[str, int] = dict(given) if isinstance(given, Mapping) else dict.fromkeys(parts, given)
     if numbers.keys() != set(parts):
-        raise ValueError(
+        raise ConfigError(
             f"lora() {name}={given!r} names {', '.join(numbers) or 'no part'}, but {', '.join(parts)} get LoRA; name a number "
             "for each of those."
         )
     for part, number in numbers.items():
         if type(number) is not int or number < 1:
-            raise ValueError(f"lora() {name}={number!r} of {part} must be a positive whole number.")
+            raise ConfigError(f"lora() {name}={number!r} of {part} must be a positive whole number.")
     return {part: numbers[part] for part in parts}
 
 
@@ -167,7 +168,7 @@ def _linear_names(model: nn.Module, part_map: PartMap, parts: Iterable[str]) -> 
         ]
         if not found:
             paths = ", ".join(part_map.paths[part])
-            raise ValueError(
+            raise ConfigError(
                 f"The part {part!r} ({paths}) has no Linear module for LoRA to adapt; choose another part."
             )
         names += found
@@ -177,7 +178,7 @@ def _linear_names(model: nn.Module, part_map: PartMap, parts: Iterable[str]) -> 
 def _expert_names(model: nn.Module, part_map: PartMap, parts: tuple[str, ...]) -> list[str]:
     names = [name for name, _ in expert_matrices(model) if part_map.find(name) in parts]
     if not names:
-        raise ValueError(
+        raise ConfigError(
             f"experts=True, but {', '.join(parts)} of this {type(model).__name__} holds no experts as stacked matrices; "
             "leave it out: LoRA is on every Linear already."
         )
@@ -201,7 +202,7 @@ def _modules_to_save(model: nn.Module, part_map: PartMap, parts: Iterable[str]) 
     for path in (path for path in paths if path not in modules):
         what = f"{path!r} is a bare Parameter, which peft cannot save with an adapter"
         if part_map.find(path) == "new":
-            raise ValueError(f"{what}; wrap it in a small nn.Module, or train without LoRA.")
+            raise ConfigError(f"{what}; wrap it in a small nn.Module, or train without LoRA.")
         logging.getLogger("hfcustom").warning(
             f"{what}: it stays as it is in the base while the rest of its part is trained. To train it too, train without an "
             "adapter: freeze() the other parts."

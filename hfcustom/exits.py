@@ -42,6 +42,10 @@ class ConfigError(RunError, ValueError):
     exit_code = EXIT_CONFIG
 
 
+class MissingError(ConfigError, FileNotFoundError):
+    """A file or folder that an option names and that is not there."""
+
+
 class CheckpointError(RunError, RuntimeError):
     """A checkpoint that does not fit the run."""
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from torch import nn
 
+from hfcustom.exits import ConfigError
 from hfcustom.parts import check_parts, find_parts, is_inside, unwrap, without_wrappers
 
 
@@ -35,9 +36,9 @@ def freeze(
     part_map = find_parts(model)
     frozen = check_parts(parts, part_map.present())
     if not frozen:
-        raise ValueError(f"freeze() names no part; this model has {', '.join(part_map.present())}.")
+        raise ConfigError(f"freeze() names no part; this model has {', '.join(part_map.present())}.")
     if keep not in (None, "attention"):
-        raise ValueError(f"freeze() keep={keep!r}; choose 'attention', or leave it out to freeze all of a part.")
+        raise ConfigError(f"freeze() keep={keep!r}; choose 'attention', or leave it out to freeze all of a part.")
     attention = {part: attention_layers(model, part) for part in frozen if keep}
     last = {part: last_layers(model, part, keep_last) for part in frozen if keep_last is not None}
     for name, parameter in model.named_parameters():
@@ -52,7 +53,7 @@ def freeze(
         if not kept:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"Freezing {', '.join(frozen)} leaves nothing to train in {type(unwrap(model)).__name__}.")
+        raise ConfigError(f"Freezing {', '.join(frozen)} leaves nothing to train in {type(unwrap(model)).__name__}.")
 
 
 def attention_layers(model: nn.Module, part: str) -> list[str]:
@@ -65,7 +66,7 @@ def attention_layers(model: nn.Module, part: str) -> list[str]:
     ]
     if not found:
         paths = ", ".join(part_map.paths[part])
-        raise ValueError(
+        raise ConfigError(
             f"The part {part!r} ({paths}) has no attention layer to keep; freeze it whole, or not at all."
         )
     return found
@@ -76,7 +77,7 @@ def train_only(model: nn.Module, parts: str | Iterable[str]) -> None:
     present = find_parts(model).present()
     chosen = check_parts(parts, present)
     if not chosen:
-        raise ValueError(f"train_only() names no part; this model has {', '.join(present)}.")
+        raise ConfigError(f"train_only() names no part; this model has {', '.join(present)}.")
     if rest := [part for part in present if part not in chosen]:
         freeze(model, rest)
 
@@ -86,11 +87,11 @@ def last_layers(model: nn.Module, part: str, count: int) -> list[str]:
     part_map = find_parts(model)
     kept = []
     if type(count) is not int:
-        raise ValueError(f"keep_last={count!r}; it takes a whole number of layers.")
+        raise ConfigError(f"keep_last={count!r}; it takes a whole number of layers.")
     for home, path in _stacks(model, part):
         number = len(model.get_submodule(path))  # type: ignore[arg-type]
         if not 0 < count < number:
-            raise ValueError(
+            raise ConfigError(
                 f"keep_last={count}: the part {part!r} has {number} layers ({path}); choose 1 to {number - 1}, freeze it "
                 "whole, or not at all."
             )
@@ -118,5 +119,5 @@ def _stacks(model: nn.Module, part: str) -> list[tuple[str, str]]:
             found[home] = max(found.get(home, (0, "")), (len(module), name))
     if not found:
         paths = ", ".join(part_map.paths[part])
-        raise ValueError(f"The part {part!r} ({paths}) has no stack of layers to keep the last of.")
+        raise ConfigError(f"The part {part!r} ({paths}) has no stack of layers to keep the last of.")
     return [(home, path) for home, (_, path) in found.items()]

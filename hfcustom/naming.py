@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hfcustom.exits import ConfigError, MissingError
+
 PARTS = ("vision", "connector", "language", "head", "new", "other")  # of a model; hfcustom/parts.py finds them
 
 
@@ -44,10 +46,10 @@ def load_object(spec: str, kind: str = "object") -> Any:
     """
     path, separator, name = spec.rpartition(":")
     if not separator or not path.endswith(".py") or not name.isidentifier():
-        raise ValueError(f"{kind} {spec!r} is not of the form path/to/file.py:Name.")
+        raise ConfigError(f"{kind} {spec!r} is not of the form path/to/file.py:Name.")
     file = Path(path).resolve()
     if not file.is_file():
-        raise FileNotFoundError(f"{kind} {spec!r}: there is no file {file}.")
+        raise MissingError(f"{kind} {spec!r}: there is no file {file}.")
     module = import_file(file)
     if not hasattr(module, name):
         public = [key for key in vars(module) if not key.startswith("_")]

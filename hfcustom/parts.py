@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfcustom.distributed.zero import is_engine
+from hfcustom.exits import ConfigError
 from hfcustom.naming import PARTS
 
 
@@ -61,7 +62,7 @@ def check_parts(parts: Iterable[str], allowed: Iterable[str] = PARTS) -> tuple[s
         if part not in allowed:
             near = difflib.get_close_matches(part, allowed, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"Unknown part {part!r}; this model has {', '.join(allowed)}.{hint}")
+            raise ConfigError(f"Unknown part {part!r}; this model has {', '.join(allowed)}.{hint}")
     return parts
 
 

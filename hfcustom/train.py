@@ -232,7 +232,7 @@ def _checked(model: nn.Module, config: TrainConfig, evaluate: Evaluate | None) -
         raise TypeError(f"fit() trains custom models; load the {type(core).__name__} with its family's custom class.")
     check_registered(core)
     if (evaluate is None) != (config.eval_steps is None):
-        raise ValueError(f"eval_steps={config.eval_steps} and evaluate={evaluate} have an effect only together.")
+        raise ConfigError(f"eval_steps={config.eval_steps} and evaluate={evaluate} have an effect only together.")
     check_caches(model, config)
     check_weights(core)
     chosen = copy.copy(config)  # replace() would forget where its options came from
@@ -246,11 +246,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     process_state()
     for name in config.trackers:
         if name not in LoggerType.list():
-            raise ValueError(unknown("tracker", name, LoggerType.list()))
+            raise ConfigError(unknown("tracker", name, LoggerType.list()))
     known = set(LoggerType.list()) - {LoggerType.ALL.value, *map(str, get_available_trackers())}
     if missing := known.intersection(config.trackers):  # Accelerate would go on without them
         names = " ".join(sorted(missing))
-        raise ValueError(f"trackers={config.trackers}: {names} not installed; pip install it, or leave it out.")
+        raise ConfigError(f"trackers={config.trackers}: {names} not installed; pip install it, or leave it out.")
     deepspeed = zero.plugin(config) if zero.is_asked_for() else None
     mixed_precision = "bf16" if config.precision == "bf16" and deepspeed is None else "no"
     before = AcceleratorState._shared_state.get("_mixed_precision", mixed_precision)
@@ -274,7 +274,7 @@ def choose_precision(model: nn.Module, config: TrainConfig) -> Literal["fp32", "
         return config.precision
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", "bf16"):
-        raise ValueError(f"accelerate was launched with mixed_precision={launched!r}; fit() trains in bf16 or fp32.")
+        raise ConfigError(f"accelerate was launched with mixed_precision={launched!r}; fit() trains in bf16 or fp32.")
     return "bf16" if launched == "bf16" or _low_precision(model) else "fp32"
 
 
@@ -289,7 +289,7 @@ def set_precision(model: nn.Module, config: TrainConfig) -> None:
     """
     low = _low_precision(model)
     if low and config.precision == "fp32":
-        raise ValueError(
+        raise ConfigError(
             f"{len(low)} parameters are 16-bit ({low[0]} first) but precision is fp32: train with precision='bf16', or "
             "load the model with dtype='float32'."
         )
@@ -313,7 +313,7 @@ def split_batch(config: TrainConfig, num_processes: int) -> tuple[int, int]:
     if rest or per_rank == 0 or per_rank % micro:
         given = config.micro_batch_size
         cut = "" if given is None else f" in micro-batches of {given}"
-        raise ValueError(
+        raise ConfigError(
             f"batch_size={config.batch_size} rows cannot be shared by {num_processes} processes{cut}; choose a multiple "
             f"of {num_processes * (given or 1)}."
         )

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from hfcustom.exits import exit_codes
-from hfcustom.options import ConfigError, parse, with_values
+from hfcustom.exits import ConfigError, exit_codes
+from hfcustom.options import parse, with_values
 from hfcustom.train_config import HubOptions, ImageOptions, TrainConfig
 
 FOR_ALL_STAGES = (
@@ -195,7 +195,7 @@ from hfcustom.train import process_state
 def load_model(config: FinetuneConfig) -> tuple[Any, Any]:
     """Return the model, quantised where asked, and its processor."""
     if (Path(config.model) / "adapter_config.json").is_file():
-        raise ValueError(
+        raise ConfigError(
             f"{config.model} is an adapter: train on the model it was merged into (--merge), or --resume it."
         )
     custom = config.custom and hfcustom.register(load_object(config.custom, "custom model"))
@@ -221,9 +221,9 @@ def load_model(config: FinetuneConfig) -> tuple[Any, Any]:
 def add_companions(model: Any, config: FinetuneConfig) -> None:
     """Give the model its frozen teacher and reference."""
     if config.teacher and not any("teacher" in item.loss.inputs for item in model.losses()):
-        raise ValueError(f"teacher={config.teacher} has no effect: none of {model.config.loss!r} distils.")
+        raise ConfigError(f"teacher={config.teacher} has no effect: none of {model.config.loss!r} distils.")
     if config.reference and not any(item.loss.is_term for item in model.losses()):
-        raise ValueError(
+        raise ConfigError(
             f"reference={config.reference} has no effect: none of {model.config.loss!r} compares with one."
         )
     for path, take in ((config.teacher, model.set_teacher), (config.reference, model.set_reference)):

@@ -256,6 +256,12 @@ MISTAKES = {
     "last layers": (["--last-layers", '{"language": 9}'], "keep_last=9: the part 'language' has 2 layers"),
     "vision lr": (["--freeze", "vision", "--vision-lr", "1e-5"], "vision_lr=1e-05 has no effect"),
     "epochs of a stream": (["--streaming", "--epochs", "2"], "epochs=2.0 has no effect beside max_steps="),
+    "nothing left": (["--freeze", "vision", "connector", "language", "head"], "leaves nothing to train"),
+    "no teacher": (["--teacher", "stock"], "teacher=stock has no effect"),
+    "data": (["--data", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
+    "held-out data": (["--eval-data", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
+    "exclude": (["--exclude", "nowhere.jsonl"], "exclude=nowhere.jsonl: there is no such file"),
+    "tracker": (["--trackers", "tensorbord"], "Unknown tracker 'tensorbord'. Did you mean 'tensorboard'"),
     "occupied": (["--batch-size", "3", "--micro-batch-size", "2"], "batch_size=3 rows cannot be shared"),
 }
 
@@ -264,7 +270,7 @@ MISTAKES = {
 def test_mistakes_in_values_are_named(mistake: str, internvl: Family, tmp_path: Path) -> None:
     arguments, message = MISTAKES[mistake]
     folder = stock_checkpoint(internvl, tmp_path)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(ConfigError, match=message):  # exit code 3, and no traceback
         finetune(folder, *arguments)
 
 

@@ -42,6 +42,7 @@ from hfcustom.connectors.query_cross_attention import QueryCrossAttention
 from hfcustom.connectors.temporal_dedup import TemporalDedup
 from hfcustom.connectors.token_pruning import TokenPruning
 from hfcustom.connectors.two_encoders import TwoEncoders
+from hfcustom.exits import ConfigError
 from hfcustom.naming import check_shape, snake_case, unknown
 from hfcustom.parts import is_trained_copy
 
@@ -82,21 +83,21 @@ def find_connector(spec: str | Mapping[str, Any]) -> tuple[type[nn.Module], dict
     """
     options = {"name": spec} if isinstance(spec, str) else spec
     if not isinstance(options, Mapping) or "name" not in options:
-        raise ValueError(
+        raise ConfigError(
             f"connector={spec!r}; give a name, or a mapping with one: {{'name': 'average_pool', 'size': 2}}."
         )
     options = dict(options)
     name = options.pop("name")
     if name not in CONNECTORS:
         cure = "Import the file that registers your own with @hfcustom.connector before loading."
-        raise ValueError(unknown("connector", name, CONNECTORS, cure))
+        raise ConfigError(unknown("connector", name, CONNECTORS, cure))
     known = dict(list(inspect.signature(CONNECTORS[name]).parameters.items())[1:])
     for option, value in options.items():
         if option not in known:
-            raise ValueError(unknown(f"option of connector {name!r}:", option, known))
+            raise ConfigError(unknown(f"option of connector {name!r}:", option, known))
         kinds = inspect.formatannotation(known[option].annotation).strip("'")
         if not _is_one_of(value, kinds.split(" | ")):
-            raise ValueError(f"connector {name!r}: {option}={value!r}; it takes {kinds}.")
+            raise ConfigError(f"connector {name!r}: {option}={value!r}; it takes {kinds}.")
     return CONNECTORS[name], options
 
 

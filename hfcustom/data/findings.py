@@ -16,6 +16,7 @@ from typing import Any, Literal
 from hfcustom.data.images import ImageError, notes_of
 from hfcustom.data.messages import Example
 from hfcustom.data.turns import RowError
+from hfcustom.exits import ConfigError, MissingError
 from hfcustom.naming import printable
 
 EXCLUDED = "excluded"  # code of a row that was left out beforehand
@@ -76,7 +77,7 @@ def read_excluded(path: str) -> dict[str, str]:
     Raises FileNotFoundError for a missing file and ValueError for a line of another form.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"exclude={path}: there is no such file; `hfcustom preflight` writes one.")
+        raise MissingError(f"exclude={path}: there is no such file; `hfcustom preflight` writes one.")
     excluded = {}
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -84,7 +85,7 @@ def read_excluded(path: str) -> dict[str, str]:
         except ValueError:
             found = None
         if not isinstance(found, Mapping) or not isinstance(found.get("row"), str):
-            raise ValueError(f'{path}, line {number}: {line[:80]!r} is no {{"row": ..., "reason": ...}}.')
+            raise ConfigError(f'{path}, line {number}: {line[:80]!r} is no {{"row": ..., "reason": ...}}.')
         if found.get("severity", "error") == "error" and found.get("set", "train") == "train":
             excluded[found["row"]] = str(found.get("reason", ""))
     return excluded
@@ -97,15 +98,15 @@ def find_excluded(path: str, names: Sequence[str]) -> dict[int, str]:
     for at, name in enumerate(names):
         places.setdefault(name, []).append(at)
     if strange := [row for row in excluded if row not in places]:
-        raise ValueError(
+        raise ConfigError(
             f"exclude={path}: {len(strange)} of its {len(excluded)} rows are none of the data ({', '.join(strange[:SHOWN])}), "
             f"whose first row is {names[0]}; was the list made of another file?"
         )
     if twice := [row for row in excluded if len(places[row]) > 1]:
-        raise ValueError(
+        raise ConfigError(
             f"exclude={path} names {twice[0]}, which {len(places[twice[0]])} rows of the data are called; give their files "
             "different names."
         )
     if len(excluded) == len(names):
-        raise ValueError(f"exclude={path} names all {len(names)} rows, so there is nothing to train on.")
+        raise ConfigError(f"exclude={path} names all {len(names)} rows, so there is nothing to train on.")
     return {places[row][0]: reason for row, reason in excluded.items()}

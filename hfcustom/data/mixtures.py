@@ -20,6 +20,7 @@ import numpy as np
 
 from hfcustom.data.order import permutation
 from hfcustom.data.sources import Examples
+from hfcustom.exits import ConfigError
 
 BLOCK = 10_000  # rows; the shares are exact to one in so many
 
@@ -27,16 +28,16 @@ BLOCK = 10_000  # rows; the shares are exact to one in so many
 def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
     """Return the weights of a mixture as given; ValueError for none, and for one that is not positive and finite."""
     if not weights:
-        raise ValueError("The mixture is empty; give at least one source: {'rows.jsonl': 1.0}.")
+        raise ConfigError("The mixture is empty; give at least one source: {'rows.jsonl': 1.0}.")
     for name, weight in weights.items():
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number or not 0 < weight < math.inf:
-            raise ValueError(
+            raise ConfigError(
                 f"The weight of {name} is {weight!r}; it must be a positive number. Leave the source out for 0."
             )
     for name, weight in weights.items():
         if weight * BLOCK < sum(weights.values()):
-            raise ValueError(
+            raise ConfigError(
                 f"The weight of {name} is {weight!r}, less than one row in {BLOCK}; leave the source out."
             )
     return dict(weights)

@@ -17,6 +17,7 @@ from hfcustom.data.image_folder import MetadataRows
 from hfcustom.data.jsonl import CsvRows, JsonlRows, JsonRows
 from hfcustom.data.parquet import ParquetRows, group_sizes
 from hfcustom.data.webdataset import TarRows
+from hfcustom.exits import ConfigError
 from hfcustom.naming import unknown
 
 IGNORED = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
@@ -88,7 +89,7 @@ def files_of_folder(folder: Path, split: str | None) -> list[RowFile] | None:
     kinds = {path.suffix for path in files} & set(KINDS)
     kinds -= {".json"} if len(kinds) > 1 else set()  # settings beside the rows
     if len(kinds) > 1:
-        raise ValueError(
+        raise ConfigError(
             f"{folder} holds rows in files of several kinds ({', '.join(sorted(kinds))}); give one file, or a folder of one kind."
         )
     chosen = [path for path in files if path.suffix in kinds]
@@ -106,9 +107,9 @@ def _metadata(folder: Path, split: str | None) -> list[RowFile]:
         found = [place / name for name in METADATA if (place / name).is_file()]
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
-            raise ValueError(f"{place} holds {names}; keep one.")
+            raise ConfigError(f"{place} holds {names}; keep one.")
         if found and place == folder and split not in (None, "train"):
-            raise ValueError(f"{folder} has its metadata beside the images, so there is no split {split!r}.")
+            raise ConfigError(f"{folder} has its metadata beside the images, so there is no split {split!r}.")
         if found:
             return [RowFile(found[0], folder, label_in(folder, found[0]))]
     return []
@@ -120,7 +121,7 @@ def _split_files(folder: Path, split: str | None) -> list[Path]:
     chosen = split or "train"
     patterns = get_data_patterns(str(folder))
     if chosen not in patterns:
-        raise ValueError(f"{folder}: {unknown('split', chosen, map(str, patterns))}")
+        raise ConfigError(f"{folder}: {unknown('split', chosen, map(str, patterns))}")
     found = DataFilesDict.from_patterns({chosen: patterns[chosen]}, base_path=str(folder))
     paths = [Path(name) for name in found[chosen]]
     return [path for path in paths if path.name not in IGNORED and path.is_file()]  # a pipe would never end
@@ -138,12 +139,12 @@ def card_patterns(folder: Path) -> list[str]:
     try:
         settings = YAML(typ="safe", pure=True).load("\n".join(lines[1 : lines.index("---", 1)]))
     except YAMLError as error:
-        raise ValueError(f"{card}: its head is no YAML: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{card}: its head is no YAML: {str(error).splitlines()[0]}") from error
     named = list(_strings(settings.get("configs"))) if isinstance(settings, dict) else []
     for name in named:
         path = PurePosixPath(name)
         if "://" in name or "::" in name or path.is_absolute() or ".." in path.parts:
-            raise ValueError(
+            raise ConfigError(
                 f"{card} names {name!r} as data, which is not below the folder; nothing else is opened. Move the file there."
             )
     return named

@@ -25,6 +25,7 @@ from hfcustom.data.row_files import KINDS, FileRows, RowFile, card_patterns, fil
 from hfcustom.data.turns import RowError
 from hfcustom.data.video_frames import VIDEO_DEFAULTS, VideoOptions
 from hfcustom.data.webdataset import IMAGES
+from hfcustom.exits import ConfigError, MissingError
 from hfcustom.naming import unknown
 
 logger = logging.get_logger("hfcustom")
@@ -86,7 +87,7 @@ class RowsWithColumns(Examples):
         self.bad = dict(bad or {})
         for name, values in self.columns.items():
             if len(values) != len(self.rows):
-                raise ValueError(
+                raise ConfigError(
                     f"The column {name!r} has {len(values)} values for {len(self.rows)} rows; give one a row."
                 )
 
@@ -145,7 +146,7 @@ def load_rows(
     place = Place(None if image_root is None else check_root(image_root), make_downloads(image_hosts, image_downloads))
     video = VideoOptions(max_frames, frame_method, video_as_images)
     if shuffle_buffer < 0 or (shuffle_buffer and not streaming):
-        raise ValueError(
+        raise ConfigError(
             f"shuffle_buffer={shuffle_buffer} is for streaming=True, where it must not be negative; other rows are shuffled whole."
         )
     if isinstance(source, Mapping):
@@ -169,7 +170,7 @@ def check_root(image_root: str | Path) -> Path:
     """Return the folder below which images are read; FileNotFoundError where there is none."""
     root = Path(image_root).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"image_root={str(image_root)!r} is no folder; give the one that holds the images.")
+        raise MissingError(f"image_root={str(image_root)!r} is no folder; give the one that holds the images.")
     return root
 
 
@@ -192,7 +193,7 @@ def load_source(source: str, split: str | None, video: VideoOptions) -> Examples
     files = find_files(source, split)
     examples = _load_dataset(source, split, video) if files is None else _load_files(source, files, video)
     if not len(examples):
-        raise ValueError(f"{source} has no rows.")
+        raise ConfigError(f"{source} has no rows.")
     return examples
 
 
@@ -201,11 +202,11 @@ def find_files(source: str, split: str | None) -> list[RowFile] | None:
     path = Path(source)
     if path.suffix in KINDS and not path.is_dir():
         if not path.is_file():
-            raise FileNotFoundError(f"There is no file {source}.")
+            raise MissingError(f"There is no file {source}.")
         no_split(source, split)
         return [RowFile(path, path.parent, path.name)]
     if path.exists() and not path.is_dir():
-        raise ValueError(
+        raise ConfigError(
             f"{source} is no {', '.join(KINDS)} file; give one, or the folder that holds it, which `datasets` can read."
         )
     if not path.is_dir() or (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -216,7 +217,7 @@ def find_files(source: str, split: str | None) -> list[RowFile] | None:
 def no_split(source: str, split: str | None) -> None:
     """Raise ValueError where a split is given for a source that has none."""
     if split is not None:
-        raise ValueError(f"{source} has no splits, so split={split!r} has no effect; leave it out.")
+        raise ConfigError(f"{source} has no splits, so split={split!r} has no effect; leave it out.")
 
 
 def _load_files(source: str, files: Sequence[RowFile], video: VideoOptions) -> Examples:
@@ -307,7 +308,7 @@ def open_dataset(source: str, split: str | None, streaming: bool = False) -> tup
     elif (path / "dataset_dict.json").is_file():
         splits = datasets.load_from_disk(source)
         if chosen not in splits:
-            raise ValueError(f"{source}: {unknown('split', chosen, splits)}")
+            raise ConfigError(f"{source}: {unknown('split', chosen, splits)}")
         rows, name = splits[chosen], f"{path.name} {chosen} row"
     elif path.is_dir():
         card_patterns(path)
@@ -317,7 +318,7 @@ def open_dataset(source: str, split: str | None, streaming: bool = False) -> tup
         try:
             rows = _load(source, chosen, streaming)
         except OSError as error:
-            raise FileNotFoundError(
+            raise MissingError(
                 f"{source} is no folder here, and the hub gave no data set of that name: {error}"
             ) from error
     if rows.info.features is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from hfcustom.exits import ConfigError, MissingError
 from hfcustom.naming import unknown
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def family_names() -> list[str]:
 def load_family(name: str) -> ModuleType:
     """Import a family by name; ValueError suggests the nearest, ImportError says what this transformers lacks."""
     if name not in family_names():
-        raise ValueError(unknown("family", name, family_names()))
+        raise ConfigError(unknown("family", name, family_names()))
     try:
         return importlib.import_module(f"hfcustom.families.{name}")
     except ImportError as error:
@@ -72,7 +73,7 @@ def class_of(checkpoint: str, **hub: Any) -> type[CustomVLM]:
     config = PretrainedConfig.get_config_dict(checkpoint, **hub)[0]
     if not config:  # of a folder; for a hub id transformers raises
         below = [str(path.parent) for path in sorted(Path(checkpoint).glob("*/config.json"))]
-        raise FileNotFoundError(f"{checkpoint} holds no config.json.{f' Do you mean {below[0]}?' if below else ''}")
+        raise MissingError(f"{checkpoint} holds no config.json.{f' Do you mean {below[0]}?' if below else ''}")
     model_type, tower = config.get("model_type", ""), (config.get("vision_config") or {}).get("model_type", "")
     name = model_type.removeprefix("custom_")
     if reads(tower, config):
@@ -86,13 +87,13 @@ def class_of(checkpoint: str, **hub: Any) -> type[CustomVLM]:
         config_class: Any = REGISTERED[f"custom_{family}"].config_class
         model_type = config_class.model_type if name in (family, *config_class.kin()) else model_type
     if name in encoder_names():
-        raise ValueError(
+        raise ConfigError(
             f"{checkpoint} is a contrastive encoder ({name}), no vision-language model: recipes/finetune_encoder.py trains "
             "it, and hfcustom.encoders.class_of finds its class."
         )
     if model_type not in REGISTERED:
         cure = "Is it a class of your own? Name its file: --custom my_file.py:MyModel."
-        raise ValueError(f"{checkpoint}: {unknown('model_type', model_type, family_names(), cure)}")
+        raise ConfigError(f"{checkpoint}: {unknown('model_type', model_type, family_names(), cure)}")
     return REGISTERED[model_type]
 
 

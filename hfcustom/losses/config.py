@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hfcustom.exits import ConfigError
 from hfcustom.losses.contract import LOSSES, SCHEDULE, Loss, token_loss
 from hfcustom.naming import load_object, unknown
 
@@ -55,9 +56,9 @@ def parse_losses(spec: str | Mapping[str, Any]) -> list[WeightedLoss]:
     """
     entries = {spec: 1.0} if isinstance(spec, str) else dict(spec)
     if "stock" in entries:
-        raise ValueError("The parent's own loss stands alone: loss='stock', without a weight and without others.")
+        raise ConfigError("The parent's own loss stands alone: loss='stock', without a weight and without others.")
     if not entries:
-        raise ValueError("The loss is empty; name at least one, for instance {'cross_entropy': 1.0}.")
+        raise ConfigError("The loss is empty; name at least one, for instance {'cross_entropy': 1.0}.")
     return [_parse_entry(name, value) for name, value in entries.items()]
 
 
@@ -69,10 +70,10 @@ def _parse_entry(name: str, value: Any) -> WeightedLoss:
     known = loss.options()
     for option in options:
         if option not in known and not loss.takes_any_option:
-            raise ValueError(unknown(f"option of loss {name!r}:", option, [*SCHEDULE, *known]))
+            raise ConfigError(unknown(f"option of loss {name!r}:", option, [*SCHEDULE, *known]))
     for option, parameter in known.items():
         if parameter.default is parameter.empty and option not in options:
-            raise ValueError(
+            raise ConfigError(
                 f"Loss {name!r} needs its option {option!r}: {{{name!r}: {{'weight': 1.0, {option!r}: ...}}}}."
             )
     return WeightedLoss(loss, float(schedule.pop("weight", 1.0)), options, **schedule)
@@ -84,9 +85,9 @@ def _check_schedule(name: str, schedule: Mapping[str, Any]) -> None:
         right = isinstance(value, int) if whole else isinstance(value, int | float) and math.isfinite(value)
         if not right or isinstance(value, bool) or (whole and value < 0):
             allowed = "a whole number of steps" if whole else "a finite number"
-            raise ValueError(f"The {key.replace('_', ' ')} of loss {name!r} is {value!r}; it must be {allowed}.")
+            raise ConfigError(f"The {key.replace('_', ' ')} of loss {name!r} is {value!r}; it must be {allowed}.")
     if "final_weight" in schedule and not schedule.get("decay_steps"):
-        raise ValueError(f"The final weight of loss {name!r} has no effect without decay_steps, which lead to it.")
+        raise ConfigError(f"The final weight of loss {name!r} has no effect without decay_steps, which lead to it.")
 
 
 def known(spec: str | Mapping[str, Any] | None) -> list[Loss]:
@@ -100,7 +101,7 @@ def find_loss(name: str) -> Loss:
     if name in LOSSES:
         return LOSSES[name]
     cure = "Decorate your own with @hfcustom.token_loss or @hfcustom.term, and import its file first."
-    raise ValueError(unknown("loss", name, LOSSES, cure))
+    raise ConfigError(unknown("loss", name, LOSSES, cure))
 
 
 def loss_columns(losses: Iterable[WeightedLoss], given: Iterable[str]) -> list[str]:

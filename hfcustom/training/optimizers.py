@@ -37,7 +37,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         group["peak_lr"] = group["lr"] = rate
         group["params"].append((name, parameter))  # with its name, which a checkpoint compares
     if not groups:
-        raise ValueError(
+        raise ConfigError(
             "No parameter is trainable: unfreeze a part, attach LoRA, or load an adapter with load_adapter(trainable=True)."
         )
     _check_effect(config, parts, {part for part, _ in groups})
@@ -60,10 +60,10 @@ def _check_effect(config: TrainConfig, parts: PartMap, trained: set[str]) -> Non
     for flag, own in (("part_lr", config.part_lr), ("part_weight_decay", config.part_weight_decay)):
         for part in check_parts(own, parts.present()):
             if part not in trained:
-                raise ValueError(f"{flag}={own!r} has no effect on {part!r}: no parameter of it is trainable.")
+                raise ConfigError(f"{flag}={own!r} has no effect on {part!r}: no parameter of it is trainable.")
     for rate, part in ((config.vision_lr, "vision"), (config.connector_lr, "connector")):
         if rate is not None and not trained & ({part, "new"} if part == "connector" else {part}):
-            raise ValueError(f"{part}_lr={rate} has no effect: no parameter of the {part} is trainable.")
+            raise ConfigError(f"{part}_lr={rate} has no effect: no parameter of the {part} is trainable.")
 
 
 def _of_bitsandbytes(name: str) -> type[torch.optim.Optimizer]:
