@@ -217,6 +217,7 @@ class TrainConfig:
             (self.keep_checkpoints > 0, f"keep_checkpoints={self.keep_checkpoints} must be positive"),
         ]
         rules += self._rules_of_micro_batches()
+        rules += self._rules_of_numbers()
         for name in (
             "micro_batch_size",
             "pack_tokens",
@@ -234,9 +235,24 @@ class TrainConfig:
         rules += self._rules_of_spikes()
         return [message for holds, message in rules if not holds]
 
+    def _rules_of_numbers(self) -> list[tuple[bool, str]]:
+        names = ("lr", "weight_decay", "connector_lr", "vision_lr", "rank_seconds")
+        rules = [(getattr(self, name) != math.inf, f"{name}={getattr(self, name)} must be finite") for name in names]
+        rules.append((0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)"))
+        for name, own in (("part_lr", self.part_lr), ("part_weight_decay", self.part_weight_decay)):
+            rules += [(value != math.inf, f"{name}: {value} of {part} must be finite") for part, value in own.items()]
+        return rules
+
     def _rules_of_micro_batches(self) -> list[tuple[bool, str]]:
         halves = self.try_costliest is not False or not self.auto_micro_batch
+        micro = self.micro_batch_size
+        whole = micro is None or micro <= 0 or self.batch_size % micro == 0
         rules = [
+            (
+                whole,
+                f"batch_size={self.batch_size} rows cannot be shared out in micro-batches of micro_batch_size={micro}; choose a "
+                "batch_size that is a multiple of it",
+            ),
             (
                 not (self.packing and self.micro_batch_size is not None),
                 f"micro_batch_size={self.micro_batch_size} and packing exclude each other: pack_tokens says how large a "

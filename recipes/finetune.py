@@ -164,6 +164,8 @@ class FinetuneConfig(HubOptions, ImageOptions, TrainConfig):
             (not (self.lora and self.last_layers), "last_layers has no effect with --lora"),
             (not (self.freeze and self.train), f"freeze={self.freeze} and train={self.train} exclude each other"),
             (self.eval_rows > 0, f"eval_rows={self.eval_rows} must be positive"),
+            (self.max_new_tokens > 0, f"max_new_tokens={self.max_new_tokens} must be positive"),
+            (0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout} must be in [0, 1)"),
             (self.max_frames > 0, f"max_frames={self.max_frames} must be positive"),
             (self.shuffle_buffer >= 0, f"shuffle_buffer={self.shuffle_buffer} must not be negative"),
             (self.streaming or not self.shuffle_buffer, "shuffle_buffer has no effect without --streaming"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -303,6 +304,11 @@ RULES = [
         (name, float("nan"), "must ")
         for name in ("lr", "epochs", "weight_decay", "beta2", "min_lr_ratio", "max_grad_norm", "vision_lr")
     ),
+    *(
+        (name, float("inf"), "must be finite")
+        for name in ("lr", "weight_decay", "connector_lr", "vision_lr", "rank_seconds")
+    ),
+    *(("seed", value, "must be in [0, 2**32)") for value in (-1, 2**32)),
 ]
 
 
@@ -312,7 +318,24 @@ def test_every_number_out_of_range_is_named_with_its_rule(name: str, value: Any,
     assert problem.startswith(f"{name}={value} {rule}")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("part_lr", {"head": math.inf}), ("part_weight_decay", {"new": math.inf})]
+)
+def test_a_rate_of_a_part_that_is_infinite_is_named(name: str, value: dict[str, float]) -> None:
+    assert TrainConfig(**{name: value}).problems() == [f"{name}: inf of {next(iter(value))} must be finite"]
+
+
+def test_micro_batches_that_do_not_make_a_step_are_named_before_anything_is_loaded() -> None:
+    rule = "cannot be shared out in micro-batches of"
+    assert TrainConfig(batch_size=8, micro_batch_size=3).problems() == [
+        f"batch_size=8 rows {rule} micro_batch_size=3; choose a batch_size that is a multiple of it"
+    ]
+    assert TrainConfig(batch_size=8, micro_batch_size=4).problems() == []
+    assert not [said for said in TrainConfig(batch_size=8, micro_batch_size=0).problems() if rule in said]
+
+
 ALLOWED = {
+    "seed": 2**32 - 1,
     "weight_decay": 0,
     "warmup_steps": 0,
     "max_grad_norm": 0,
@@ -332,7 +355,7 @@ def test_the_defaults_and_the_borders_are_usable() -> None:
 def test_every_number_of_the_config_has_a_rule() -> None:
     kinds = (int, float, int | None, float | None)
     numbers = {name for name, kind in typing.get_type_hints(TrainConfig).items() if kind in kinds}
-    assert numbers - {"seed"} == {name for name, _, _ in RULES}
+    assert numbers == {name for name, _, _ in RULES}
 
 
 @pytest.mark.parametrize("flags", [["--max-steps", "5", "--epochs", "2"], ["--epochs", "1", "--max-steps", "5"]])

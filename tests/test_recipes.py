@@ -281,6 +281,8 @@ CONTRADICTIONS = {
     "train with lora": (["--lora", "--train", "vision"], "train has no effect with --lora"),
     "train and freeze": (["--train", "head", "--freeze", "vision"], "exclude each other"),
     "last layers with lora": (["--lora", "--last-layers", '{"vision": 1}'], "last_layers has no effect with --lora"),
+    "no new token": (["--eval-data", "d", "--max-new-tokens", "0"], "max_new_tokens=0 must be positive"),
+    "dropout": (["--lora", "--lora-dropout", "1.5"], r"lora_dropout=1.5 must be in \[0, 1\)"),
     "kind without lora": (["--lora-kind", "dora"], "lora_kind has no effect without --lora"),
     "attention with lora": (["--lora", "--attention-only", "vision"], "attention_only has no effect with --lora"),
     "attention of a frozen part": (["--freeze", "vision", "--attention-only", "vision"], "name a part twice"),
