@@ -269,12 +269,22 @@ def load_data(config: FinetuneConfig) -> tuple[Any, Any]:
     return rows, first_rows(hfcustom.load_rows(config.eval_data, config.eval_split, **read), config.eval_rows)
 
 
+def check_data(config: FinetuneConfig, stages: list[FinetuneConfig]) -> None:
+    """Open the data of later stages now: ConfigError for what would be found missing after hours of the first."""
+    for at, stage in enumerate(stages[1:], 1):
+        try:
+            load_data(stage)
+        except ConfigError as error:
+            raise ConfigError(f"stage {config.stages[at]['name']!r}: {error}") from error
+
+
 def main(config: FinetuneConfig) -> None:
     is_main = process_state().is_main_process
     console.out.quiet = not is_main  # every fact is printed once, not once a rank
     if is_main:
         check_upload(config)
     stages, folder = config.in_stages(), config.model
+    check_data(config, stages)
     for at, stage in enumerate(stages):
         if len(stages) > 1:
             console.out.print(f"stage {at + 1} of {len(stages)}, {config.stages[at]['name']}: from {folder}")

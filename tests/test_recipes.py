@@ -242,6 +242,17 @@ def test_every_mistake_in_a_stage_is_named_before_the_first_one_runs(tmp_path: P
         assert part in said, said
 
 
+@pytest.mark.parametrize("option", ["data", "eval_data"])
+def test_data_of_a_later_stage_that_are_not_there_are_told_before_the_first_one_runs(
+    internvl: Family, tmp_path: Path, option: str
+) -> None:
+    folder = stock_checkpoint(internvl, tmp_path)
+    stages = [STAGES[0], {**STAGES[1], option: str(tmp_path / "absent.jsonl")}]
+    with pytest.raises(ConfigError, match=r"^stage 'instruct': .*absent\.jsonl"):
+        staged(folder, stages=stages)
+    assert not (folder / "out").exists()
+
+
 MISTAKES = {
     "freeze": (["--freeze", "visoin"], "Unknown part 'visoin'.*Did you mean 'vision'"),
     "lora parts": (["--lora", "--lora-parts", "langauge"], "Unknown part 'langauge'.*'language'"),
