@@ -358,6 +358,16 @@ def test_a_loss_that_is_no_number_stops_before_the_step(
     assert all(torch.equal(weights(once)[name], value) for name, value in weights(model).items())
 
 
+def test_the_rows_are_named_where_a_loss_is_no_number_from_the_first_step_on(internvl: Family, tmp_path: Path) -> None:
+    @hfcustom.token_loss
+    def never_finite(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return logits.logsumexp(-1) * math.nan
+
+    told = r"'never_finite' returned nan .*Clamp what can overflow\. The step was not applied\. Look at row \d\. There is no"
+    with pytest.raises(NonFiniteError, match=told):
+        train(internvl.model(loss="never_finite"), internvl, tmp_path, micro_batch_size=1)
+
+
 def test_the_rows_of_a_micro_batch_that_is_no_number_are_named(internvl: Family, tmp_path: Path) -> None:
     rows = [{**row, "scale": 1.0} for row in uneven_rows()]
     rows[5]["scale"] = math.nan

@@ -168,7 +168,7 @@ def accumulate(
     plan = plan_step(core, batches, accelerator)  # before the batches are moved: asking a GPU for a count takes a wait
     for progress.micro, batch in enumerate(batches):
         last = progress.micro == len(batches) - 1
-        with nullcontext() if last else no_sync(model, accelerator):
+        with nullcontext() if last else no_sync(model, accelerator), _naming_rows(batch):
             core.loss_values, core.loss_metrics = {}, {}
             with offloading(core, config), serving(core, batch):
                 if is_blank(batch):
@@ -226,10 +226,23 @@ def _backward(loss: torch.Tensor, core: Any, batch: Mapping[str, Any], accelerat
     )
 
 
+@contextmanager
+def _naming_rows(batch: Mapping[str, Any]) -> Iterator[None]:
+    """Name the rows of a micro-batch in which a loss has found by itself that it is no number."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error} The step was not applied.{_rows_to_look_at([batch])}") from error
+
+
 def _suspects(batches: Sequence[Mapping[str, Any]], losses: Sequence[torch.Tensor]) -> str:
     """Return which rows a loss that is no number came from, where their names are known: this rank's all, if every loss is one."""
     wrong = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
-    names = [row for batch in wrong or batches if isinstance(batch, Batch) for row in batch.rows]
+    return _rows_to_look_at(wrong or batches)
+
+
+def _rows_to_look_at(batches: Sequence[Mapping[str, Any]]) -> str:
+    names = [row for batch in batches if isinstance(batch, Batch) for row in batch.rows]
     return f" Look at {', '.join(names)}." if names else ""
 
 
