@@ -104,6 +104,8 @@ def test_resuming_nothing_starts_at_the_beginning_and_says_so(
 ) -> None:
     assert train(internvl.model(), internvl, tmp_path, resume=True).step == 3
     assert f"Nothing to resume in {tmp_path / 'checkpoints'}; starting at step 0." in capsys.readouterr().out
+    assert train(internvl.model(), internvl, tmp_path, resume=True).step == 3
+    assert "step 3. Nothing is left to train: max_steps is 3." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("max_steps", [3, 2])

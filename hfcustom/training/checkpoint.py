@@ -138,7 +138,9 @@ class Checkpoints:
         if changed := changed_options(state.get("config", {}), self.config, self.resumed):
             self.accelerator.print(changed)
         step = self.load(self.resumed)
-        self.accelerator.print(f"Resuming from {self.resumed}, step {step}.")
+        most = self.feed.max_steps
+        left = f" Nothing is left to train: max_steps is {most}." if step >= most else ""
+        self.accelerator.print(f"Resuming from {self.resumed}, step {step}.{left}")
         self._make_room(step)
         return step
 
