@@ -77,9 +77,8 @@ def import_file(file: Path) -> Any:
     """Import a Python file under its own stem, once; a module that already came from this file is returned as it is."""
     for module in list(sys.modules.values()):
         origin = getattr(module, "__file__", None)
-        known = (
-            sys.modules.get(getattr(module, "__name__", "")) is module
-        )  # no leftover of runpy, as __mp_main__ can be
+        # What is not known by its own name is a leftover of runpy, as __mp_main__ can be.
+        known = sys.modules.get(getattr(module, "__name__", "")) is module
         if origin is not None and known and Path(origin).resolve() == file:
             return module
     if file.stem in sys.modules:

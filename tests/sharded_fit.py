@@ -38,6 +38,7 @@ from hfcustom.losses import chunked
 
 STEPS = 4
 TIED = Family("smolvlm", load_family("smolvlm"))
+BITS: tuple[Literal["8bit", "4bit"], ...] = ("8bit", "4bit")
 ROWS = case_rows(Case(images=[1, 1, 2, 1, 0, 0, 0, 0]))  # a rank with images, one without
 HELD_OUT = [chat_row(images, seed) for seed, images in enumerate([1, 1, 0, 0, 2])]
 SAVING: dict[str, Any] = {"micro_batch_size": 4, "save_steps": 1, "max_steps": 2, "eval_steps": None}

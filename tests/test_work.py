@@ -239,9 +239,8 @@ def test_an_attempt_without_memory_is_no_arithmetic_of_the_step(internvl: Family
 def test_a_language_model_that_is_not_seen_costs_the_log_its_mfu_and_the_run_nothing(
     internvl: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "hfcustom.training.work.find_parts", lambda model: SimpleNamespace(paths={})
-    )  # as where FSDP hides it
+    hidden = SimpleNamespace(paths={})  # as where FSDP hides it
+    monkeypatch.setattr("hfcustom.training.work.find_parts", lambda model: hidden)
     result = train(internvl.model(), internvl, tmp_path, mfu=True)
     assert result.step == 3 and not any("mfu" in line for line in result.history)
 

@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import distributed_run
 import pytest
@@ -30,7 +30,6 @@ from hfcustom.train import make_accelerator
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install deepspeed"
 )
-BITS: tuple[Literal["8bit", "4bit"], ...] = ("8bit", "4bit")
 Results = tuple[Path, list[dict[str, Any]], dict[str, Any]]
 
 
@@ -48,7 +47,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         ),
     }
     alone["lora bf16"] = sharded_fit.run(sharded_fit.on_bf16, folder / "one lora bf16", max_steps=2, eval_steps=None)
-    for bits in BITS:
+    for bits in sharded_fit.BITS:
         build = partial(sharded_fit.on_quantised, folder / f"base {bits} one", bits)
         alone[bits] = sharded_fit.run(build, folder / f"one {bits}", max_steps=2, eval_steps=None)
     alone["caches"] = sharded_fit.run(sharded_fit.of_frozen_tower, folder / "one caches", eval_steps=None)
@@ -85,7 +84,7 @@ def test_zero_trains_as_one_process(results: Results) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("case", [*sharded_fit.CASES, *BITS, "caches"])
+@pytest.mark.parametrize("case", [*sharded_fit.CASES, *sharded_fit.BITS, "caches"])
 def test_what_fit_can_do_it_does_under_zero(results: Results, case: str) -> None:
     """Packing, preferences, bad rows, packed weights, cached features; the average of the weights is in all runs above."""
     _, ranks, alone = results

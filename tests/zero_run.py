@@ -12,7 +12,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
@@ -24,6 +24,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from conftest import RECIPES
 from sharded_fit import (
+    BITS,
     CASES,
     by_adamw,
     contrastive,
@@ -41,7 +42,6 @@ from hfcustom import train
 from hfcustom.exits import ConfigError
 from hfcustom.losses import NonFiniteError
 
-BITS: tuple[Literal["8bit", "4bit"], ...] = ("8bit", "4bit")
 SILENT: dict[str, Any] = {"eval_steps": None}
 
 

@@ -32,9 +32,8 @@ class Reduction:
     def share_buffers(self) -> None:
         """Do now what DDP would do in the step's first forward."""
         if self.ddp is not None:
-            self.ddp.require_forward_param_sync = (
-                True  # also where an attempt before has failed before its first forward
-            )
+            # Also where the attempt before has failed before its first forward.
+            self.ddp.require_forward_param_sync = True
             if self.ddp.will_sync_module_buffers():
                 self.ddp._sync_buffers()
             self.ddp.require_forward_param_sync = False
